@@ -1,0 +1,79 @@
+"""One split of a data set as a few numpy arrays, whatever format it came from.
+
+Arrays, not lists of objects: worker processes share their pages, checks are vectorised, and a new format is one file
+with two functions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Problem(NamedTuple):
+    """Something wrong with a record of a data set."""
+
+    code: str
+    """Stable code, e.g. ``LCD-D101``."""
+    file: str
+    """The annotation file or picture it is found in."""
+    record: str
+    """Where in the file: an annotation id, an object's number, a line; empty for the file as a whole."""
+    reason: str
+    """What is wrong and what to do, on one line."""
+    action: Literal["refused", "dropped", "clipped", "noted"]
+    """``refused`` stops training, ``dropped`` leaves the record out, ``clipped`` and ``noted`` keep it."""
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.record}" if self.record else self.file
+        return f"[{self.code}] {where}: {self.reason} ({self.action})"
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionTable:
+    """A split on disk. The objects of picture ``i`` are rows ``offsets[i]:offsets[i + 1]``.
+
+    Attributes:
+        image_root: folder that ``file_names`` are relative to.
+        file_names: UTF-8 bytes [N].
+        image_ids: the data set's own ids, or 1, 2, ... where it has none, int64 [N].
+        sizes: height and width in pixels of the frame that the boxes refer to, int32 [N, 2].
+        upright: whether the EXIF orientation must be applied to get that frame, bool [N].
+        boxes: corners (x1, y1, x2, y2) in pixels, clipped to the picture, float32 [M, 4].
+        labels: indices into ``class_names``, int64 [M].
+        crowd: COCO's ``iscrowd`` or VOC's ``difficult``: ignored by evaluation, left out of training, bool [M].
+        area: square pixels as annotated (COCO: of the segment), else of the box, float32 [M].
+        annotation_ids: the data set's own ids, or running numbers, int64 [M].
+        offsets: int64 [N + 1].
+        class_names: in order of label.
+        category_ids: the data set's own ids of the classes, in order of label.
+        problems: what was found wrong while reading.
+    """
+
+    image_root: Path
+    file_names: NDArray[np.bytes_]
+    image_ids: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    upright: NDArray[np.bool_]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    area: NDArray[np.float32]
+    annotation_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    problems: tuple[Problem, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
+        return self.image_root / self.file_names[index].decode()
+
+    def rows(self, index: int) -> slice:
+        """The rows of ``boxes``, ``labels`` ... that belong to a picture."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
