@@ -11,6 +11,28 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_convnext_det.errors import DataError
+
+Format = Literal["coco", "voc", "yolo"]
+
+
+class Split(NamedTuple):
+    """Where the files of one split are. What each field holds for a format is said in that format's module."""
+
+    name: str
+    """Such as ``train``, ``val``, ``test``."""
+    format: Format
+    root: Path
+    """Nothing outside this folder is read on the word of an annotation file."""
+    annotations: tuple[Path, ...]
+    """JSON files, folders of XML or label files."""
+    images: tuple[Path, ...]
+    """Folders of pictures."""
+    members: tuple[Path, ...] = ()
+    """Files that list the pictures; empty where the annotations or the folder do."""
+    classes: tuple[Path, ...] = ()
+    """Files or folders that the class names are taken from; empty where the annotations name them."""
+
 
 class Problem(NamedTuple):
     """Something wrong with a record of a data set."""
@@ -29,6 +51,20 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         where = f"{self.file}: {self.record}" if self.record else self.file
         return f"[{self.code}] {where}: {self.reason} ({self.action})"
+
+
+class UnreadableError(DataError):
+    """A file that cannot be used at all, with the problem that says why."""
+
+    def __init__(self, message: str, problem: Problem | None = None) -> None:
+        super().__init__(message)  # the message alone, so that the error survives the way out of a worker process
+        self.problem = problem
+
+    @classmethod
+    def of(cls, code: str, file: Path | str, reason: str, record: str = "") -> "UnreadableError":
+        """The error that states a problem of a file."""
+        where = f"{file}: {record}" if record else str(file)
+        return cls(f"[{code}] {where}: {reason}", Problem(code, str(file), record, reason, "refused"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +108,8 @@ class DetectionTable:
 
     def path(self, index: int) -> Path:
         """The file of a picture."""
-        return self.image_root / self.file_names[index].decode()
+        name: bytes = self.file_names[index]
+        return self.image_root / name.decode()
 
     def rows(self, index: int) -> slice:
         """The rows of ``boxes``, ``labels`` ... that belong to a picture."""
