@@ -1,0 +1,319 @@
+"""A pyramid of feature maps out of any timm network, and the FPN on top of it.
+
+`TimmPyramid` chooses levels by their stride, never by their index: ConvNeXt has four maps from stride 4, a ResNet has
+five from stride 2. `PyramidFPN` adds torchvision's feature pyramid network (arXiv:1612.03144) and is what a two-stage
+detector takes as its backbone.
+"""
+
+import difflib
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import Format, LayerNorm2d, freeze_batch_norm_2d
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from lightning_convnext_det.errors import WeightsError
+
+_logger = logging.getLogger(__name__)
+
+
+class TimmPyramid(nn.Module):
+    """Feature maps of a timm network at the asked strides.
+
+    Args:
+        name: any timm model name with a feature pyramid, e.g. ``convnext_tiny`` or ``convnext_tiny.fb_in22k``.
+        pretrained: fetch timm's pretrained weights, or take them from its cache.
+        weights: a local ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file with a state dict of this network,
+            instead of ``pretrained``.
+        in_chans: channels of the input.
+        strides: strides of the maps to return, rising.
+        drop_path_rate: stochastic depth; 0 leaves the network's own default.
+        output_norm: put a LayerNorm over the channels of every map, as the ConvNeXt authors' detectors do.
+        frozen_stages: how many levels, from the finest, have all parameters that they depend on frozen.
+        batch_norm: ``frozen`` turns BatchNorm into a fixed affine map, as is usual for small detection batches;
+            ``train`` leaves it.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        channels_last: run in channels_last memory format, 2-4 times faster for convolutions on CPUs and tensor cores.
+
+    Attributes:
+        channels: channels of each map.
+        strides: stride of each map.
+
+    Raises:
+        ValueError: if the name is unknown or the network has no map at one of the strides.
+        WeightsError: if weights cannot be fetched or read, or belong to another network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        weights: str | None = None,
+        in_chans: int = 3,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        drop_path_rate: float = 0.0,
+        output_norm: bool = False,
+        frozen_stages: int = 0,
+        batch_norm: Literal["frozen", "train"] = "frozen",
+        gradient_checkpointing: bool = False,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.strides = list(strides)
+        _check_pyramid(name, self.strides)
+        self.net = _create_features(name, self.strides, pretrained and weights is None, in_chans, drop_path_rate)
+        if weights is not None:
+            load_backbone_weights(self.net, weights, name)
+        self.channels: list[int] = _feature_info(self.net).channels()
+        self.is_channels_last_output = getattr(self.net, "output_fmt", None) == Format.NHWC
+        self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in self.channels) if output_norm else None
+        if gradient_checkpointing:
+            _enable_checkpointing(self.net, name)
+        if batch_norm == "frozen":
+            self.net = freeze_batch_norm_2d(self.net)
+        self.in_chans = in_chans
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net.to(memory_format=self.memory_format)
+        if frozen_stages:
+            self._freeze(frozen_stages)
+
+    def _freeze(self, stages: int) -> None:
+        if not 0 < stages <= len(self.strides):
+            raise ValueError(
+                f"frozen_stages is {stages}, but the pyramid of '{self.name}' has {len(self.strides)} levels"
+            )
+        training = self.net.training
+        self.net.eval()
+        with torch.enable_grad():
+            # the parameters that a level depends on are those that its gradient reaches, whatever they are called
+            maps = self.net(torch.zeros(1, self.in_chans, 64, 64))
+            parameters = list(self.net.parameters())
+            grads = torch.autograd.grad(maps[stages - 1].sum(), parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.requires_grad_(False)
+        self.net.train(training)
+        frozen = [m for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)]
+        for module in frozen:
+            if module.weight is not None and not module.weight.requires_grad:
+                module.momentum = 0.0  # running statistics of a frozen stage stay as they are
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the maps.
+
+        Args:
+            images: normalised pictures, float [B, in_chans, H, W] of any size; padded with zeros to a multiple of the
+                largest stride.
+
+        Returns:
+            One float map [B, channels[i], H / strides[i], W / strides[i]] per level, H and W after padding.
+        """
+        # ConvNeXt floors odd sizes, the FPN then cannot add levels
+        images = pad_to_multiple(images, self.strides[-1]).contiguous(memory_format=self.memory_format)
+        maps: list[Tensor] = list(self.net(images))
+        if self.is_channels_last_output:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]  # [B, H, W, C] -> [B, C, H, W], no copy
+        if self.norms is not None:
+            maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
+        return maps
+
+
+class PyramidFPN(nn.Module):
+    """A feature pyramid network over a `TimmPyramid`, with a pooled level on top.
+
+    Args:
+        body: the network that computes the maps.
+        out_channels: channels of every output map.
+
+    Reference:
+        Lin et al., "Feature Pyramid Networks for Object Detection", arXiv:1612.03144; the operator is torchvision's.
+    """
+
+    def __init__(self, body: TimmPyramid, out_channels: int = 256) -> None:
+        super().__init__()
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks=LastLevelMaxPool())
+        self.fpn.to(memory_format=body.memory_format)
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map pictures [B, C, H, W] to ``{"0": map, ..., "pool": map}``, each [B, out_channels, H / s, W / s]."""
+        maps = self.body(images)
+        pyramid: dict[str, Tensor] = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
+        return pyramid
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Pad pictures [..., H, W] with zeros at the right and the bottom until both sides are multiples."""
+    height, width = images.shape[-2:]
+    pad_height, pad_width = -height % multiple, -width % multiple
+    return F.pad(images, (0, pad_width, 0, pad_height)) if pad_height or pad_width else images
+
+
+def _check_pyramid(name: str, strides: list[int]) -> None:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+        hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "timm.list_models() lists them"
+        raise ValueError(f"backbone '{name}' is not a timm model; {hint}")
+    if strides != sorted(set(strides)):
+        raise ValueError(f"strides must rise, got {strides}")
+
+
+def _create_features(
+    name: str, strides: list[int], pretrained: bool, in_chans: int, drop_path_rate: float
+) -> nn.Module:
+    reductions = _reductions(name)
+    missing = [s for s in strides if s not in reductions]
+    if missing:
+        have = ", ".join(str(r) for r in reductions) or "none"
+        need = ", ".join(str(s) for s in strides)
+        raise ValueError(f"backbone '{name}' has strides {have}; a pyramid needs {need}, e.g. 'convnext_tiny'")
+    if pretrained:
+        _check_fetchable(name)
+    # the last map of a stride is the deepest one
+    indices = [len(reductions) - 1 - reductions[::-1].index(s) for s in strides]
+    options: dict[str, float] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    try:
+        return _create(name, pretrained=pretrained, in_chans=in_chans, out_indices=indices, **options)
+    except TypeError as error:
+        if "drop_path_rate" in str(error):
+            raise ValueError(f"backbone '{name}' has no stochastic depth; leave drop_path_rate at 0") from None
+        raise
+
+
+def _reductions(name: str) -> list[int]:
+    with torch.device("meta"):
+        try:
+            return list(_feature_info(_create(name)).reduction())
+        except (RuntimeError, AttributeError, IndexError, AssertionError):
+            return []  # timm raises one of these for networks without features_only
+
+
+def _feature_info(net: nn.Module) -> FeatureInfo:
+    info = net.feature_info
+    assert isinstance(info, FeatureInfo)  # every features_only network of timm has one
+    return info
+
+
+def _create(name: str, *, out_indices: list[int] | None = None, **options: bool | float) -> nn.Module:
+    if out_indices is not None:
+        options["out_indices"] = out_indices  # type: ignore[assignment]
+    try:  # Swin and its kin check the input size unless told not to; others do not know the option
+        net: nn.Module = timm.create_model(name, features_only=True, strict_img_size=False, **options)
+    except TypeError:
+        net = timm.create_model(name, features_only=True, **options)
+    return net
+
+
+def _enable_checkpointing(net: nn.Module, name: str) -> None:
+    try:
+        net.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise ValueError(f"backbone '{name}' does not support gradient checkpointing") from None
+
+
+def _check_fetchable(name: str) -> None:
+    """Raise a `WeightsError` at once where timm would retry for minutes."""
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    ways_out = (
+        "run once where there is a network, give a local file as backbone weights, or switch pretrained weights off"
+    )
+    if config is None or not config.has_weights:
+        tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")[:5]) or "none"
+        raise WeightsError(f"[LCD-W002] timm has no pretrained weights for '{name}'; it has: {tags}")
+    if config.file or not config.hf_hub_id:
+        return
+    files = ["model.safetensors", "pytorch_model.bin", config.hf_hub_filename]
+    if any(isinstance(try_to_load_from_cache(config.hf_hub_id, f), str) for f in files if f):
+        return
+    reason = "offline mode is on" if constants.HF_HUB_OFFLINE else None
+    if reason is None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5.0)
+        except Exception as error:  # the hub's client may be requests or httpx, which share no base class
+            reason = str(error).splitlines()[0][:120] or type(error).__name__
+    if reason:
+        cache = constants.HF_HUB_CACHE
+        raise WeightsError(
+            f"[LCD-W001] the weights of '{name}' are not in the cache ({cache}) and cannot be fetched ({reason}): "
+            + ways_out
+        )
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
+
+    Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``) are
+    opened.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"[LCD-W003] {path}: no such file; give a local .safetensors or .pth file")
+    try:
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
+        raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
+    except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
+        raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {_first_line(error)}") from None
+    for key in ("model_ema", "state_dict", "model", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise WeightsError(f"[LCD-W003] {path} holds no tensors")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
+def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:
+    """Fill a ``features_only`` network from a file that holds it or its classifier.
+
+    Names are compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. The
+    classifier's head and final norm may be left over; every tensor of the network must be there with its shape.
+
+    Raises:
+        WeightsError: if the file cannot be read or a tensor is missing or has another shape; the first such is named.
+    """
+    given = {_flat(key): value for key, value in read_state_dict(path).items()}
+    own = net.state_dict()
+    for key, tensor in own.items():
+        found = given.get(_flat(key))
+        if found is None:
+            raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': it has no '{key}'")
+        if found.shape != tensor.shape:
+            shapes = f"{list(found.shape)}, expected {list(tensor.shape)}"
+            raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': '{key}' is {shapes}")
+    net.load_state_dict({key: given[_flat(key)] for key in own})
+    _logger.info("%s: %d tensors of '%s' loaded, %d left over", path, len(own), name, len(given) - len(own))
+
+
+def _flat(key: str) -> str:
+    for prefix in ("module.", "model.", "backbone.", "net."):
+        key = key.removeprefix(prefix)
+    return key.replace(".", "_")

@@ -1,0 +1,135 @@
+"""Pictures of any size to one normalised batch, and boxes back to the pictures.
+
+Every detector holds one `ImageTransform`, so the resize rule and the normalisation travel with the weights. Resizing
+follows torchvision's ``GeneralizedRCNNTransform``: bilinear without antialiasing, sizes rounded down, zeros at the
+right and the bottom.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_convnext_det.types import Detection, Target
+
+# the statistics that almost every timm backbone is trained with (timm.data.IMAGENET_DEFAULT_MEAN and _STD)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageTransform(nn.Module):
+    """Resize, normalise and pad pictures to a batch; scale boxes there and back.
+
+    Args:
+        min_size: length of the shorter side after resizing, in pixels; of several, one is drawn per picture in training
+            and the last is used in evaluation.
+        max_size: limit of the longer side, in pixels.
+        image_mean: mean of each channel of pictures in 0..1.
+        image_std: standard deviation of each channel.
+        size_divisible: pad both sides to a multiple of this.
+
+    Attributes:
+        resize_in_training: False when the data loader has chosen the sizes already (multi-scale crops, jitter).
+    """
+
+    def __init__(
+        self,
+        min_size: int | Sequence[int] = 800,
+        max_size: int = 1333,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        size_divisible: int = 32,
+    ) -> None:
+        super().__init__()
+        self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+        self.max_size = max_size
+        if not self.min_sizes or min(self.min_sizes) < 1 or max_size < 1:
+            raise ValueError(f"min_size and max_size must be at least 1 pixel, got {min_size} and {max_size}")
+        if len(image_mean) != len(image_std):
+            raise ValueError(f"image_mean has {len(image_mean)} channels, image_std has {len(image_std)}")
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.size_divisible = size_divisible
+        self.resize_in_training = True
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[Tensor, list[tuple[int, int]], list[Target] | None]:
+        """Make a batch.
+
+        Args:
+            images: uint8 or float in 0..1, each [C, H, W] of its own size.
+            targets: their objects, boxes in pixels of these pictures; not modified.
+
+        Returns:
+            The batch float32 [B, C, H', W'], the (height, width) of every resized picture without its padding, and the
+            targets with boxes in pixels of the resized pictures.
+
+        Raises:
+            TypeError: if a picture is neither uint8 nor floating point.
+            ValueError: if a picture is not [C, H, W] with as many channels as the normalisation.
+        """
+        if not images:
+            raise ValueError("images is empty; give at least one picture")
+        resized = [self._resize(self._normalize(image, i)) for i, image in enumerate(images)]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in resized]
+        if targets is None:
+            return self._batch(resized), sizes, None
+        moved = []
+        for image, target, size in zip(images, targets, sizes, strict=True):
+            boxes = scale_boxes(target["boxes"].to(torch.float32), (image.shape[-2], image.shape[-1]), size)
+            moved.append(Target(**{**target, "boxes": boxes}))
+        return self._batch(resized), sizes, moved
+
+    def restore(
+        self, detections: list[Detection], sizes: Sequence[tuple[int, int]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[Detection]:
+        """Scale boxes from the resized pictures of ``sizes`` (height, width) to those of ``original_sizes``."""
+        return [
+            Detection(boxes=scale_boxes(d["boxes"], size, original), labels=d["labels"], scores=d["scores"])
+            for d, size, original in zip(detections, sizes, original_sizes, strict=True)
+        ]
+
+    def _normalize(self, image: Tensor, index: int) -> Tensor:
+        if image.dim() != 3 or image.shape[0] != len(self.image_mean):
+            raise ValueError(
+                f"images[{index}] has shape {list(image.shape)}; expected [{len(self.image_mean)}, height, width]"
+            )
+        if image.dtype == torch.uint8:
+            image = image.to(torch.float32) / 255
+        elif not image.is_floating_point():
+            raise TypeError(f"images[{index}] is {image.dtype}; expected uint8 or floating point in 0..1")
+        image = image.to(torch.float32)
+        mean = image.new_tensor(self.image_mean)[:, None, None]
+        std = image.new_tensor(self.image_std)[:, None, None]
+        return (image - mean) / std  # before resizing, as torchvision does: the same bits
+
+    def _resize(self, image: Tensor) -> Tensor:
+        if self.training and not self.resize_in_training:
+            return image
+        height, width = image.shape[-2:]
+        choice = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
+        scale = min(self.min_sizes[choice] / min(height, width), self.max_size / max(height, width))
+        size = [max(1, int(height * scale)), max(1, int(width * scale))]
+        if size == [height, width]:
+            return image
+        return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    def _batch(self, images: list[Tensor]) -> Tensor:
+        height = _round_up(max(x.shape[-2] for x in images), self.size_divisible)
+        width = _round_up(max(x.shape[-1] for x in images), self.size_divisible)
+        batch = images[0].new_zeros(len(images), len(self.image_mean), height, width)
+        for slot, image in zip(batch, images, strict=True):
+            slot[:, : image.shape[-2], : image.shape[-1]] = image
+        return batch
+
+
+def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Scale boxes [N, 4] (x1, y1, x2, y2) from a picture of (height, width) ``size`` to one of ``new_size``."""
+    ratio = boxes.new_tensor([new_size[1], new_size[0]]) / boxes.new_tensor([size[1], size[0]])
+    return boxes * ratio.repeat(2)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,73 @@
+"""The detectors by name."""
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+
+_CONVNEXT = ("tiny", "small", "base", "large", "xlarge")
+_CONVNEXT_V2 = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+
+# name -> detector and its backbone; None where the caller names the backbone
+_DETECTORS: dict[str, tuple[Callable[..., nn.Module], str | None]] = {
+    "fasterrcnn_fpn": (FasterRCNN, None),
+    **{f"fasterrcnn_convnext_{size}_fpn": (FasterRCNN, f"convnext_{size}") for size in _CONVNEXT},
+    **{f"fasterrcnn_convnextv2_{size}_fpn": (FasterRCNN, f"convnextv2_{size}") for size in _CONVNEXT_V2},
+    "fasterrcnn_resnet50_fpn": (FasterRCNN, "resnet50"),
+    "fasterrcnn_resnext50_32x4d_fpn": (FasterRCNN, "resnext50_32x4d"),
+}
+
+
+def list_detectors(pattern: str = "*") -> list[str]:
+    """List the named detectors that match a shell pattern such as ``*convnext*``."""
+    return sorted(fnmatch.filter(_DETECTORS, pattern))
+
+
+# the overrides are the keywords of whichever detector is named; an unknown one is refused below
+def create_detector(name: str, num_classes: int, pretrained_backbone: bool = False, **overrides: Any) -> nn.Module:
+    """Build a named detector.
+
+    Args:
+        name: one of `list_detectors`; ``fasterrcnn_fpn`` takes any timm name as ``backbone``.
+        num_classes: foreground classes.
+        pretrained_backbone: start from timm's pretrained weights of the backbone.
+        overrides: any other argument of the detector's constructor.
+
+    Raises:
+        ValueError: if the name is unknown; close matches are suggested.
+        TypeError: if an override is not an argument of this detector.
+    """
+    if name not in _DETECTORS:
+        raise ValueError(f"no detector is called '{name}'; {suggest(name, list(_DETECTORS))}")
+    detector, backbone = _DETECTORS[name]
+    if backbone is None and "backbone" not in overrides:
+        raise TypeError(f"'{name}' needs the timm name of its backbone, e.g. backbone='convnext_tiny'")
+    if backbone is not None:
+        overrides.setdefault("backbone", backbone)
+    check_arguments(detector, f"'{name}'", overrides)
+    return detector(num_classes=num_classes, pretrained_backbone=pretrained_backbone, **overrides)
+
+
+def check_arguments(callee: Callable[..., nn.Module], name: str, given: Iterable[str]) -> None:
+    """Refuse arguments that a constructor does not have.
+
+    Raises:
+        TypeError: naming the argument and the closest known ones.
+    """
+    known = list(inspect.signature(callee).parameters)
+    for key in given:
+        if key not in known:
+            raise TypeError(f"{name} has no argument '{key}'; {suggest(key, known)}")
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """Say which of the known words a misspelt one may mean."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(repr(c) for c in close)}?"
+    return f"it has {', '.join(known)}"

@@ -1,0 +1,56 @@
+"""Checkpoints: what a file must hold to be one of ours, and the module that it describes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
+from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
+
+MODULES: dict[str, type[DetectionModule]] = {"FasterRCNNModule": FasterRCNNModule}
+
+
+# a checkpoint is a mapping of unrelated sections; the ones used here are checked before they are used
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package from a local file, running no code in it.
+
+    Raises:
+        CheckpointError: if it is an address, is missing or damaged, or was not written by this package.
+    """
+    if "://" in str(path):
+        raise CheckpointError(f"[LCD-S010] {path} is an address; fetch the file and give its local path")
+    if not Path(path).is_file():
+        raise CheckpointError(f"[LCD-K001] {path}: no such checkpoint file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or crafted file makes the reader raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {reason}") from None
+    section = content.get(FORMAT) if isinstance(content, dict) else None
+    if not isinstance(section, dict) or section.get("module") not in MODULES:
+        raise CheckpointError(
+            f"[LCD-K001] {path} is not a checkpoint of this package; "
+            "weights from elsewhere need convnext-det import-weights"
+        )
+    if not isinstance(content.get("hyper_parameters"), dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(f"[LCD-K001] {path} is incomplete: it lacks hyper-parameters or weights")
+    return dict(content)
+
+
+def load_module(path: str | Path) -> DetectionModule:
+    """Build the module that a checkpoint describes, in evaluation mode, without network or data set.
+
+    Raises:
+        CheckpointError: if the file is not a checkpoint of this package or its weights do not fit its description.
+    """
+    content = read_checkpoint(path)
+    parameters = {**content["hyper_parameters"], "pretrained_backbone": False, "backbone_weights": None}
+    try:
+        module = MODULES[content[FORMAT]["module"]](**parameters)
+        module.load_state_dict(content["state_dict"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"[LCD-K001] {path} does not fit this version: {reason}") from None
+    return module.eval()

@@ -1,0 +1,225 @@
+"""The training, evaluation and prediction of any detector, as a LightningModule."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_convnext_det.errors import CheckpointError, DataError
+from lightning_convnext_det.modules.evaluation import FIGURES, DetectionEvaluator
+from lightning_convnext_det.types import Detection, Target
+
+_logger = logging.getLogger(__name__)
+
+Batch = tuple[list[Tensor], list[Target]]
+FORMAT = "lightning_convnext_det"  # the checkpoint's own section
+
+
+class DetectionModule(pl.LightningModule):
+    """Trains and evaluates a detector; the subclass says which.
+
+    Args:
+        num_classes: foreground classes; from the data set when the command line gives one.
+        class_names: their names in order of label; from the data set when there is one.
+        category_ids: the data set's own ids of the classes; predictions are written with them.
+        optimizer: ``adamw`` or ``sgd`` (with momentum 0.9).
+        lr: learning rate after the warm-up.
+        weight_decay: not applied to norms, biases, layer scale and other one-dimensional parameters.
+        backbone_lr_factor: learning rate of the backbone relative to ``lr``.
+        schedule: ``cosine`` to zero, ``step`` at the milestones, or ``constant``.
+        milestones: epochs at which ``step`` lowers the learning rate.
+        step_factor: what ``step`` multiplies it by.
+        warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
+        detector: the detector's own arguments.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        category_ids: list[int] | None = None,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        lr: float = 1e-4,
+        weight_decay: float = 0.05,
+        backbone_lr_factor: float = 1.0,
+        schedule: Literal["cosine", "step", "constant"] = "cosine",
+        milestones: list[int] | None = None,
+        step_factor: float = 0.1,
+        warmup_steps: int = 500,
+        **detector: Any,  # the keywords of one callee, build_detector, which checks them
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name, values in (("class_names", class_names), ("category_ids", category_ids)):
+            if values is not None and len(values) != num_classes:
+                raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
+        if schedule == "step" and not milestones:
+            raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
+        self.num_classes = num_classes
+        self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
+        self.category_ids = list(category_ids) if category_ids is not None else list(range(num_classes))
+        self.detector = self.build_detector(num_classes, **detector)
+        self.evaluator = DetectionEvaluator(self.class_names)
+
+    def build_detector(self, num_classes: int) -> nn.Module:
+        """Build the network; the subclass names its arguments."""
+        raise NotImplementedError("use a subclass, e.g. FasterRCNNModule")
+
+    def forward(self, images: list[Tensor]) -> list[Detection]:
+        """Find objects in pictures [3, H, W], uint8 or float in 0..1; the module must be in evaluation mode."""
+        return cast(list[Detection], self.detector(images))
+
+    # ---- data
+
+    def setup(self, stage: str) -> None:
+        """Take the classes of the data, or check that they are those of the network."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "predict" and data is not None and hasattr(data, "class_names"):
+            names, ids = list(data.class_names), list(data.category_ids)
+            if self.hparams.get("class_names") is None and len(names) == self.num_classes:
+                self._set_classes(names, ids)
+            elif names != self.class_names:
+                raise DataError(f"[LCD-D120] {_difference(self.class_names, names)}")
+        transform = getattr(self.detector, "transform", None)
+        if stage == "fit" and transform is not None:
+            transform.resize_in_training = not getattr(data, "resizes", False)
+
+    def _set_classes(self, names: list[str], ids: list[int]) -> None:
+        self.class_names, self.category_ids = names, ids
+        self.hparams.update({"class_names": names, "category_ids": ids})
+        self.evaluator = DetectionEvaluator(names)
+
+    # ---- steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the sum of the detector's weighted losses; each is logged as ``train/<name>``."""
+        images, targets = batch
+        losses: dict[str, Tensor] = self.detector(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        self.log_dict({f"train/{name}": x.detach() for name, x in losses.items()}, batch_size=len(images))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the pictures of the epoch before, or of the sanity check."""
+        self.evaluator.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect detections; nothing is communicated between processes here."""
+        self.evaluator.update(self.detector(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/map`` ... once for the pictures of all processes."""
+        if not self.trainer.sanity_checking:
+            self._log_figures("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget all pictures."""
+        self.evaluator.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect detections."""
+        self.evaluator.update(self.detector(batch[0]), batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/map`` ...."""
+        self._log_figures("test")
+
+    def _log_figures(self, stage: str) -> None:
+        figures = self.evaluator.compute()
+        self.evaluator.reset()
+        # every process holds the same numbers already
+        shown = {f"{stage}/{name}": figures.pop(name) for name in FIGURES}
+        self.log_dict({k: v for k, v in shown.items() if k.endswith(("/map", "/map_50"))}, prog_bar=True)
+        self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))})
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Detection]:
+        """Find objects; boxes are in pixels of the pictures given."""
+        return cast(list[Detection], self.detector(batch[0]))
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer with its parameter groups, and the schedule, which moves with every step."""
+        options = self.hparams
+        groups = self.parameter_groups()
+        optimizer: torch.optim.Optimizer
+        if options["optimizer"] == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=options["lr"], weight_decay=options["weight_decay"])
+        else:
+            optimizer = torch.optim.SGD(groups, lr=options["lr"], momentum=0.9, weight_decay=options["weight_decay"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters by learning rate and weight decay.
+
+        Returns:
+            Groups for the optimizer, each with a ``name``, ``params``, ``lr`` and ``weight_decay``.
+        """
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        for name, parameter in self.detector.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            factor, decays = self.learning_rate_factor(name), parameter.dim() > 1 and not name.endswith(".bias")
+            if (factor, decays) not in groups:
+                groups[factor, decays] = {
+                    "name": f"lr x{factor:g}, {'decay' if decays else 'no decay'}",
+                    "params": [],
+                    "lr": self.hparams["lr"] * factor,
+                    "weight_decay": self.hparams["weight_decay"] if decays else 0.0,
+                }
+            groups[factor, decays]["params"].append(parameter)
+        return list(groups.values())
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Say how much slower a parameter of the detector learns; the backbone's by ``backbone_lr_factor``."""
+        return float(self.hparams["backbone_lr_factor"]) if name.startswith("backbone.body.") else 1.0
+
+    def _learning_rate_factor(self) -> Callable[[int], float]:
+        options = self.hparams
+        total = self.trainer.estimated_stepping_batches
+        epochs = self.trainer.max_epochs or 0
+        steps_per_epoch = total / epochs if epochs > 0 else float("inf")
+        drops = [epoch * steps_per_epoch for epoch in options["milestones"] or []]
+        warmup = min(options["warmup_steps"], total / 10)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if options["schedule"] == "step":
+                return float(options["step_factor"]) ** sum(step >= drop for drop in drops)
+            if options["schedule"] == "cosine" and total != float("inf"):
+                progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+                return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+            return 1.0
+
+        return factor
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint self-contained: its classes, its network, and nothing to fetch when it is loaded."""
+        parameters = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        parameters |= {"class_names": self.class_names, "category_ids": self.category_ids}
+        parameters |= {"pretrained_backbone": False, "backbone_weights": None}
+        checkpoint["hyper_parameters"] = parameters
+        checkpoint[FORMAT] = {"format": 1, "module": type(self).__name__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that were trained on other classes."""
+        names = checkpoint.get("hyper_parameters", {}).get("class_names")
+        if names is not None and list(names) != self.class_names:
+            raise CheckpointError(f"[LCD-D120] {_difference(list(names), self.class_names)}")
+
+
+def _difference(trained: list[str], given: list[str]) -> str:
+    for i, (a, b) in enumerate(zip(trained, given, strict=False)):
+        if a != b:
+            return f"the network's class {i} is '{a}', the data set's is '{b}'; use the classes it was trained on"
+    return f"the network has {len(trained)} classes, the data set {len(given)}; use the classes it was trained on"

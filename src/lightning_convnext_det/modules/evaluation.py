@@ -1,0 +1,162 @@
+"""COCO's mean average precision over the pictures that all processes have seen.
+
+The figures are torchmetrics' (backend faster_coco_eval), with float64 thresholds so that they equal pycocotools' to
+1e-7. torchmetrics' own synchronisation aborts when processes hold different numbers of pictures; here the records are
+gathered once, keyed by picture, and evaluated on one process.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+
+from lightning_convnext_det.errors import DivergenceError
+from lightning_convnext_det.types import Detection, Target
+
+# pycocotools' own values in float64; torchmetrics' default is a float32 linspace, which differs by up to 6e-5 in mAP
+_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
+_RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
+FIGURES = (
+    "map",
+    "map_50",
+    "map_75",
+    "map_small",
+    "map_medium",
+    "map_large",
+    "mar_1",
+    "mar_10",
+    "mar_100",
+    "mar_small",
+    "mar_medium",
+    "mar_large",
+)
+
+
+class _Record(NamedTuple):
+    """One picture: what was found and what there is, on the CPU."""
+
+    detection: dict[str, Tensor]
+    target: dict[str, Tensor]
+
+
+class DetectionEvaluator:
+    """Collects detections and targets, then computes COCO's twelve figures and the AP of each class.
+
+    Args:
+        class_names: in order of label; the per-class figures are named after them.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+        self._records: dict[int, _Record] = {}
+
+    def reset(self) -> None:
+        """Forget all pictures."""
+        self._records.clear()
+
+    def update(self, detections: Sequence[Detection], targets: Sequence[Target]) -> None:
+        """Add pictures. A picture seen before, by its ``image_id``, replaces its record.
+
+        Args:
+            detections: boxes in pixels of the original picture.
+            targets: boxes in the same pixels, with ``crowd``, ``area`` and ``image_id`` where the data set has them.
+
+        Raises:
+            DivergenceError: if a box or score is not finite.
+            ValueError: if a target has no ``image_id``.
+        """
+        for detection, target in zip(detections, targets, strict=True):
+            if "image_id" not in target:
+                raise ValueError("a target has no 'image_id'; evaluation counts each picture once, by its id")
+            key = target["image_id"]
+            if not (detection["boxes"].isfinite().all() and detection["scores"].isfinite().all()):
+                name = target.get("file_name", key)
+                raise DivergenceError(f"[LCD-E010] the boxes or scores predicted for '{name}' are not finite")
+            self._records[key] = _Record(_cpu_detection(detection), _cpu_target(target))
+
+    def compute(self) -> dict[str, float]:
+        """Compute the figures over the pictures of all processes; a collective call.
+
+        Returns:
+            ``map`` ... ``mar_large`` and ``map/<class name>``; nan where there is nothing to measure.
+        """
+        records = _gather(self._records)
+        figures: list[dict[str, float] | None] = [self._evaluate(records) if records is not None else None]
+        if _world_size() > 1:
+            dist.broadcast_object_list(figures, src=0)
+        assert figures[0] is not None  # rank 0 has evaluated
+        return figures[0]
+
+    def _evaluate(self, records: dict[int, _Record]) -> dict[str, float]:
+        metric = MeanAveragePrecision(
+            iou_thresholds=_IOU_THRESHOLDS,
+            rec_thresholds=_RECALL_THRESHOLDS,
+            backend="faster_coco_eval",
+            extended_summary=True,
+        )
+        metric.warn_on_many_detections = False  # COCO's rule is the first hundred by score; no need to say it again
+        # equal scores are ranked by the order of pictures, so the order is fixed: by picture
+        ordered = [records[key] for key in sorted(records)]
+        if not ordered:
+            return dict.fromkeys([*FIGURES, *(f"map/{c}" for c in self.class_names)], math.nan)
+        metric.update([r.detection for r in ordered], [r.target for r in ordered])
+        result = metric.compute()
+        figures = {name: _defined(float(result[name])) for name in FIGURES}
+        precision = result["precision"][:, :, :, 0, -1]  # [IoU thresholds, recalls, classes], all areas, 100 detections
+        seen = {int(label): i for i, label in enumerate(result["classes"].reshape(-1))}
+        for label, name in enumerate(self.class_names):
+            values = precision[:, :, seen[label]] if label in seen else precision[:, :, :0]
+            values = values[values > -1]
+            figures[f"map/{name}"] = float(values.mean()) if values.numel() else math.nan
+        return figures
+
+
+def _cpu_detection(detection: Detection) -> dict[str, Tensor]:
+    return {
+        "boxes": detection["boxes"].detach().to("cpu", torch.float32),
+        "scores": detection["scores"].detach().to("cpu", torch.float32),
+        "labels": detection["labels"].detach().to("cpu", torch.int64),
+    }
+
+
+def _cpu_target(target: Target) -> dict[str, Tensor]:
+    boxes = target["boxes"].to("cpu", torch.float32)
+    crowd = target.get("crowd", torch.zeros(len(boxes), dtype=torch.bool))
+    area = target.get("area", (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    return {
+        "boxes": boxes,
+        "labels": target["labels"].to("cpu", torch.int64),
+        "iscrowd": crowd.to("cpu", torch.int64),
+        "area": area.to("cpu", torch.float32),
+    }
+
+
+def _defined(value: float) -> float:
+    return math.nan if value == -1 else value  # COCO's -1 says that there is nothing to measure
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather(records: dict[int, _Record]) -> dict[int, _Record] | None:
+    """Bring all records to rank 0; None on the others. A picture that two processes saw counts once."""
+    if _world_size() == 1:
+        return records
+    parts: list[dict[int, _Record] | None] | None = [None] * _world_size() if _rank() == 0 else None
+    dist.gather_object(records, parts, dst=0)
+    if parts is None:
+        return None
+    merged: dict[int, _Record] = {}
+    for part in parts:
+        merged.update(part or {})
+    return merged
