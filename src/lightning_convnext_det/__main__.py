@@ -1,0 +1,5 @@
+"""``python -m lightning_convnext_det`` is ``convnext-det``."""
+
+from lightning_convnext_det.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,250 @@
+"""The command ``convnext-det``: LightningCLI for fit, validate, test and predict, and tools beside it."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_convnext_det import __version__
+from lightning_convnext_det.callbacks import PredictionWriter
+from lightning_convnext_det.data.datamodule import DetectionDataModule
+from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.models.zoo import suggest
+from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint
+from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
+
+EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable, 6 checkpoint,
+130 interrupted, 143 terminated"""
+
+
+class _Parser(LightningArgumentParser):
+    """LightningCLI's parser; an unknown argument gets the closest known one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and leave with status 2."""
+        text = " ".join(str(message).split())
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = re.search(r"(--[\w.]+)", text) if "nrecognized arguments" in text else None
+        if unknown:
+            text += f"; {suggest(unknown.group(1), known)}"
+        sys.stderr.write(f"error: {text}\n")
+        raise SystemExit(2)
+
+
+class DetectionCLI(LightningCLI):
+    """LightningCLI for `DetectionModule` and `DetectionDataModule`, with defaults that need no configuration.
+
+    The command line wins over configuration files, which win over the checkpoint given with ``--ckpt_path``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._checkpoint = _named_checkpoint(arguments)
+        super().__init__(
+            DetectionModule,
+            DetectionDataModule,
+            args=list(arguments),
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            trainer_defaults={"max_epochs": 24, "default_root_dir": "runs", "use_distributed_sampler": False},
+            parser_class=_Parser,
+            parser_kwargs={"prog": "convnext-det", "description": _DESCRIPTION, "version": __version__},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add checkpointing and output, link the classes of the data to the model, and set the defaults."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/map",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(PredictionWriter, "output")
+        for name in ("num_classes", "class_names", "category_ids"):
+            parser.link_arguments(
+                "data", f"model.init_args.{name}", compute_fn=self._classes(name), apply_on="instantiate"
+            )
+        parser.set_defaults({"model": self._default_model()})
+
+    def _default_model(self) -> dict[str, Any]:
+        if self._checkpoint is None:
+            return {"class_path": "lightning_convnext_det.modules.FasterRCNNModule"}
+        module = MODULES[self._checkpoint[FORMAT]["module"]]
+        linked = ("num_classes", "class_names", "category_ids")
+        options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in linked}
+        return {"class_path": f"{module.__module__}.{module.__name__}", "init_args": options}
+
+    def _classes(self, name: str) -> Callable[[DetectionDataModule], Any]:
+        def read(data: DetectionDataModule) -> Any:  # an int or a list, as the model's argument needs it
+            if data.root is None and self._checkpoint is not None:
+                return self._checkpoint["hyper_parameters"][name]
+            return getattr(data, name)
+
+        return read
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments given, whatever ``sys.argv`` holds."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is: the checkpoint's values are the parser's defaults already."""
+        subcommand = self.config["subcommand"]
+        if self._checkpoint is None:
+            if subcommand != "fit":
+                raise CheckpointError(f"[LCD-K001] {subcommand} needs trained weights: add --ckpt_path FILE")
+            return
+        chosen = self.config[subcommand]["model"].get("init_args", {})
+        for name, trained in self._checkpoint["hyper_parameters"].items():
+            value = chosen.get(name, trained)
+            if _plain(value) != _plain(trained) and name not in ("pretrained_backbone", "backbone_weights"):
+                sys.stderr.write(f"model.{name}: {value} replaces the checkpoint's {trained}\n")
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer."""
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        fit, predict = self.subcommand == "fit", self.subcommand == "predict"
+        own = [c for c in callbacks if not isinstance(c, ModelCheckpoint if not fit else PredictionWriter)]
+        if not predict:
+            own = [c for c in own if not isinstance(c, PredictionWriter)]
+        given = config.get("callbacks") or []
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+            own.append(RichProgressBar())
+        if config.get("fast_dev_run") or config.get("enable_checkpointing") is False:
+            own = [c for c in own if not isinstance(c, ModelCheckpoint)]
+        if config.get("logger") in (None, True):
+            config["logger"] = _loggers(Path(config["default_root_dir"])) if not predict else False
+        if fit and config["logger"] and not config.get("fast_dev_run"):
+            own.append(LearningRateMonitor("step"))
+        for callback in own:
+            if isinstance(callback, ModelCheckpoint) and config.get("limit_val_batches") == 0:
+                callback.monitor = None  # nothing is measured: the last checkpoint is the best one
+        return super()._instantiate_trainer(config, own)
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    csv = CSVLogger(folder, name="")
+    if find_spec("tensorboard") is None:
+        return [csv]
+    return [csv, TensorBoardLogger(folder, name="", version=f"version_{csv.version}")]
+
+
+def _plain(value: Any) -> Any:  # any value of a configuration
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _named_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Read the checkpoint that the command line or a configuration file names."""
+    path = _option(arguments, ("--ckpt_path",))
+    config = _option(arguments, ("--config", "-c"))
+    if path is None and config is not None and Path(config).is_file():
+        content = yaml.safe_load(Path(config).read_text())
+        path = content.get("ckpt_path") if isinstance(content, dict) else None
+    if path is None or path in ("null", "best", "last", "hpc", "registry"):  # Lightning's own words
+        return None
+    return read_checkpoint(path)
+
+
+def _option(arguments: Sequence[str], names: Sequence[str]) -> str | None:
+    found = None
+    for i, argument in enumerate(arguments):
+        for name in names:
+            if argument == name and i + 1 < len(arguments):
+                found = arguments[i + 1]
+            elif argument.startswith(f"{name}="):
+                found = argument.partition("=")[2]
+    return found
+
+
+# ---- tools
+
+
+def _check(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("convnext-det check", description="List every bad record of a data set.")
+    parser.add_argument("root", help="folder with a COCO, VOC or YOLO data set")
+    parser.add_argument(
+        "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found by looking"
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    options = parser.parse_args(arguments)
+    from lightning_convnext_det.data.check import check_dataset
+
+    report = check_dataset(options.root, format=options.format, decode=options.decode)
+    report.print()
+    return 0 if report.clean else 3
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from lightning_convnext_det.demo import main as demo
+
+    return demo(arguments)
+
+
+_TOOLS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "check": (_check, "list every bad record of a data set"),
+    "demo": (_demo, "train and look at a detector on pictures made up on the spot"),
+}
+_DESCRIPTION = (
+    "Object detection on any timm backbone. Beside the commands of the trainer: "
+    + "; ".join(f"{name} - {text}" for name, (_, text) in _TOOLS.items())
+    + f". {EXIT_STATUS}"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; a user's mistake ends in one line, without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments and arguments[0] in _TOOLS:
+            return _TOOLS[arguments[0]][0](arguments[1:])
+        DetectionCLI(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        line = user_message(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        return int(getattr(error, "exit_status", 2))
+    return 0
+
+
+def user_message(error: BaseException) -> str | None:
+    """Say in one line what the user did wrong; None if the error is a defect of a program."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # raised in a worker of the data loader, which puts its traceback into the text
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split())
+    if hasattr(error, "exit_status") or isinstance(error, MisconfigurationException):
+        return text
+    if isinstance(error, ValueError | TypeError | FileNotFoundError) and _raised_here(error):
+        return text
+    return None
+
+
+def _raised_here(error: BaseException) -> bool:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    return str(traceback.tb_frame.f_globals.get("__name__", "")).startswith("lightning_convnext_det.")

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the real pictures are not here")
+    return SHARED.resolve()
+
+
+@pytest.fixture(scope="session")
+def photos(shared_data: Path) -> list[Tensor]:
+    """Three real photos of different sizes, uint8 [3, H, W]."""
+    files = sorted((shared_data / "coco_mini" / "val2017").glob("*.jpg"))[:3]
+    return [torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files]
