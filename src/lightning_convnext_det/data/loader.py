@@ -1,0 +1,90 @@
+"""Loaders whose errors are one line, that can continue in the middle of an epoch, and that outlive a broken picture."""
+
+import logging
+from collections.abc import Iterator
+from typing import TypedDict
+
+from torch.utils.data import DataLoader
+
+from lightning_convnext_det.data.dataset import Batch, Sample, UnreadablePicture
+from lightning_convnext_det.data.sampler import TrainingBatches
+from lightning_convnext_det.errors import DataError
+
+_logger = logging.getLogger(__name__)
+
+
+class LoaderState(TypedDict):
+    """Where in training a loader is."""
+
+    epoch: int
+    batches: int
+    """Batches of that epoch which training has received, on each process."""
+
+
+class EvaluationLoader(DataLoader[Sample]):
+    """A loader whose data errors read the same with workers as without: one line, no traceback of another process."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
+        """Yield batches.
+
+        Raises:
+            DataError: if a picture cannot be read.
+        """
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # torch puts the worker's traceback before the message, whose last line is "module.DataError: message"
+            raise DataError(str(error).rstrip().rpartition("DataError: ")[2]) from None
+
+
+class TrainingLoader(EvaluationLoader):
+    """A loader of whole batches whose place in the epoch goes into Lightning's checkpoints.
+
+    Its sampler must be a ``TrainingBatches``, its ``batch_size`` None. Lightning creates the iterator of a resumed
+    epoch before it sets the epoch; an iterator here asks for epoch and place only with its first batch.
+    """
+
+    sampler: TrainingBatches
+    _received = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
+        """Yield the batches of the sampler's epoch, from where a loaded state left off."""
+        self._received = self.sampler.start
+        for batch in super().__iter__():
+            self._received += 1
+            yield batch
+
+    def state_dict(self) -> LoaderState:
+        """Where training is; Lightning stores it in checkpoints."""
+        return {"epoch": self.sampler.epoch, "batches": self._received}
+
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Continue with the batch after those that a state counts."""
+        self.sampler.set_epoch(state["epoch"])
+        self.sampler.start = self._received = state["batches"]
+
+
+class PictureLoader(DataLoader[Sample | UnreadablePicture]):
+    """A loader that leaves out pictures that cannot be read, reports each as it comes and their number at the end.
+
+    Its ``collate_fn`` must be ``collate_readable``. A batch of which nothing is left is not yielded.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
+        """Yield batches of pictures and targets.
+
+        Raises:
+            DataError: if not one picture could be read.
+        """
+        num_read = num_failed = 0
+        for images, targets, failed in super().__iter__():
+            num_read += len(images)
+            num_failed += len(failed)
+            for picture in failed:
+                _logger.warning("left out: %s", picture.reason)
+            if images:
+                yield images, targets
+        if num_failed and not num_read:
+            raise DataError(f"[LCD-P002] none of {num_failed} pictures can be read; the reasons are given above")
+        if num_failed:
+            _logger.warning("%d of %d pictures could not be read and were left out", num_failed, num_read + num_failed)

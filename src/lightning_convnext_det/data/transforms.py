@@ -1,0 +1,256 @@
+"""Random changes of a training picture and its boxes: four named presets on torchvision's v2 transforms.
+
+Sides are rounded to the nearest pixel and are at least 1, where torchvision's own resizing rounds down, to 0 for a very
+narrow picture. All random choices are drawn from torch's generator on the CPU, which ``seeded`` fixes per picture.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from lightning_convnext_det.types import Target
+
+Preset = Literal["none", "flip", "multiscale", "lsj"]
+RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
+"""Presets that fix the size of a picture: the detector must not resize it once more in training."""
+MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR, arXiv:2005.12872, section 4
+MIN_VISIBLE_SIDE = 1.0  # pixels; the proposal heads cannot regress a box without area
+FILL = (124, 116, 104)  # ImageNet's mean colour: close to 0 once normalised, as the padding that detectors add
+
+# torchvision has no types: its classes are Any to the type checker
+# mypy: disable-error-code="misc"
+
+
+class ShortestSide(v2.RandomShortestSize):
+    """Resize such that the shorter side is one of ``min_size``, or less where the longer would exceed ``max_size``."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size of the output."""
+        height, width = v2.query_size(flat_inputs)
+        shortest = self.min_size[int(torch.randint(len(self.min_size), ()))]
+        factor = shortest / min(height, width)
+        if self.max_size is not None:
+            factor = min(factor, self.max_size / max(height, width))
+        return {"size": scaled_size(height, width, factor)}
+
+
+class LargeScaleJitter(v2.Transform):
+    """Resize to a random multiple of the size that just fits a square.
+
+    Args:
+        side: of the square, in pixels.
+        scale_range: the smallest and the largest multiple, drawn uniformly.
+
+    Reference:
+        Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation",
+        arXiv:2012.07177, section 3 and appendix A.
+    """
+
+    def __init__(self, side: int, scale_range: tuple[float, float] = (0.1, 2.0)) -> None:
+        super().__init__()
+        self.side = side
+        self.scale_range = scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size of the output."""
+        height, width = v2.query_size(flat_inputs)
+        low, high = self.scale_range
+        scale = low + (high - low) * float(torch.rand(()))
+        return {"size": scaled_size(height, width, scale * self.side / max(height, width))}
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
+        """Resize a picture or its boxes."""
+        return self._call_kernel(F.resize, inpt, size=params["size"], antialias=True)
+
+
+class RandomSizeCrop(v2.Transform):
+    """Cut out a window whose sides are drawn independently; a side of the picture that is too short is kept.
+
+    Args:
+        min_side: smallest side of the window in pixels.
+        max_side: largest side of the window in pixels.
+    """
+
+    def __init__(self, min_side: int, max_side: int) -> None:
+        super().__init__()
+        self.min_side = min_side
+        self.max_side = max_side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the window."""
+        height, width = v2.query_size(flat_inputs)
+        crop_height, crop_width = (
+            int(torch.randint(min(self.min_side, side), min(self.max_side, side) + 1, ())) for side in (height, width)
+        )
+        return {
+            "top": int(torch.randint(height - crop_height + 1, ())),
+            "left": int(torch.randint(width - crop_width + 1, ())),
+            "height": crop_height,
+            "width": crop_width,
+        }
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
+        """Cut a picture or its boxes."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+class SquareWindow(v2.Transform):
+    """A square cut out at random where the picture is larger, and filled up at right and bottom where it is smaller.
+
+    Args:
+        side: of the square in pixels.
+        fill: colour of the part that the picture does not cover.
+    """
+
+    def __init__(self, side: int, fill: Sequence[int] = FILL) -> None:
+        super().__init__()
+        self.side = side
+        self.fill = fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the window."""
+        height, width = v2.query_size(flat_inputs)
+        crop = {
+            "top": int(torch.randint(max(height - self.side, 0) + 1, ())),
+            "left": int(torch.randint(max(width - self.side, 0) + 1, ())),
+            "height": min(height, self.side),
+            "width": min(width, self.side),
+        }
+        return {"crop": crop, "padding": [0, 0, self.side - crop["width"], self.side - crop["height"]]}
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
+        """Cut and fill a picture or its boxes."""
+        inpt = self._call_kernel(F.crop, inpt, **params["crop"])
+        return self._call_kernel(F.pad, inpt, padding=params["padding"], fill=self.fill)
+
+
+def create_transforms(
+    preset: Preset,
+    sizes: Sequence[int] = MULTISCALE_SIZES,
+    max_size: int = 1333,
+    crop_size: int = 1024,
+    scale_range: tuple[float, float] = (0.1, 2.0),
+    vertical_flip: bool = False,
+    color_jitter: float = 0.0,
+) -> v2.Transform | None:
+    """Build what happens to a training picture.
+
+    Args:
+        preset: ``none``; ``flip``: half of the pictures are mirrored; ``multiscale``: mirrored, then resized to one of
+            ``sizes``, half of them cropped before that (DETR, arXiv:2005.12872); ``lsj``: mirrored, resized to
+            0.1 ... 2 times ``crop_size`` and cut or filled to that square (arXiv:2012.07177).
+        sizes: shorter sides of ``multiscale`` in pixels. Its crop keeps the proportions that it has for 800, the
+            largest size of the original: resized to 400, 500 or 600, cut to 384 ... 600.
+        max_size: the longer side of ``multiscale`` is at most this many pixels.
+        crop_size: side of the square of ``lsj`` in pixels.
+        scale_range: smallest and largest scale of ``lsj``.
+        vertical_flip: also turn half of the pictures upside down; for pictures from above or through a microscope.
+        color_jitter: change brightness, contrast and saturation by up to this factor; 0.4 is common.
+
+    Returns:
+        A transform of pictures and boxes; None if there is nothing to do.
+
+    Raises:
+        ValueError: if a preset is not known or a size is not positive.
+    """
+    _check_arguments(preset, sizes, max_size, crop_size, scale_range, color_jitter)
+    steps: list[v2.Transform] = []
+    if preset != "none":
+        steps.append(v2.RandomHorizontalFlip())
+    if vertical_flip:
+        steps.append(v2.RandomVerticalFlip())
+    if preset == "multiscale":
+        resize = ShortestSide(list(sizes), max_size)
+        unit = max(sizes) / 800
+        shorter = ShortestSide([round(side * unit) for side in (400, 500, 600)])
+        crop = RandomSizeCrop(round(384 * unit), round(600 * unit))
+        steps.append(v2.RandomChoice([resize, v2.Compose([shorter, crop, resize])]))
+    elif preset == "lsj":
+        steps += [LargeScaleJitter(crop_size, scale_range), SquareWindow(crop_size)]
+    if color_jitter > 0:
+        steps.append(v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter))
+    return v2.Compose(steps) if steps else None
+
+
+def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Apply v2 transforms to a picture and its boxes, and leave out the boxes that vanish.
+
+    A box stays if its visible part is at least 1 pixel wide and high. All fields of ``target`` that have a row per box
+    follow, and ``area`` changes in the proportion in which its box does. Neither argument is modified.
+
+    Args:
+        transforms: any transform of ``torchvision.transforms.v2``, also one that removes boxes.
+        image: uint8 [3, H, W].
+        target: its objects.
+
+    Returns:
+        The new picture and its objects.
+    """
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
+    # resizing takes 0.4 of the time with the channels innermost, the copy included
+    pixels = tv_tensors.Image(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    # row numbers in place of the labels: they tell which boxes a transform such as SanitizeBoundingBoxes has left
+    pixels, found = transforms(pixels, {"boxes": boxes, "labels": torch.arange(len(boxes))})
+
+    boxes = F.clamp_bounding_boxes(found["boxes"]).as_subclass(Tensor)
+    visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_VISIBLE_SIDE).all(dim=1)
+    boxes, rows = boxes[visible], found["labels"][visible]
+    changed: Target = {**target, "boxes": boxes, "labels": target["labels"][rows]}
+    if "crowd" in target:
+        changed["crowd"] = target["crowd"][rows]
+    if "area" in target:
+        changed["area"] = target["area"][rows] * _box_area(boxes) / _box_area(target["boxes"][rows])
+    return pixels.as_subclass(Tensor), changed
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Make torch's random choices on the CPU a function of three numbers, and leave its generator as it was."""
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
+    """Height and width times a factor, rounded, at least 1."""
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _box_area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _check_arguments(
+    preset: str,
+    sizes: Sequence[int],
+    max_size: int,
+    crop_size: int,
+    scale_range: tuple[float, float],
+    color_jitter: float,
+) -> None:
+    """Refuse arguments of ``create_transforms`` that make no sense."""
+    if preset not in get_args(Preset):
+        close = get_close_matches(preset, get_args(Preset), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"train_transforms '{preset}' is not one of {', '.join(get_args(Preset))}{hint}")
+    if len(sizes) == 0 or min(sizes) < 1:
+        raise ValueError(f"sizes are {list(sizes)}; give one or more sides of at least 1 pixel.")
+    if max_size < min(sizes):
+        raise ValueError(f"max_size is {max_size}, below the smallest of sizes, {min(sizes)}.")
+    if crop_size < 1:
+        raise ValueError(f"crop_size is {crop_size}; it must be at least 1 pixel.")
+    if not 0 < scale_range[0] <= scale_range[1]:
+        raise ValueError(f"scale_range is {list(scale_range)}; give the smaller scale first, above 0.")
+    if not color_jitter >= 0:
+        raise ValueError(f"color_jitter is {color_jitter}; it must not be negative.")

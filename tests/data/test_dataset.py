@@ -1,0 +1,131 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import Box, Picture, make_table
+from PIL import Image
+
+from lightning_convnext_det.data.dataset import (
+    DetectionDataset,
+    PictureDataset,
+    UnreadablePicture,
+    collate,
+    collate_readable,
+)
+from lightning_convnext_det.data.transforms import create_transforms
+from lightning_convnext_det.errors import DataError
+
+PICTURES = [
+    Picture(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),
+    Picture(30, 20),
+    Picture(24, 24, (Box((0, 0, 24, 24)),)),
+]
+
+
+def test_getitem__training_leaves_crowd_boxes_out(tmp_path: Path) -> None:
+    image, target = DetectionDataset(make_table(tmp_path, PICTURES), training=True)[0]
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 20, 30)
+    assert target["boxes"].tolist() == [[1.0, 2.0, 11.0, 12.0]]
+    assert target["labels"].tolist() == [1]
+    assert target["image_id"] == 100
+    assert target["file_name"] == str(tmp_path / "00.png")
+    assert "crowd" not in target
+
+
+def test_getitem__evaluation_keeps_crowd_and_area(tmp_path: Path) -> None:
+    _, target = DetectionDataset(make_table(tmp_path, PICTURES), training=False)[0]
+    assert target["labels"].tolist() == [1, 0]
+    assert target["crowd"].tolist() == [False, True]
+    assert target["area"].tolist() == [100.0, 77.0]
+    assert {key: value.dtype for key, value in target.items() if isinstance(value, torch.Tensor)} == {
+        "boxes": torch.float32,
+        "labels": torch.int64,
+        "crowd": torch.bool,
+        "area": torch.float32,
+    }
+
+
+def test_getitem__picture_without_boxes(tmp_path: Path) -> None:
+    for training in (True, False):
+        _, target = DetectionDataset(make_table(tmp_path, PICTURES), training=training)[1]
+        assert target["boxes"].shape == (0, 4)
+        assert target["boxes"].dtype == torch.float32
+        assert target["labels"].dtype == torch.int64
+
+
+def test_getitem__the_table_cannot_be_changed_through_a_sample(tmp_path: Path) -> None:
+    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    dataset[2][1]["boxes"].zero_()
+    assert dataset[2][1]["boxes"].tolist() == [[0.0, 0.0, 24.0, 24.0]]
+
+
+def test_getitem__key_decides_the_transform_and_the_global_generator_is_left(tmp_path: Path) -> None:
+    table = make_table(tmp_path, PICTURES)
+    dataset = DetectionDataset(table, create_transforms("lsj", crop_size=32), training=True, seed=5)
+    before = torch.random.get_rng_state()
+    first = dataset[(3, 0)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(7)
+    again = dataset[(3, 0)]
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1]["boxes"], again[1]["boxes"])
+    other_seed = DetectionDataset(table, create_transforms("lsj", crop_size=32), training=True, seed=6)
+    assert not torch.equal(first[0], dataset[(4, 0)][0])
+    assert not torch.equal(first[0], other_seed[(3, 0)][0])
+    assert torch.equal(dataset[0][0], dataset[(0, 0)][0])
+
+
+def test_getitem__list_of_keys(tmp_path: Path) -> None:
+    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    images, targets = collate(dataset[[(0, 2), (0, 0)]])
+    assert [image.shape[-2:] for image in images] == [(24, 24), (20, 30)]
+    assert [target["image_id"] for target in targets] == [102, 100]
+
+
+def test_getitem__damaged_picture_is_named_with_its_id(tmp_path: Path) -> None:
+    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    content = (tmp_path / "02.png").read_bytes()
+    (tmp_path / "02.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"02\.png.*\(image id 102, epoch 4\)$") as caught:
+        dataset[(4, 2)]
+    assert "\n" not in str(caught.value)
+
+
+def test_getitem__size_differs_from_the_annotation(tmp_path: Path) -> None:
+    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    Image.new("RGB", (24, 25)).save(tmp_path / "02.png")
+    with pytest.raises(DataError, match=r"LCD-I020.*02\.png is 24x25, but its boxes refer to 24x24 \(image id 102"):
+        dataset[2]
+
+
+def test_pickle__is_small(tmp_path: Path) -> None:
+    count = 2000
+    pictures = [Picture(20, 30, (Box((1, 2, 11, 12)),) * 7)] * count
+    dataset = DetectionDataset(
+        make_table(tmp_path, pictures, write=False), create_transforms("multiscale"), training=True
+    )
+    content = pickle.dumps(dataset)
+    assert len(content) / count < 400  # bytes per picture with 7 boxes; 118,000 pictures stay below 50 MB
+    assert np.array_equal(pickle.loads(content).table.boxes, dataset.table.boxes)
+
+
+def test_picture_dataset__numbers_pictures_from_one(tmp_path: Path) -> None:
+    make_table(tmp_path, PICTURES)
+    image, target = PictureDataset([tmp_path / "02.png", tmp_path / "00.png"])[1]
+    assert image.shape == (3, 20, 30)
+    assert target["image_id"] == 2
+    assert target["file_name"] == str(tmp_path / "00.png")
+    assert target["boxes"].shape == (0, 4)
+
+
+def test_collate_readable__sets_aside_what_cannot_be_read(tmp_path: Path) -> None:
+    make_table(tmp_path, PICTURES)
+    (tmp_path / "empty.jpg").touch()
+    dataset = PictureDataset([tmp_path / "00.png", tmp_path / "empty.jpg", tmp_path / "missing.jpg"])
+    images, targets, unreadable = collate_readable([dataset[index] for index in range(3)])
+    assert len(images) == len(targets) == 1
+    assert [Path(picture.file_name).name for picture in unreadable] == ["empty.jpg", "missing.jpg"]
+    assert all(isinstance(picture, UnreadablePicture) and picture.reason for picture in unreadable)

@@ -1,0 +1,230 @@
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lightning_convnext_det.data.transforms import (
+    MULTISCALE_SIZES,
+    Preset,
+    RandomSizeCrop,
+    create_transforms,
+    scaled_size,
+    seeded,
+    transform_sample,
+)
+from lightning_convnext_det.types import Target
+
+# (preset, arguments): each with sizes that suit a picture of 90 x 130
+CHANGES: list[tuple[Preset, dict[str, object]]] = [
+    ("flip", {"vertical_flip": True}),
+    ("multiscale", {"sizes": (60, 80, 100, 120), "max_size": 170}),
+    ("lsj", {"crop_size": 110, "scale_range": (0.3, 2.0)}),
+]
+
+
+def picture_with(
+    *corners: tuple[float, float, float, float], height: int = 90, width: int = 130
+) -> tuple[Tensor, Target]:
+    """Black, each box a filled rectangle: its row number in red, brightly."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for x1, y1, x2, y2 in corners:
+        image[:, int(y1) : int(y2), int(x1) : int(x2)] = 255
+    boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    labels = torch.arange(len(corners))
+    return image, {"boxes": boxes, "labels": labels, "area": sides.prod(dim=1)}
+
+
+@pytest.mark.parametrize(("preset", "arguments"), CHANGES, ids=[preset for preset, _ in CHANGES])
+def test_transform_sample__boxes_follow_the_painted_rectangle(preset: Preset, arguments: dict[str, object]) -> None:
+    transforms = create_transforms(preset, **arguments)
+    image, target = picture_with((31, 22, 87, 64))
+    kept = 0
+    for index in range(40):
+        with seeded(0, 0, index):
+            changed, found = transform_sample(transforms, image, target)
+        # a pixel that the box covers by more than half is above 127 in all channels, the fill is not
+        bright = (changed.min(dim=0).values > 127).nonzero()
+        if len(found["boxes"]) == 0:
+            assert len(bright) <= 2 * max(changed.shape[-2:])  # a sliver of at most a pixel
+            continue
+        kept += 1
+        (y1, x1), (y2, x2) = bright.min(dim=0).values.tolist(), (bright.max(dim=0).values + 1).tolist()
+        painted = torch.tensor([x1, y1, x2, y2], dtype=torch.float32)
+        assert (found["boxes"][0] - painted).abs().max() <= 1.0
+    assert kept >= 20
+
+
+@pytest.mark.parametrize(("preset", "arguments"), CHANGES, ids=[preset for preset, _ in CHANGES])
+def test_transform_sample__boxes_stay_inside_and_rows_together(preset: Preset, arguments: dict[str, object]) -> None:
+    generator = np.random.default_rng(0)
+    low = generator.uniform(0, (120, 80), (30, 2))
+    high = np.minimum(low + generator.uniform(0.5, 60, (30, 2)), (130, 90))
+    image, target = picture_with(*[tuple(row) for row in np.concatenate([low, high], axis=1).tolist()])
+    transforms = create_transforms(preset, **arguments)
+    for index in range(20):
+        with seeded(0, 1, index):
+            changed, found = transform_sample(transforms, image, target)
+        boxes, height, width = found["boxes"], *changed.shape[-2:]
+        assert boxes.dtype == torch.float32
+        assert type(boxes) is Tensor
+        assert type(changed) is Tensor
+        assert len(boxes) == len(found["labels"]) == len(found["area"])
+        assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor([width, height, width, height])).all()
+        assert all(before < after for before, after in pairwise(found["labels"].tolist()))
+        torch.testing.assert_close(found["area"], (boxes[:, 2:] - boxes[:, :2]).prod(dim=1))
+
+
+def test_transform_sample__area_of_a_segment_scales_with_its_box() -> None:
+    image, target = picture_with((10, 10, 50, 40))
+    target["area"] = torch.tensor([300.0])  # a segment that fills a quarter of its box
+    _, found = transform_sample(v2.Resize((180, 390)), image, target)
+    assert found["boxes"].tolist() == [[30.0, 20.0, 150.0, 80.0]]
+    assert found["area"].tolist() == [1800.0]
+
+
+def test_transform_sample__arguments_are_not_modified() -> None:
+    image, target = picture_with((10, 10, 50, 40), (0, 0, 5, 5))
+    before = image.clone(), {key: value.clone() for key, value in target.items()}
+    transform_sample(create_transforms("lsj", crop_size=64), image, target)
+    assert torch.equal(image, before[0])
+    assert all(torch.equal(target[key], value) for key, value in before[1].items())
+
+
+def test_transform_sample__no_boxes() -> None:
+    image, target = picture_with()
+    for preset, arguments in CHANGES:
+        _, found = transform_sample(create_transforms(preset, **arguments), image, target)
+        assert found["boxes"].shape == (0, 4)
+        assert found["labels"].shape == (0,)
+
+
+def test_transform_sample__a_transform_that_removes_boxes() -> None:
+    image, target = picture_with((0, 0, 4, 4), (10, 10, 50, 40), (60, 0, 62, 50))
+    target["crowd"] = torch.tensor([False, True, False])
+    _, found = transform_sample(v2.SanitizeBoundingBoxes(min_size=10), image, target)
+    assert found["labels"].tolist() == [1]
+    assert found["crowd"].tolist() == [True]
+    assert found["area"].tolist() == [1200.0]
+
+
+def test_transform_sample__vanishing_box_is_left_out() -> None:
+    image, target = picture_with((0, 0, 10, 10), (60, 20, 130, 90))
+    _, found = transform_sample(v2.Resize((8, 12)), image, target)
+    assert found["labels"].tolist() == [1]  # the first is 0.9 pixels high
+
+
+def test_transform_sample__channels_innermost_resize_equals_plain_resize(photos: list[Tensor]) -> None:
+    image = photos[0].contiguous()
+    target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    ours, _ = transform_sample(v2.Resize((301, 402)), image, target)
+    assert torch.equal(ours, v2.functional.resize(image, [301, 402]))
+
+
+def test_create_transforms__multiscale_sizes_on_a_real_photo(shared_data: Path) -> None:
+    file = min((shared_data / "coco_mini" / "val2017").glob("*.jpg"))
+    image = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+    target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    transforms = create_transforms("multiscale")
+    ratio = max(image.shape[-2:]) / min(image.shape[-2:])
+    plain = 0
+    for index in range(30):
+        with seeded(0, 0, index):
+            changed, _ = transform_sample(transforms, image, target)
+        short, long = sorted(changed.shape[-2:])
+        assert long <= 1333
+        assert short in MULTISCALE_SIZES or long == 1333
+        plain += abs(long / short - ratio) < 0.01
+    assert 8 <= plain <= 22  # half of the pictures are not cropped
+
+
+def test_create_transforms__lsj_gives_squares() -> None:
+    image, target = picture_with((10, 10, 50, 40))
+    sizes = {transform_sample(create_transforms("lsj", crop_size=96), image, target)[0].shape for _ in range(10)}
+    assert sizes == {(3, 96, 96)}
+
+
+def test_create_transforms__lsj_scales_are_uniform() -> None:
+    jitter = create_transforms("lsj", crop_size=130, scale_range=(0.5, 2.0)).transforms[1]
+    image, _ = picture_with()
+    widths = [jitter.make_params([image])["size"][1] / 130 for _ in range(300)]
+    assert 0.5 <= min(widths) < 0.55
+    assert 1.95 < max(widths) <= 2.0
+    assert abs(float(np.mean(widths)) - 1.25) < 0.1
+
+
+def test_random_size_crop__short_sides_are_kept() -> None:
+    image, target = picture_with((5, 5, 30, 20), height=40, width=100)
+    changed, found = transform_sample(RandomSizeCrop(60, 80), image, target)
+    assert changed.shape[-2] == 40
+    assert 60 <= changed.shape[-1] <= 80
+    assert found["boxes"][:, 3].tolist() in ([], [20.0])
+
+
+def test_create_transforms__none() -> None:
+    assert create_transforms("none") is None
+
+
+def test_create_transforms__color_jitter_leaves_boxes() -> None:
+    image, target = picture_with((10, 10, 50, 40))
+    changed, found = transform_sample(create_transforms("none", color_jitter=0.4), image, target)
+    assert torch.equal(found["boxes"], target["boxes"])
+    assert not torch.equal(changed, image)
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 2), (3, 7)])
+def test_create_transforms__narrow_pictures_keep_a_pixel(size: tuple[int, int]) -> None:
+    image, target = picture_with(height=size[0], width=size[1])
+    for preset, arguments in CHANGES:
+        changed, _ = transform_sample(create_transforms(preset, **arguments), image, target)
+        assert min(changed.shape[-2:]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "multi-scale"}, "did you mean 'multiscale'"),
+        ({"preset": "multiscale", "sizes": []}, "sizes are"),
+        ({"preset": "multiscale", "sizes": [0, 64]}, "sizes are"),
+        (
+            {"preset": "multiscale", "sizes": [640], "max_size": 333},
+            "max_size is 333, below the smallest of sizes, 640",
+        ),
+        ({"preset": "lsj", "crop_size": 0}, "crop_size is 0"),
+        ({"preset": "lsj", "scale_range": (2.0, 0.1)}, "scale_range is"),
+        ({"preset": "none", "color_jitter": -0.1}, "color_jitter is -0.1"),
+    ],
+)
+def test_create_transforms__refuses(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_transforms(**arguments)
+
+
+def test_seeded__same_numbers_give_the_same_draws_and_leave_the_generator() -> None:
+    before = torch.random.get_rng_state()
+    draws = []
+    for key in [(1, 2, 3), (1, 2, 3), (1, 3, 2), (2, 2, 3)]:
+        with seeded(*key):
+            draws.append(float(torch.rand(())))
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_seeded__restores_the_generator_after_an_error() -> None:
+    before = torch.random.get_rng_state()
+    with pytest.raises(RuntimeError, match="inside"), seeded(0, 0, 0):
+        raise RuntimeError("inside")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_scaled_size__rounds() -> None:
+    assert scaled_size(480, 640, 800 / 480) == (800, 1067)
+    assert scaled_size(1, 2000, 0.1) == (1, 200)
