@@ -4,6 +4,7 @@ Arrays, not lists of objects: worker processes share their pages, checks are vec
 with two functions.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,6 +33,13 @@ class Split(NamedTuple):
     """Files that list the pictures; empty where the annotations or the folder do."""
     classes: tuple[Path, ...] = ()
     """Files or folders that the class names are taken from; empty where the annotations name them."""
+
+
+def canonical_split(name: str) -> str:
+    """The name that a split goes by: ``train2017`` is ``train``, ``valid`` is ``val``."""
+    bare = re.sub(r"[\W_]*(?:19|20)\d\d$", "", name.lower()).strip("._- ")
+    known = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
+    return known.get(bare, bare) or name
 
 
 class Problem(NamedTuple):
