@@ -1,6 +1,7 @@
 """Pictures and their boxes, one at a time: for training and evaluation from a table, for prediction from files."""
 
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lightning_convnext_det.data.images import read_image
+from lightning_convnext_det.data.pictures import is_picture_name, picture_names
 from lightning_convnext_det.data.sampler import Key
 from lightning_convnext_det.data.table import DetectionTable
 from lightning_convnext_det.data.transforms import seeded, transform_sample
@@ -152,3 +154,32 @@ def collate_readable(
     unreadable = [sample for sample in samples if isinstance(sample, UnreadablePicture)]
     images, targets = collate([sample for sample in samples if not isinstance(sample, UnreadablePicture)])
     return images, targets, unreadable
+
+
+def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
+    """The files that prediction is asked for, each once.
+
+    Args:
+        sources: files, whatever their names; folders, of which the pictures in them are taken, sorted, but not those in
+            folders below; and patterns such as ``photos/**/*.jpg``, of which only pictures are taken.
+
+    Raises:
+        DataError: if a source yields none.
+    """
+    found: dict[Path, None] = {}
+    for source in map(Path, sources):
+        if source.is_dir():
+            files = [source / name for name in picture_names(source)]
+        elif source.is_file():
+            files = [source]
+        else:
+            files = [
+                Path(name) for name in sorted(glob(str(source), recursive=True)) if is_picture_name(Path(name).name)
+            ]
+        if not files:
+            what = (
+                "holds no pictures itself; for those below it, end it in /**/*" if source.is_dir() else "is not there"
+            )
+            raise DataError(f"[LCD-P001] {source} {what}")
+        found.update(dict.fromkeys(files))
+    return list(found)

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.data.dataset import Batch, Sample, UnreadablePicture
+from lightning_convnext_det.data.dataset import Batch
 from lightning_convnext_det.data.sampler import TrainingBatches
 from lightning_convnext_det.errors import DataError
 
@@ -21,7 +21,7 @@ class LoaderState(TypedDict):
     """Batches of that epoch which training has received, on each process."""
 
 
-class EvaluationLoader(DataLoader[Sample]):
+class EvaluationLoader(DataLoader[object]):
     """A loader whose data errors read the same with workers as without: one line, no traceback of another process."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
@@ -64,7 +64,7 @@ class TrainingLoader(EvaluationLoader):
         self.sampler.start = self._received = state["batches"]
 
 
-class PictureLoader(DataLoader[Sample | UnreadablePicture]):
+class PictureLoader(DataLoader[object]):
     """A loader that leaves out pictures that cannot be read, reports each as it comes and their number at the end.
 
     Its ``collate_fn`` must be ``collate_readable``. A batch of which nothing is left is not yielded.

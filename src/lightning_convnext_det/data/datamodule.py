@@ -1,0 +1,284 @@
+"""Loaders for training, validation, test and prediction, for a folder in any of the formats."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset, Sampler
+
+from lightning_convnext_det.data.dataset import (
+    DetectionDataset,
+    PictureDataset,
+    Sample,
+    UnreadablePicture,
+    collate,
+    collate_readable,
+    find_pictures,
+)
+from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader
+from lightning_convnext_det.data.pictures import Exif
+from lightning_convnext_det.data.records import BadRecords
+from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
+from lightning_convnext_det.data.splits import SplitReader, warn_of_shared_pictures
+from lightning_convnext_det.data.table import DetectionTable, Format
+from lightning_convnext_det.data.transforms import MULTISCALE_SIZES, RESIZING_PRESETS, Preset, create_transforms
+from lightning_convnext_det.errors import DataError
+
+_logger = logging.getLogger(__name__)
+_Loader = TypeVar("_Loader", TrainingLoader, EvaluationLoader, PictureLoader)
+PREFETCH = 2  # batches per worker: torch's default
+
+
+class DetectionDataModule(LightningDataModule):
+    """Pictures with boxes for a ``Trainer``, from a folder in COCO, Pascal VOC or YOLO layout.
+
+    The layout and the splits are found by looking. Validation uses the split ``val``; where there is none, and when
+    training is on ``trainval``, a part of the training pictures is set aside. Testing uses ``test``, else validation.
+    Nothing is read before it is needed, and each split once. Batches are lists of pictures of any sizes and of targets.
+
+    Prediction numbers its pictures from 1. One that cannot be read is left out and named in a warning, not an error.
+
+    Args:
+        root: folder of the data set.
+        format: layout of the folder; ``auto`` looks.
+        train: split to train on (default: train); or the path of a COCO file or a folder of VOC's XML.
+        val: split to validate on (default: val), or such a path.
+        test: split to test on (default: test), or such a path.
+        train_images: folder of the pictures when ``train`` is a path (default: looked for around it).
+        val_images: folder of the pictures when ``val`` is a path (default: looked for around it).
+        test_images: folder of the pictures when ``test`` is a path (default: looked for around it).
+        predict: pictures to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
+        batch_size: pictures per batch on each device.
+        num_workers: processes that read pictures; 0 reads in the training process (default: one per core, at most 4).
+        train_transforms: random changes of training pictures: ``none``; ``flip``: mirrored half of the time;
+            ``multiscale``: also resized to one of ``sizes`` and often cropped before that; ``lsj``: scaled by 0.1 to 2
+            and cut to a square.
+        sizes: shorter sides in pixels that ``multiscale`` draws from.
+        max_size: limit of the longer side in pixels for ``multiscale``.
+        crop_size: side of the square in pixels for ``lsj``.
+        scale_range: smallest and largest scale for ``lsj``.
+        vertical_flip: also turn training pictures upside down half of the time.
+        color_jitter: change brightness, contrast and saturation of training pictures by up to this factor.
+        val_fraction: share of the training pictures to set aside where there is no validation split; 0 for none.
+        seed: of the order of the pictures, their random changes, and the pictures set aside.
+        classes: names of the classes to use, in order of label (default: all).
+        bad_records: records that cannot be used: ``auto`` leaves out those that are harmless to lose and refuses the
+            others; ``drop`` leaves all out; ``refuse`` refuses all.
+        exif: whether boxes refer to pictures turned by their EXIF orientation; ``auto`` goes by the stated sizes.
+        train_on_difficult: train on objects that VOC marks as difficult.
+        drop_last: leave out the last batch of a training epoch if it is smaller than the others.
+        persistent_workers: keep the worker processes from one epoch to the next.
+        timeout: seconds to wait for a batch from a worker before giving up; 0 waits for ever.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        format: Literal["auto"] | Format = "auto",
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        train_images: str | None = None,
+        val_images: str | None = None,
+        test_images: str | None = None,
+        predict: str | list[str] | None = None,
+        batch_size: int = 4,
+        num_workers: int | None = None,
+        train_transforms: Preset = "flip",
+        sizes: Sequence[int] = MULTISCALE_SIZES,
+        max_size: int = 1333,
+        crop_size: int = 1024,
+        scale_range: tuple[float, float] = (0.1, 2.0),
+        vertical_flip: bool = False,
+        color_jitter: float = 0.0,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        classes: list[str] | None = None,
+        bad_records: BadRecords = "auto",
+        exif: Exif = "auto",
+        train_on_difficult: bool = False,
+        drop_last: bool = False,
+        persistent_workers: bool = True,
+        timeout: float = 300.0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1.")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        self.batch_size = batch_size
+        self.num_workers = min(4, _available_cores()) if num_workers is None else num_workers
+        self.train_transforms = train_transforms
+        self.predict = [predict] if isinstance(predict, str) else predict
+        self.seed = seed
+        self.drop_last = drop_last
+        self.persistent_workers = persistent_workers
+        self.timeout = timeout
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # evaluation of fewer pictures than devices
+        self._transforms = create_transforms(
+            train_transforms, sizes, max_size, crop_size, scale_range, vertical_flip, color_jitter
+        )
+        self._reader = SplitReader(
+            root=root,
+            format=format,
+            wanted={"train": train, "val": val, "test": test},
+            pictures={"train": train_images, "val": val_images, "test": test_images},
+            val_fraction=val_fraction,
+            seed=seed,
+            classes=classes,
+            bad_records=bad_records,
+            exif=exif,
+            train_on_difficult=train_on_difficult,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in order of label; reads the training split if nothing has been read yet."""
+        return list(self._reader.class_table()[0])
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The data set's own ids of the classes, in order of label."""
+        return list(self._reader.class_table()[1])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background not counted."""
+        return len(self._reader.class_table()[0])
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the training pictures have their final size: the detector must then not resize them in training."""
+        return self.train_transforms in RESIZING_PRESETS
+
+    def table(self, stage: Literal["train", "val", "test"]) -> DetectionTable | None:
+        """The pictures and boxes of a stage; None for a validation that is switched off.
+
+        Raises:
+            DataError: if the split is missing or cannot be used.
+        """
+        return self._reader.table(stage)
+
+    def setup(self, stage: str) -> None:
+        """Read what a stage needs, so that all that is wrong with it is said before the first step.
+
+        Raises:
+            DataError: if a split is missing, empty, or cannot be used.
+        """
+        if stage == "fit":
+            train, val = self.table("train"), self.table("val")
+            assert train is not None
+            if train.crowd.all():
+                raise DataError(f"[LCD-D134] the training pictures in {train.image_root} have no boxes to learn from")
+            if val is not None:
+                warn_of_shared_pictures(train, val)
+        elif stage == "validate":
+            self.table("val")
+        elif stage == "test":
+            self.table("test")
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Batches by seed and epoch, orientations apart; its place in an epoch goes into Lightning's checkpoints."""
+        table = self.table("train")
+        assert table is not None
+        num_replicas, rank = self._replicas()
+        batches = TrainingBatches(
+            table.sizes[:, 1] >= table.sizes[:, 0],
+            self.batch_size,
+            self.seed,
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),  # overfitting needs the same batches in each epoch
+            drop_last=self.drop_last,
+            num_replicas=num_replicas,
+            rank=rank,
+        )
+        dataset = DetectionDataset(table, self._transforms, training=True, seed=self.seed)
+        self._check_shared_memory(int(table.sizes.prod(axis=1).mean()))
+        return self._loader(TrainingLoader, dataset, batches, None, collate)
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        """Each validation picture once, shared out over the processes; an empty list if there are none."""
+        table = self.table("val")
+        return [] if table is None else self._evaluation_loader(table)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Each test picture once, shared out over the processes."""
+        table = self.table("test")
+        assert table is not None
+        return self._evaluation_loader(table)
+
+    def predict_dataloader(self) -> PictureLoader:
+        """Pictures without boxes; their targets hold ``file_name`` and ``image_id``, which counts from 1.
+
+        Raises:
+            DataError: if no pictures are given or found.
+        """
+        if not self.predict:
+            raise DataError("[LCD-P001] data.predict is not given: name a picture, a folder or a pattern")
+        files = find_pictures(self.predict)
+        share = EvaluationShare(len(files), *self._replicas())
+        return self._loader(PictureLoader, PictureDataset(files), share, self.batch_size, collate_readable)
+
+    def _evaluation_loader(self, table: DetectionTable) -> EvaluationLoader:
+        dataset = DetectionDataset(table, training=False)
+        share = EvaluationShare(len(table), *self._replicas())
+        return self._loader(EvaluationLoader, dataset, share, self.batch_size, collate)
+
+    def _loader(
+        self,
+        kind: type[_Loader],
+        dataset: Dataset[object],
+        sampler: Sampler[int] | Sampler[list[Key]],
+        batch_size: int | None,
+        collate_fn: Callable[[list[Sample]], object] | Callable[[list[Sample | UnreadablePicture]], object],
+    ) -> _Loader:
+        """A loader with the options that all have in common."""
+        return kind(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=self._on_cuda(),
+            timeout=self.timeout if self.num_workers else 0,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # else each iterator would draw from the global one
+        )
+
+    def _replicas(self) -> tuple[int, int]:
+        """The number of processes and which this one is."""
+        if self.trainer is not None:
+            return self.trainer.world_size, self.trainer.global_rank
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size(), torch.distributed.get_rank()
+        return 1, 0
+
+    def _on_cuda(self) -> bool:
+        if self.trainer is not None:
+            return self.trainer.strategy.root_device.type == "cuda"
+        return torch.cuda.is_available()
+
+    def _check_shared_memory(self, pixels: int) -> None:
+        """Say so before workers die of a bus error for want of shared memory, as in a container's 64 MB."""
+        if self.num_workers == 0 or not os.path.isdir("/dev/shm"):
+            return
+        needed = 3 * pixels * self.batch_size * self.num_workers * PREFETCH
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            _logger.warning(
+                "[LCD-R001] batches on their way from %d workers need about %d MB of /dev/shm, which has %d MB free: "
+                "lower num_workers or batch_size, or start the container with a larger --shm-size",
+                self.num_workers, needed >> 20, free >> 20,
+            )  # fmt: skip
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,197 @@
+"""Which split of a data set serves training, validation and testing, and its table, read when it is first needed."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_convnext_det.data.layouts import compare_classes, find_splits, make_split, read_split
+from lightning_convnext_det.data.pictures import Exif
+from lightning_convnext_det.data.records import BadRecords, summarize_problems
+from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_pictures
+from lightning_convnext_det.data.table import DetectionTable, Format, Split, canonical_split
+from lightning_convnext_det.errors import DataError
+
+Stage = Literal["train", "val", "test"]
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
+_DEFAULTS: dict[Stage, tuple[str, ...]] = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
+
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
+
+
+class SplitReader:
+    """Finds the splits of a data set and reads each once.
+
+    The class names of the training split, or of the first that there is, are those of all: another split with other
+    classes is refused. Where there is no validation split, or training is on ``trainval``, a part of the training
+    pictures is set aside by a seed; where there is no test split, validation serves as one.
+
+    Args:
+        root: folder of the data set; None if ``wanted`` gives paths only.
+        format: of the folder, or ``auto``.
+        wanted: for each stage the name of a split, the path of a COCO file or of a folder of VOC's XML, or None for the
+            usual name.
+        pictures: for each stage the folder of the pictures that go with such a path, or None to look around it.
+        val_fraction: share of the training pictures to set aside; 0 for no validation.
+        seed: of that choice.
+        classes: train on and evaluate these only, in this order; None for all.
+        bad_records: what becomes of records that cannot be used.
+        exif: whether boxes refer to upright pictures.
+        train_on_difficult: treat VOC's difficult objects as any other in training.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        format: Literal["auto"] | Format,
+        wanted: Mapping[Stage, str | None],
+        pictures: Mapping[Stage, str | None],
+        val_fraction: float,
+        seed: int,
+        classes: Sequence[str] | None,
+        bad_records: BadRecords,
+        exif: Exif,
+        train_on_difficult: bool,
+    ) -> None:
+        self.root = root
+        self.format = format
+        self.wanted = wanted
+        self.pictures = pictures
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.classes = classes
+        self.bad_records = bad_records
+        self.exif = exif
+        self.train_on_difficult = train_on_difficult
+        self._found: dict[str, Split] | None = None
+        self._first: tuple[str, DetectionTable] | None = None  # the split that names the classes, without pictures
+        self._tables: dict[Stage, DetectionTable | None] = {}
+
+    def class_table(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The names of the classes in order of label, and the data set's ids of them.
+
+        Raises:
+            DataError: if no split is given, or it cannot be read.
+        """
+        table = self.table(self._first_stage())
+        assert table is not None
+        return table.class_names, table.category_ids
+
+    def table(self, stage: Stage) -> DetectionTable | None:
+        """The pictures of a stage; None for a validation that the user has switched off.
+
+        Raises:
+            DataError: if there is no such split, it cannot be used, or its classes are not those of training.
+        """
+        if stage not in self._tables:
+            for needed in (self._first_stage(), stage):
+                if needed not in self._tables:
+                    self._tables.update(self._read_stage(needed))
+        return self._tables[stage]
+
+    def _first_stage(self) -> Stage:
+        """The stage whose split names the classes."""
+        for stage in STAGES:
+            if self._locate(stage):
+                return stage
+        if self.root is None:
+            raise DataError(
+                "[LCD-D130] no annotated pictures are given, so their classes are not known; "
+                "set data.root to the folder of a data set, or data.train to a COCO file"
+            )
+        raise DataError(f"[LCD-D131] there is no train split: {self._place()}; set data.train to one of them")
+
+    def _read_stage(self, stage: Stage) -> dict[Stage, DetectionTable | None]:
+        """The table of a stage, and of another that is read on the way."""
+        split = self._locate(stage)
+        if stage == "train" and self._sets_aside():
+            return self._read_and_set_aside()
+        if split:
+            return {stage: self._read(split, training=stage == "train")}
+        if stage == "val" and self._sets_aside():
+            return self._read_and_set_aside()
+        if stage == "val" and self._locate("train"):
+            return {stage: None}
+        if stage == "test" and (val := self.table("val")):
+            _warn("no test split in %s: testing on the %d validation pictures", self.root, len(val))
+            return {stage: val}
+        raise DataError(f"[LCD-D131] there is no {stage} split: {self._place()}; set data.{stage}")
+
+    def _sets_aside(self) -> bool:
+        """Whether validation pictures are taken out of the training split."""
+        train = self._locate("train")
+        if train is None or self.wanted["val"] is not None or self.val_fraction == 0:
+            return False
+        return self._locate("val") is None or canonical_split(train.name) == "trainval"
+
+    def _read_and_set_aside(self) -> dict[Stage, DetectionTable | None]:
+        split = self._locate("train")
+        assert split is not None
+        table = self._read(split, training=False)
+        remaining, aside = split_randomly(table, self.val_fraction, self.seed)
+        _warn(
+            "%d of the %d pictures of '%s' are set aside for validation (val_fraction %g, seed %d)",
+            len(aside), len(table), split.name, self.val_fraction, self.seed,
+        )  # fmt: skip
+        train = self._read(split, training=True) if self.train_on_difficult else table
+        return {"train": take_pictures(train, remaining), "val": take_pictures(table, aside)}
+
+    def _read(self, split: Split, training: bool) -> DetectionTable:
+        """Read a split, say what was left out, and select the classes."""
+        table = read_split(
+            split,
+            class_names=self._first[1].class_names if self._first else None,
+            bad_records=self.bad_records,
+            train_on_difficult=training and self.train_on_difficult,
+            exif=self.exif,
+        )
+        for line in summarize_problems(table.problems):
+            _warn("%s: %s", split.name, line)
+        self._first = self._first or (split.name, take_pictures(table, np.array([], np.int64)))
+        for problem in compare_classes(dict([self._first, (f"{split.name} ", table)])):
+            raise DataError(str(problem).removesuffix(" (refused)"))
+        return table if self.classes is None else select_classes(table, self.classes)
+
+    def _locate(self, stage: Stage) -> Split | None:
+        """Where the files of a stage are; None if the usual names are not there."""
+        wanted = self.wanted[stage]
+        if wanted is not None and (wanted.endswith(".json") or os.sep in wanted):
+            path = Path(wanted)
+            return make_split(
+                path if path.exists() or not self.root else Path(self.root, path), self.pictures[stage], stage
+            )
+        if wanted is None and self.root is None:
+            return None
+        found = self._splits()
+        names = _DEFAULTS[stage] if wanted is None else (wanted, canonical_split(wanted))
+        for name in names:
+            if name in found:
+                return found[name]
+        if wanted is None:
+            return next(iter(found.values())) if stage == "train" and len(found) == 1 else None
+        close = get_close_matches(wanted, found, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise DataError(f"[LCD-D131] data.{stage}: there is no split '{wanted}': {self._place()}{hint}")
+
+    def _splits(self) -> dict[str, Split]:
+        """The splits below the root."""
+        if self.root is None:
+            raise DataError("[LCD-D130] data.root is not given; a split can be named only in the folder of a data set")
+        if self._found is None:
+            self._found = find_splits(Path(self.root), format=self.format)
+        return self._found
+
+    def _place(self) -> str:
+        """What the root holds, for messages."""
+        return "data.root is not given" if self.root is None else f"{self.root} has {', '.join(self._splits())}"
+
+
+def warn_of_shared_pictures(train: DetectionTable, val: DetectionTable) -> None:
+    """Say how many validation pictures are trained on."""
+    if shared := count_shared(train, val):
+        _warn("%d of %d validation pictures are also trained on: the score is too good", shared, len(val))

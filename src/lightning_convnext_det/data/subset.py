@@ -1,0 +1,92 @@
+"""Parts of a table: some of its pictures, or some of its classes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_convnext_det.data.table import DetectionTable
+from lightning_convnext_det.errors import DataError
+
+
+def take_pictures(table: DetectionTable, indices: NDArray[np.int64]) -> DetectionTable:
+    """The table of some pictures, in the order given."""
+    counts = np.diff(table.offsets)[indices]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    rows = np.arange(offsets[-1]) + np.repeat(table.offsets[indices] - offsets[:-1], counts)
+    return replace(
+        _take_objects(table, rows, offsets),
+        file_names=table.file_names[indices],
+        image_ids=table.image_ids[indices],
+        sizes=table.sizes[indices],
+        upright=table.upright[indices],
+    )
+
+
+def select_classes(table: DetectionTable, class_names: Sequence[str]) -> DetectionTable:
+    """The table with the objects of some classes only, labelled in the order given; all pictures stay.
+
+    Raises:
+        DataError: if the table has no such class, or one is named twice.
+    """
+    for name in class_names:
+        if name not in table.class_names:
+            raise DataError(f"[LCD-D121] classes: '{name}' is not a class of the data; it has {_listed(table)}")
+    if not class_names or len(set(class_names)) < len(class_names):
+        raise DataError(f"[LCD-D121] classes: {list(class_names)} must name one or more classes, each once")
+    if tuple(class_names) == table.class_names:
+        return table
+    old_labels = [table.class_names.index(name) for name in class_names]
+    new_labels = np.full(len(table.class_names), -1, np.int64)
+    new_labels[old_labels] = np.arange(len(class_names))
+    labels = new_labels[table.labels]
+    kept = np.flatnonzero(labels >= 0)
+    counts_before = np.concatenate([[0], np.cumsum(labels >= 0)])
+    return replace(
+        _take_objects(table, kept, counts_before[table.offsets]),
+        labels=labels[kept],
+        class_names=tuple(class_names),
+        category_ids=tuple(table.category_ids[label] for label in old_labels),
+    )
+
+
+def split_randomly(table: DetectionTable, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the pictures that remain and of those set aside, both rising; at least one of each.
+
+    Args:
+        table: at least two pictures.
+        fraction: of the pictures to set aside.
+        seed: of the choice.
+
+    Raises:
+        DataError: if there is one picture only.
+    """
+    if len(table) < 2:
+        raise DataError(f"[LCD-D133] {table.image_root} holds 1 picture: too few to set one aside for validation")
+    count = min(max(round(len(table) * fraction), 1), len(table) - 1)
+    order = np.random.default_rng(seed).permutation(len(table))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def count_shared(first: DetectionTable, second: DetectionTable) -> int:
+    """How many files two tables have in common."""
+    paths = [{str(table.path(index)) for index in range(len(table))} for table in (first, second)]
+    return len(paths[0] & paths[1])
+
+
+def _take_objects(table: DetectionTable, rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> DetectionTable:
+    return replace(
+        table,
+        boxes=table.boxes[rows],
+        labels=table.labels[rows],
+        crowd=table.crowd[rows],
+        area=table.area[rows],
+        annotation_ids=table.annotation_ids[rows],
+        offsets=offsets,
+    )
+
+
+def _listed(table: DetectionTable) -> str:
+    shown = ", ".join(table.class_names[:20])
+    return shown + (f" and {len(table.class_names) - 20} more" if len(table.class_names) > 20 else "")

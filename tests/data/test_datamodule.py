@@ -1,0 +1,324 @@
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recorder
+import torch
+from recorder import Recorder, SaveAndStop, Seen, make_trainer
+
+from lightning_convnext_det.data.datamodule import DetectionDataModule
+from lightning_convnext_det.data.synthetic import CLASS_NAMES, write_synthetic_coco
+from lightning_convnext_det.errors import DataError
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 training, 5 validation and 3 test pictures."""
+    return write_synthetic_coco(tmp_path_factory.mktemp("coco"), 11, 5, 3, seed=1, min_side=32, max_side=48)
+
+
+def data_module(root: Path, **options: object) -> DetectionDataModule:
+    return DetectionDataModule(str(root), **{"batch_size": 2, "num_workers": 0, "train_transforms": "none", **options})
+
+
+def ids(seen: Seen, key: str) -> list[int]:
+    return [image_id for batch in seen[key] for image_id in batch]
+
+
+def test_properties__readable_right_after_construction(coco: Path) -> None:
+    data = data_module(coco)
+    assert data.num_classes == 5
+    assert data.class_names == list(CLASS_NAMES)
+    assert data.category_ids == [1, 2, 3, 4, 5]
+    assert not data.resizes
+    assert data_module(coco, train_transforms="multiscale").resizes
+    assert data_module(coco, train_transforms="lsj").resizes
+
+
+def test_fit__each_picture_once_per_epoch_in_another_order(coco: Path, tmp_path: Path) -> None:
+    model = Recorder()
+    make_trainer(tmp_path).fit(model, datamodule=data_module(coco))
+    for epoch in (0, 1):
+        assert sorted(ids(model.seen, f"train{epoch}")) == list(range(1, 12))
+        assert [len(batch) for batch in model.seen[f"train{epoch}"]] == [2] * 5 + [1]
+        assert ids(model.seen, f"val{epoch}") == [1, 2, 3, 4, 5]
+    assert model.seen["train0"] != model.seen["train1"]
+
+
+def test_fit__limit_train_batches_takes_the_first_of_each_epoch(coco: Path, tmp_path: Path) -> None:
+    whole, limited = Recorder(), Recorder()
+    make_trainer(tmp_path).fit(whole, datamodule=data_module(coco))
+    make_trainer(tmp_path, limit_train_batches=2).fit(limited, datamodule=data_module(coco, persistent_workers=False))
+    for epoch in ("train0", "train1"):
+        assert limited.seen[epoch] == whole.seen[epoch][:2]
+
+
+def test_fit__limit_train_batches_with_persistent_workers(coco: Path, tmp_path: Path) -> None:
+    alone, helped = Recorder(), Recorder()
+    make_trainer(tmp_path, limit_train_batches=2).fit(alone, datamodule=data_module(coco))
+    make_trainer(tmp_path, limit_train_batches=2).fit(helped, datamodule=data_module(coco, num_workers=2))
+    assert helped.seen == alone.seen
+
+
+def test_fit__overfit_batches_repeats_the_same_pictures(coco: Path, tmp_path: Path) -> None:
+    model = Recorder()
+    make_trainer(tmp_path, overfit_batches=2).fit(model, datamodule=data_module(coco))
+    assert model.seen["train0"] == model.seen["train1"]
+    assert len(ids(model.seen, "train0")) == 4
+
+
+def test_fit__fast_dev_run(coco: Path, tmp_path: Path) -> None:
+    model = Recorder()
+    make_trainer(tmp_path, fast_dev_run=True).fit(model, datamodule=data_module(coco))
+    assert [len(model.seen[key]) for key in ("train0", "val0")] == [1, 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 4, 6, 9], ids=["mid-first", "late-first", "between", "mid-second"])
+def test_fit__resumes_with_the_next_picture(coco: Path, tmp_path: Path, num_workers: int, stop: int) -> None:
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    make_trainer(tmp_path, max_epochs=3, limit_val_batches=0).fit(whole, datamodule=data_module(coco))
+    data = data_module(coco, num_workers=num_workers)
+    options = {"max_epochs": 3, "limit_val_batches": 0}
+    checkpoint = tmp_path / "a.ckpt"
+    make_trainer(tmp_path, **options, callbacks=[SaveAndStop(checkpoint, stop)]).fit(first, datamodule=data)
+    data = data_module(coco, num_workers=num_workers)
+    make_trainer(tmp_path, **options).fit(second, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    joined = [batch for seen in (first.seen, second.seen) for key in sorted(seen) for batch in seen[key]]
+    assert joined == [batch for key in sorted(whole.seen) for batch in whole.seen[key]]
+    assert sum(len(batch) for batch in joined) == 33
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+def test_fit__resumes_with_the_next_epoch(coco: Path, tmp_path: Path, hook: str) -> None:
+    whole, second = Recorder(), Recorder()
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_train_batches": 4}
+    make_trainer(tmp_path, **options).fit(whole, datamodule=data_module(coco))
+    checkpoint = tmp_path / "a.ckpt"
+    saving = make_trainer(tmp_path, **options, callbacks=[SaveAndStop(checkpoint, 4, hook)])
+    saving.fit(Recorder(), datamodule=data_module(coco, num_workers=2))
+    data = data_module(coco, num_workers=2)
+    make_trainer(tmp_path, **options).fit(second, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    for epoch in ("train1", "train2"):
+        assert second.seen[epoch] == whole.seen[epoch]
+    assert "train0" not in second.seen
+
+
+def test_fit__data_paths_are_not_in_the_checkpoint(coco: Path, tmp_path: Path) -> None:
+    data = data_module(coco, predict=str(coco / "val"))
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(Recorder(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert str(coco).encode() not in (tmp_path / "a.ckpt").read_bytes()
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+
+
+def test_test__test_split_else_validation(coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Recorder()
+    make_trainer(tmp_path).test(model, datamodule=data_module(coco), verbose=False)
+    assert model.seen == {"test0": [[1, 2], [3]]}
+    root = copy_without(coco, tmp_path / "set", "test")
+    data = data_module(root)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            fallen_back = Recorder()
+            make_trainer(tmp_path).test(fallen_back, datamodule=data, verbose=False)
+    assert ids(fallen_back.seen, "test0") == [1, 2, 3, 4, 5]
+    assert [r.getMessage() for r in caplog.records if "no test split" in r.getMessage()] == [
+        f"no test split in {root}: testing on the 5 validation pictures"
+    ]
+
+
+def copy_without(coco: Path, root: Path, *splits: str) -> Path:
+    shutil.copytree(coco, root)
+    for split in splits:
+        (root / "annotations" / f"instances_{split}.json").unlink()
+    return root
+
+
+def test_val__set_aside_where_there_is_no_split(coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = copy_without(coco, tmp_path / "set", "val", "test")
+    with caplog.at_level(logging.WARNING):
+        data = data_module(root, val_fraction=0.3)
+        train, val = data.table("train"), data.table("val")
+    assert len(val) == 3
+    assert sorted([*train.image_ids, *val.image_ids]) == list(range(1, 12))
+    assert "3 of the 11 pictures of 'train' are set aside for validation" in caplog.text
+    again = data_module(root, val_fraction=0.3).table("val")
+    assert again.image_ids.tolist() == val.image_ids.tolist()
+    assert data_module(root, val_fraction=0.3, seed=1).table("val").image_ids.tolist() != val.image_ids.tolist()
+
+
+def test_val__switched_off(coco: Path, tmp_path: Path) -> None:
+    root = copy_without(coco, tmp_path / "set", "val", "test")
+    data = data_module(root, val_fraction=0.0)
+    assert data.val_dataloader() == []
+    model = Recorder()
+    with pytest.warns(UserWarning, match="Total length of `list` across ranks is zero"):  # Lightning's way to say so
+        make_trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    assert len(ids(model.seen, "train0")) == 11
+
+
+def test_val__overlap_with_training_is_said(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        data_module(coco, val="train").setup("fit")
+    assert "11 of 11 validation pictures are also trained on" in caplog.text
+
+
+def test_train__annotation_files_in_place_of_splits(coco: Path, tmp_path: Path) -> None:
+    annotations = coco / "annotations"
+    around = DetectionDataModule(
+        train=str(annotations / "instances_train.json"), val=str(annotations / "instances_val.json"), num_workers=0
+    )
+    assert len(around.table("train")) == 11
+    shutil.copytree(coco / "test", tmp_path / "pictures")
+    shutil.copy(annotations / "instances_test.json", tmp_path / "labels.json")
+    named = DetectionDataModule(
+        train=str(tmp_path / "labels.json"), train_images=str(tmp_path / "pictures"), num_workers=0, val_fraction=0.4
+    )
+    assert len(named.table("val")) == 1
+    _, targets = next(iter(named.train_dataloader()))
+    assert Path(targets[0]["file_name"]).parent == tmp_path / "pictures"
+
+
+def test_classes__chosen_in_order(coco: Path) -> None:
+    data, everything = data_module(coco, classes=["star", "disc"]), data_module(coco)
+    assert data.class_names == ["star", "disc"]
+    assert data.category_ids == [5, 1]
+    for stage in ("train", "val"):
+        table, full = data.table(stage), everything.table(stage)
+        assert len(table) == len(full)
+        assert (table.labels == 0).sum() == (full.labels == 4).sum()
+        assert (table.labels == 1).sum() == (full.labels == 0).sum()
+
+
+def test_predict__numbers_pictures_and_leaves_out_the_unreadable(coco: Path, tmp_path: Path) -> None:
+    for index, name in enumerate(["b.jpg", "a.JPG", "c.png"]):
+        shutil.copy(coco / "val" / f"{index + 1:06d}.jpg", tmp_path / name)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "notes.txt").touch()
+    data = DetectionDataModule(predict=str(tmp_path), batch_size=2, num_workers=0)
+    batches = make_trainer(tmp_path).predict(Recorder(), datamodule=data)
+    assert batches == [[1, 2], [4]]  # a.JPG, b.jpg; broken.jpg is 3; c.png
+    loader = data.predict_dataloader()
+    names = [Path(target["file_name"]).name for _, targets in loader for target in targets]
+    assert names == ["a.JPG", "b.jpg", "c.png"]
+
+
+def test_predict__file_pattern_and_list(coco: Path) -> None:
+    def files(predict: str | list[str]) -> list[str]:
+        return [Path(file).name for file in DetectionDataModule(predict=predict).predict_dataloader().dataset.files]
+
+    one = str(coco / "val" / "000003.jpg")
+    assert files(one) == ["000003.jpg"]
+    assert files([one, str(coco / "val"), one]) == ["000003.jpg", *(f"00000{index}.jpg" for index in (1, 2, 4, 5))]
+    assert len(files(str(coco / "**" / "*.jpg"))) == 19
+    assert len(files(str(coco / "*" / "*"))) == 19  # the annotation files are no pictures
+
+
+def test_predict__alone_has_no_classes(coco: Path) -> None:
+    data = DetectionDataModule(predict=str(coco / "val"))
+    for name in ("num_classes", "class_names", "category_ids"):
+        with pytest.raises(DataError, match=r"LCD-D130.*set data.root"):
+            getattr(data, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": "trian"}, r"data\.train: there is no split 'trian'.*has .*; did you mean 'train'\?"),
+        ({"val": "nowhere.json"}, r"nowhere\.json: there is no such file"),
+        (
+            {"val": "annotations/instances_val.json", "val_images": "nowhere"},
+            r"nowhere: there is no such file or folder",
+        ),
+        ({"classes": ["disc", "cube"]}, "'cube' is not a class of the data; it has disc, ring, square"),
+    ],
+)
+def test_setup__refuses(coco: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        data_module(coco, **options).setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def change_annotations(coco: Path, root: Path, split: str, **changes: object) -> Path:
+    shutil.copytree(coco, root)
+    file = root / "annotations" / f"instances_{split}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return root
+
+
+def test_setup__empty_split(coco: Path, tmp_path: Path) -> None:
+    root = change_annotations(coco, tmp_path / "set", "val", images=[], annotations=[])
+    with pytest.raises(DataError, match=r"split 'val' has no pictures"):
+        data_module(root).setup("fit")
+
+
+def test_setup__nothing_to_learn_from(coco: Path, tmp_path: Path) -> None:
+    root = change_annotations(coco, tmp_path / "set", "train", annotations=[])
+    with pytest.raises(DataError, match=r"LCD-D134.*no boxes to learn from"):
+        data_module(root).setup("fit")
+
+
+def test_setup__other_classes_in_validation(coco: Path, tmp_path: Path) -> None:
+    categories = [
+        {"id": index + 1, "name": name} for index, name in enumerate(["disc", "ring", "cube", "cone", "star"])
+    ]
+    root = change_annotations(coco, tmp_path / "set", "val", categories=categories)
+    with pytest.raises(DataError, match=r"instances_val\.json.*'square' is not among") as caught:
+        data_module(root).setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_setup__missing_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        data_module(tmp_path / "nowhere").setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"num_workers": -1}, "-1"),
+    ],
+)
+def test_init__refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DetectionDataModule(**options)
+
+
+@pytest.mark.parametrize("predict", [None, "nowhere.jpg", "tests"])
+def test_predict__nothing_found(predict: str | None) -> None:
+    with pytest.raises(DataError, match="LCD-P001"):
+        DetectionDataModule(predict=predict).predict_dataloader()
+
+
+def test_train_dataloader__little_shared_memory_is_said(
+    coco: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 26, 0, 1000))
+    with caplog.at_level(logging.WARNING):
+        data_module(coco, num_workers=0).train_dataloader()
+        assert "LCD-R001" not in caplog.text
+        data_module(coco, num_workers=2).train_dataloader()
+    assert "LCD-R001" in caplog.text
+
+
+def test_two_processes__each_picture_once(coco: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, recorder.__file__, str(coco), str(tmp_path)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (first, few), (second, few_second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for key, count in [("train0", 11), ("train1", 11), ("val0", 5), ("val1", 5), ("test2", 3), ("predict2", 5)]:
+        assert sorted(ids(first, key) + ids(second, key)) == list(range(1, count + 1)), key
+    assert len(first["train0"]) == len(second["train0"])
+    assert few["train0"] == few["train1"]
+    assert few_second["train0"] == few_second["train1"]
+    assert not set(ids(few, "train0")) & set(ids(few_second, "train0"))
