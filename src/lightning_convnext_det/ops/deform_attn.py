@@ -1,0 +1,109 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159, equation 3) without a compile step.
+
+Three implementations with one meaning: `attention_by_grid_sample`, the plain reference, which every device, exporter
+and tracer understands; the weighted gather of ``deform_attn_gather``, several times faster on a CPU, forward and
+backward; and the Triton kernel of ``deform_attn_triton`` for CUDA. `multi_scale_deformable_attention` takes the fastest
+that applies.
+
+Positions are those of ``grid_sample(align_corners=False, padding_mode="zeros")``: 0 and 1 are the outer edges of the
+map, the centre of pixel i lies at (i + 0.5) / width, and what lies outside reads as zero.
+"""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_convnext_det.ops.deform_attn_gather import attention_by_gather
+
+
+def multi_scale_deformable_attention(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Sum of feature vectors read at a few positions per query, head and level.
+
+    The result is the same on every path to about 1e-5 in float32. Half precision is accumulated in float32, and
+    locations and attention weights may have another dtype than ``value``: under autocast, keep them in float32, since
+    bfloat16 tells only 256 positions apart. The environment variable ``DISABLE_CUSTOM_KERNELS=1`` leaves only the
+    reference.
+
+    Args:
+        value: projected maps of all levels, one after another, each row by row, floating [B, S, heads, head_dim].
+        spatial_shapes: height and width of each level; their products add up to S.
+        sampling_locations: positions (x, y) in units of each level's width and height, 0 ... 1 inside the map,
+            floating [B, Q, heads, levels, points, 2].
+        attention_weights: weight of each position, floating [B, Q, heads, levels, points].
+
+    Returns:
+        Attended features [B, Q, heads * head_dim] in the dtype of ``value``.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+
+    Reference:
+        Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", arXiv:2010.04159.
+    """
+    if torch.compiler.is_exporting() or torch._C._is_tracing():
+        return attention_by_grid_sample(value, spatial_shapes, sampling_locations, attention_weights)
+    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    if os.environ.get("DISABLE_CUSTOM_KERNELS") != "1":
+        has_four_corners = min(min(shape) for shape in spatial_shapes) > 1
+        if value.device.type == "cpu" and has_four_corners:
+            return attention_by_gather(value, spatial_shapes, sampling_locations, attention_weights)
+        # the kernel adds atomically; asked for determinism, grid_sample says in PyTorch's words that it has none either
+        if value.is_cuda and _has_triton() and not torch.are_deterministic_algorithms_enabled():
+            from lightning_convnext_det.ops.deform_attn_triton import attention_by_triton
+
+            return attention_by_triton(value, spatial_shapes, sampling_locations, attention_weights)
+    return attention_by_grid_sample(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def attention_by_grid_sample(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Compute `multi_scale_deformable_attention` by a ``grid_sample`` per level: for any device, export and tracing."""
+    batch, _, heads, head_dim = value.shape
+    queries = sampling_locations.shape[1]
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # [B * heads, D, S]
+    grids = (2 * sampling_locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)  # [B * heads, Q, levels, points, 2]
+    weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1)  # [B * heads, Q, levels, points]
+    output = maps.new_zeros(batch * heads, head_dim, queries)
+    levels = torch.split(maps, [height * width for height, width in spatial_shapes], dim=-1)
+    for level, (features, (height, width)) in enumerate(zip(levels, spatial_shapes, strict=True)):
+        features = features.reshape(batch * heads, head_dim, height, width)
+        sampled = functional.grid_sample(features, grids[:, :, level], padding_mode="zeros", align_corners=False)
+        output = output + (sampled * weights[:, None, :, level]).sum(-1)  # [B * heads, D, Q]
+    return output.view(batch, heads * head_dim, queries).transpose(1, 2).to(value.dtype)
+
+
+def _check_shapes(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> None:
+    if value.ndim != 4:
+        raise ValueError(f"value must be [batch, positions, heads, head_dim], but its shape is {list(value.shape)}")
+    batch, positions, heads, _ = value.shape
+    if not spatial_shapes or sum(height * width for height, width in spatial_shapes) != positions:
+        raise ValueError(
+            f"value holds {positions} positions, which spatial_shapes {list(spatial_shapes)} do not add up to; "
+            "give the height and width of every level whose map was flattened into value"
+        )
+    shape = sampling_locations.shape
+    if len(shape) != 6 or (shape[0], shape[2], shape[3], shape[5]) != (batch, heads, len(spatial_shapes), 2):
+        raise ValueError(
+            f"sampling_locations must be [{batch}, queries, {heads}, {len(spatial_shapes)}, points, 2] to go with "
+            f"value and spatial_shapes, but its shape is {list(shape)}"
+        )
+    if attention_weights.shape != shape[:5]:
+        raise ValueError(
+            f"attention_weights must have the shape of sampling_locations without its last axis, {list(shape[:5])}, "
+            f"but its shape is {list(attention_weights.shape)}"
+        )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

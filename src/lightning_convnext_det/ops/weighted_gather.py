@@ -1,0 +1,104 @@
+"""Sums of weighted rows of a table and the two transposes of that sum: the core of deformable attention and RoIAlign.
+
+Both ops read a feature map at fractional positions, which is a sum of weighted rows of the map seen as a table
+[pixels, channels]. PyTorch computes such sums by ``embedding_bag``, many times faster on a CPU than ``grid_sample`` and
+torchvision's ``roi_align`` do, but its backward of ``embedding_bag`` is slow; `scatter_rows` and `dot_rows` replace it.
+
+These are the pieces of hand-written backward passes: autograd does not see through them. Half precision is accumulated
+in float32.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_INT16_KEYS = 2**16 - 1  # keys below this are sorted as int16, which is half the passes of a radix sort of int32
+
+
+def gather_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weighted rows of a table, ``out[n] = sum_k weights[n, k] * table[indices[n, k]]``.
+
+    Args:
+        table: rows, floating [R, D].
+        indices: rows of each bag, int32 or int64 [N, K], in 0 ... R - 1.
+        weights: one weight per index, dtype of ``table``, [N, K].
+
+    Returns:
+        One sum per bag, [N, D], in the dtype of ``table``.
+    """
+    if indices.numel() == 0:
+        return table.new_zeros(indices.shape[0], table.shape[1])
+    return functional.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+
+
+def scatter_rows(rows: Tensor, indices: Tensor, weights: Tensor, num_rows: int) -> list[Tensor]:
+    """Add weighted rows into a table, ``table[indices[n, k]] += weights[n, k] * rows[n]``: `gather_rows` transposed.
+
+    The pairs are sorted by the row they go to, so each row of the table is again one weighted sum; nothing is added
+    atomically, and the result is the same in every run. Several sets of weights share one sort.
+
+    Args:
+        rows: floating [N, D].
+        indices: where each row goes, int32 [N, K], in 0 ... num_rows - 1.
+        weights: sets of weights, dtype of ``rows``, [M, N, K].
+        num_rows: rows of the table, R.
+
+    Returns:
+        One table [R, D] per set of weights, in the dtype of ``rows``.
+    """
+    num_sets = weights.shape[0]
+    if indices.numel() == 0:
+        return [rows.new_zeros(num_rows, rows.shape[1]) for _ in range(num_sets)]
+    keys = indices.reshape(-1)
+    bounds = torch.arange(num_rows, dtype=torch.int32, device=keys.device)
+    if num_rows < _INT16_KEYS:
+        keys, bounds = (keys - 2**15).to(torch.int16), (bounds - 2**15).to(torch.int16)
+    keys, order = keys.sort(stable=True)
+    offsets = torch.searchsorted(keys, bounds)  # [R], where the pairs of each row of the table begin
+    sources = torch.div(order, indices.shape[1], rounding_mode="floor")
+    return [
+        functional.embedding_bag(sources, rows, offsets, mode="sum", per_sample_weights=ordered)
+        for ordered in weights.reshape(num_sets, -1).index_select(1, order)
+    ]
+
+
+def dot_rows(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """Scalar products with rows of a table, ``out[n, k] = sum_d rows[n, d] * table[indices[n, k], d]``.
+
+    The other transpose of `gather_rows`: the gradient in its weights.
+
+    Args:
+        rows: float32 or float64 [N, D].
+        table: same dtype, [R, D].
+        indices: int32 [N, K], in 0 ... R - 1.
+
+    Returns:
+        Products [N, K], in the dtype of ``rows``.
+    """
+    num_bags, bag_size = indices.shape
+    if indices.numel() == 0:
+        return rows.new_zeros(num_bags, bag_size)
+    if bag_size >= table.shape[0]:  # sampled_addmm takes at most one index per element of the full product
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows @ table.t()).gather(1, indices.to(torch.int64))
+    _silence_sparse_notice()
+    pattern = torch.sparse_csr_tensor(
+        torch.arange(0, indices.numel() + 1, bag_size, dtype=indices.dtype, device=indices.device),
+        indices.reshape(-1),
+        rows.new_zeros(indices.numel()),  # zeros, because beta = 0 would still turn a NaN into a NaN
+        size=(num_bags, table.shape[0]),
+        check_invariants=False,  # the columns of a bag may repeat and need no order here
+    )
+    torch.sparse.sampled_addmm(pattern, rows, table.t(), beta=0.0, out=pattern)  # in place, which spares a copy
+    return pattern.values().view(num_bags, bag_size)
+
+
+@functools.cache
+def _silence_sparse_notice() -> None:
+    """Spend PyTorch's notice that sparse CSR tensors are in beta, which it gives once per process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)

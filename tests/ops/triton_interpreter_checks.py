@@ -1,0 +1,78 @@
+"""Checks of the Triton kernel on the CPU: `test_deform_attn_triton.py` runs them with TRITON_INTERPRET=1."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_convnext_det.ops.deform_attn import attention_by_grid_sample
+from lightning_convnext_det.ops.deform_attn_triton import attention_by_triton
+from tests.ops.samples import Arguments, attend_in_a_loop, attention_arguments
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "start these through test_deform_attn_triton.py"
+
+CASES = {
+    "two levels": {"shapes": [(9, 13), (5, 7)], "batch": 2, "heads": 3, "points": 2},
+    "odd width of a head": {"shapes": [(9, 4)], "head_dim": 7, "queries": 12},
+    "one channel": {"shapes": [(6, 6)], "head_dim": 1},
+    "more channels than a tile": {"shapes": [(3, 2)], "head_dim": 600, "heads": 1},
+    "levels one pixel wide": {"shapes": [(4, 1), (1, 1), (1, 3)]},
+    "far outside": {"shapes": [(5, 6)], "margin": 40.0},
+}
+
+
+def _gradients(output: Tensor, arguments: Arguments) -> list[Tensor]:
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    return [output, *torch.autograd.grad(output, [a for a in arguments if isinstance(a, Tensor)], direction)]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_attention_by_triton__values_and_gradients_equal_the_reference(case: dict[str, object]) -> None:
+    arguments = attention_arguments(**case)  # type: ignore[arg-type]
+    ours = _gradients(attention_by_triton(*arguments), arguments)
+    expected = _gradients(attention_by_grid_sample(*arguments), arguments)
+    for tensor, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(tensor, reference, rtol=1e-5, atol=1e-5 * max(1.0, reference.abs().max().item()))
+
+
+def test_attention_by_triton__equals_a_loop_in_float64() -> None:
+    arguments = attention_arguments([(5, 4), (2, 3)], batch=2, queries=4, dtype=torch.float64)
+    torch.testing.assert_close(attention_by_triton(*arguments), attend_in_a_loop(*arguments), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_by_triton__half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    arguments = attention_arguments([(8, 8), (4, 4)], points=8, dtype=dtype)
+    ours = _gradients(attention_by_triton(*arguments), arguments)
+    expected = _gradients(attention_by_grid_sample(*arguments), arguments)
+    for tensor, reference in zip(ours, expected, strict=True):
+        assert tensor.dtype == reference.dtype
+        torch.testing.assert_close(tensor, reference, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_attention_by_triton__gradcheck() -> None:
+    value, shapes, locations, weights = attention_arguments([(2, 3)], heads=1, points=2, queries=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda v, x, w: attention_by_triton(v, shapes, x, w).square().sum(),
+        (value, locations, weights),
+        eps=1e-7,
+        atol=1e-6,
+    )
+
+
+def test_attention_by_triton__no_queries() -> None:
+    arguments = attention_arguments([(3, 3)], queries=0)
+    output, *gradients = _gradients(attention_by_triton(*arguments), arguments)
+    assert output.shape == (1, 0, 8)
+    assert (gradients[0] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's numpy; a GPU does not warn
+def test_attention_by_triton__a_location_that_is_not_finite_reads_no_foreign_memory() -> None:
+    value, shapes, locations, weights = attention_arguments([(4, 4)], queries=4)
+    with torch.no_grad():
+        expected = attention_by_triton(value, shapes, locations, weights)
+        locations[0, 0], locations[0, 1] = float("nan"), float("inf")
+        output = attention_by_triton(value, shapes, locations, weights)
+    torch.testing.assert_close(output[0, 2:], expected[0, 2:])
