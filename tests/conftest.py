@@ -11,7 +11,7 @@ SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

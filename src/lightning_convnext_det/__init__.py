@@ -1,3 +1,51 @@
-"""Object detection on any timm backbone with PyTorch Lightning."""
+"""Object detection on any timm backbone with PyTorch Lightning.
+
+The names below are imported when they are first used, so that a plain detector does not import the trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_convnext_det.callbacks import PredictionWriter
+    from lightning_convnext_det.data.datamodule import DetectionDataModule
+    from lightning_convnext_det.models.deformable_detr import DeformableDETR
+    from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+    from lightning_convnext_det.models.zoo import create_detector, list_detectors
+    from lightning_convnext_det.modules import DeformableDETRModule, DetectionModule, FasterRCNNModule, load_module
+    from lightning_convnext_det.predictor import Predictor
 
 __version__ = "0.1.0"
+__all__ = [
+    "DeformableDETR",
+    "DeformableDETRModule",
+    "DetectionDataModule",
+    "DetectionModule",
+    "FasterRCNN",
+    "FasterRCNNModule",
+    "PredictionWriter",
+    "Predictor",
+    "create_detector",
+    "list_detectors",
+    "load_module",
+]
+
+_HOMES = {
+    "DeformableDETR": "models.deformable_detr",
+    "DeformableDETRModule": "modules",
+    "DetectionDataModule": "data.datamodule",
+    "DetectionModule": "modules",
+    "FasterRCNN": "models.faster_rcnn",
+    "FasterRCNNModule": "modules",
+    "PredictionWriter": "callbacks",
+    "Predictor": "predictor",
+    "create_detector": "models.zoo",
+    "list_detectors": "models.zoo",
+    "load_module": "modules",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

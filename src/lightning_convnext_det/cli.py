@@ -1,8 +1,10 @@
 """The command ``convnext-det``: LightningCLI for fit, validate, test and predict, and tools beside it."""
 
 import argparse
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +19,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks import PredictionWriter
+from lightning_convnext_det.data.check import check_dataset, print_report
 from lightning_convnext_det.data.datamodule import DetectionDataModule
+from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.zoo import suggest
 from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 
-EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable, 6 checkpoint,
-130 interrupted, 143 terminated"""
+EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
+6 checkpoint, 130 interrupted, 143 terminated"""
 
 
 class _Parser(LightningArgumentParser):
@@ -56,7 +60,7 @@ class DetectionCLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=1,
-            trainer_defaults={"max_epochs": 24, "default_root_dir": "runs", "use_distributed_sampler": False},
+            trainer_defaults={"max_epochs": 24, "default_root_dir": "runs", "log_every_n_steps": 10},
             parser_class=_Parser,
             parser_kwargs={"prog": "convnext-det", "description": _DESCRIPTION, "version": __version__},
         )
@@ -91,7 +95,7 @@ class DetectionCLI(LightningCLI):
 
     def _classes(self, name: str) -> Callable[[DetectionDataModule], Any]:
         def read(data: DetectionDataModule) -> Any:  # an int or a list, as the model's argument needs it
-            if data.root is None and self._checkpoint is not None:
+            if self.config["subcommand"] == "predict" and self._checkpoint is not None:
                 return self._checkpoint["hyper_parameters"][name]
             return getattr(data, name)
 
@@ -145,7 +149,7 @@ def _loggers(folder: Path) -> list[Logger]:
     csv = CSVLogger(folder, name="")
     if find_spec("tensorboard") is None:
         return [csv]
-    return [csv, TensorBoardLogger(folder, name="", version=f"version_{csv.version}")]
+    return [csv, TensorBoardLogger(folder, name="", version=csv.version)]
 
 
 def _plain(value: Any) -> Any:  # any value of a configuration
@@ -186,17 +190,13 @@ def _check(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
     options = parser.parse_args(arguments)
-    from lightning_convnext_det.data.check import check_dataset
-
     report = check_dataset(options.root, format=options.format, decode=options.decode)
-    report.print()
+    print_report(report)
     return 0 if report.clean else 3
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from lightning_convnext_det.demo import main as demo
-
-    return demo(arguments)
+    return run_demo(arguments, main)
 
 
 _TOOLS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -213,6 +213,7 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; a user's mistake ends in one line, without a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _quieten()
     try:
         if arguments and arguments[0] in _TOOLS:
             return _TOOLS[arguments[0]][0](arguments[1:])
@@ -226,6 +227,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {line}\n")
         return int(getattr(error, "exit_status", 2))
     return 0
+
+
+def _quieten() -> None:
+    """Leave out what a user can do nothing about: advertisements, and a warning that Lightning's own code causes."""
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "💡 Tip" not in record.getMessage()
 
 
 def user_message(error: BaseException) -> str | None:

@@ -37,8 +37,6 @@ def build_table(
     """
     frames = resolve_frames(records, findings, exif, check_images, follow_symlinks)
     boxes, keep = _check_boxes(records, frames, findings)
-    if not len(records.boxes) and len(records.file_names):
-        findings.note("LCD-D109", (str(records.image_root), ""), "the split holds no box at all")
     new_index = np.cumsum(frames.usable) - 1
     rows = np.flatnonzero(keep)
     rows = rows[np.argsort(records.image_index[rows], kind="stable")]
@@ -46,6 +44,8 @@ def build_table(
     per_image = np.bincount(new_index[records.image_index[rows]], minlength=count)
     boxes_kept: NDArray[np.float32] = boxes[rows].astype(np.float32)
     sides = boxes_kept[:, 2:] - boxes_kept[:, :2]
+    if count and not len(rows):
+        findings.note("LCD-D109", (str(records.image_root), ""), "no picture of the split has a box")
     names = [name.encode() for name, usable in zip(records.file_names, frames.usable, strict=True) if usable]
     return DetectionTable(
         image_root=records.image_root,
@@ -162,10 +162,12 @@ def _report_clipped(
     for row in np.flatnonzero(alive & (excess > ROUNDING)):
         before = np.prod(corners[row, 2:] - corners[row, :2])
         lost = 1 - np.prod(clipped[row, 2:] - clipped[row, :2]) / before
-        reason = f"box {_shown(records.boxes[row])} reaches {excess[row]:.4g} pixels out of its picture of "
-        reason += f"{limits[row, 0]:.0f}x{limits[row, 1]:.0f}" + (
-            f" and loses {lost:.0%} of its area" if lost > 0.5 else ""
-        )
+        reason = f"box {_shown(records.boxes[row])} reaches out of its picture of "
+        reason += f"{limits[row, 0]:.0f}x{limits[row, 1]:.0f} by {excess[row]:.4g} px"
+        if lost > 0.5:
+            reason += f" and loses {lost:.0%} of its area"
+        if records.format == "voc" and records.boxes[row, :2].min() == 0:
+            reason += "; VOC counts pixels from 1"
         findings.clip("LCD-D105", records.box_where(int(row)), reason)
 
 

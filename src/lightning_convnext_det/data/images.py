@@ -166,6 +166,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, Im
         image, header = _identified(file, path)
         with image:
             _check_size(header.size, path, max_pixels)
+            _check_mode(header.mode, path)
             yield image, header
 
 
@@ -222,14 +223,19 @@ def _check_size(size: ImageSize, path: str | Path, max_pixels: int) -> None:
         )
 
 
+def _check_mode(mode: str, name: str | Path) -> None:
+    """Refuse pixels that are no colours."""
+    if mode not in _RGB_MODES and not mode.startswith("I"):
+        what = "floats, whose range is unknown" if mode == "F" else f"of mode {mode}"
+        raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the picture as 8-bit RGB or grey")
+
+
 def _rgb_pixels(image: Image.Image, name: str | Path) -> Tensor:
     """The pixels of a loaded picture as stored, uint8 [3, H, W]; not contiguous."""
     if image.mode.startswith("I"):
         grey = torch.from_numpy(_eight_bits(np.asarray(image), image.mode, name))
         return grey.expand(3, -1, -1)
-    if image.mode not in _RGB_MODES:
-        what = "floats, whose range is unknown" if image.mode == "F" else f"of mode {image.mode}"
-        raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the picture as 8-bit RGB or grey")
+    _check_mode(image.mode, name)
     if image.mode in ("P", "PA", "RGBa", "La"):  # by way of RGBA: premultiplied colours, transparency in palettes
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     pixels = np.array(image.convert("RGB"))

@@ -149,7 +149,7 @@ def read_split(
     if not collect:
         refuse_problems(table)
         if not len(table):
-            left_out = f"; {len(table.problems)} problems, the first: {table.problems[0]}" if table.problems else ""
+            left_out = f"; the first of {len(table.problems)} problems: {table.problems[0]}" if table.problems else ""
             raise UnreadableError.of("LCD-L004", split.root, f"split {split.name!r} has no pictures{left_out}")
     return table
 

@@ -91,8 +91,7 @@ def _measure(
             try:
                 size = read_size(os.path.join(records.image_root, name))
             except UnreadableError as error:
-                problem = error.problem
-                assert problem is not None  # every error of images.py carries one
+                problem = error.problem_of(name)
                 reason = problem.reason
                 if problem.code == "LCD-I003":
                     reason += f" in {records.image_root}" + _suggestion(records.image_root / name, folders)
@@ -147,7 +146,7 @@ def _settle(
 
 def _picture(records: Records, index: int | np.intp) -> Where:
     """Names a picture, not the file that annotates it."""
-    return records.file_names[index], ""
+    return os.path.relpath(records.image_root / records.file_names[index], records.root), ""
 
 
 def _turn(orientation: np.int64) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lightning_convnext_det.errors import DataError
 
 Format = Literal["coco", "voc", "yolo"]
+Action = Literal["refused", "dropped", "clipped", "noted"]
 
 
 class Split(NamedTuple):
@@ -53,7 +54,7 @@ class Problem(NamedTuple):
     """Where in the file: an annotation id, an object's number, a line; empty for the file as a whole."""
     reason: str
     """What is wrong and what to do, on one line."""
-    action: Literal["refused", "dropped", "clipped", "noted"]
+    action: Action
     """``refused`` stops training, ``dropped`` leaves the record out, ``clipped`` and ``noted`` keep it."""
 
     def __str__(self) -> str:
@@ -73,6 +74,12 @@ class UnreadableError(DataError):
         """The error that states a problem of a file."""
         where = f"{file}: {record}" if record else str(file)
         return cls(f"[{code}] {where}: {reason}", Problem(code, str(file), record, reason, "refused"))
+
+    def problem_of(self, file: str) -> Problem:
+        """The problem, with the file as a report calls it."""
+        if self.problem is None:
+            return Problem("LCD-D000", file, "", str(self), "refused")
+        return self.problem._replace(file=file)
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,6 +102,7 @@ def _read_members(split: Split, findings: Findings) -> list[_Member]:
     for number, (folder, image_folder) in enumerate(zip(split.annotations, split.images, strict=True)):
         files = {Path(name).stem: name for name in list_names(folder) if name.lower().endswith(".xml")}
         stems = _listed(split.members[number], split.root, files, findings) if split.members else sorted(files)
+        used: set[str] = set()
         pictures: dict[str, list[str]] = {}
         for name in picture_names(image_folder):
             pictures.setdefault(os.path.splitext(name)[0], []).append(name)
@@ -110,8 +111,7 @@ def _read_members(split: Split, findings: Findings) -> list[_Member]:
             try:
                 annotation = read_xml(folder / files[stem])
             except UnreadableError as error:
-                reason = error.problem.reason if error.problem else str(error)
-                findings.refuse("LCD-D005", (xml, ""), reason)
+                findings.refuse("LCD-D005", (xml, ""), error.problem_of(xml).reason)
                 continue
             picture, reason = _picture_of(stem, annotation.file_name, pictures)
             if not picture:
@@ -121,8 +121,10 @@ def _read_members(split: Split, findings: Findings) -> list[_Member]:
             if reason:
                 findings.note("LCD-D118", (xml, ""), reason)
             members.append(_Member(xml, os.path.relpath(image_folder / picture, split.root), annotation))
+            used.add(picture)
         if not split.members:
-            _note_unannotated(pictures, files, image_folder, split.root, findings)
+            spare = sorted(name for key, names in pictures.items() if key not in files for name in names)
+            _note_unannotated([name for name in spare if name not in used], image_folder, split.root, findings)
     return members
 
 
@@ -160,14 +162,11 @@ def _picture_of(stem: str, file_name: str, pictures: dict[str, list[str]]) -> tu
     return "", f"no picture is called {stem!r}" + (f" (is {other_case!r} meant?)" if other_case else "")
 
 
-def _note_unannotated(
-    pictures: dict[str, list[str]], files: dict[str, str], folder: Path, root: Path, findings: Findings
-) -> None:
+def _note_unannotated(names: Sequence[str], folder: Path, root: Path, findings: Findings) -> None:
     """Pictures without XML may be negatives or not yet annotated; they are left out."""
-    lonely = sorted(name for stem, names in pictures.items() if stem not in files for name in names)
-    if lonely and files:
-        reason = f"{len(lonely)} pictures have no XML file and are left out: {', '.join(lonely[:3])}"
-        findings.note("LCD-D121", (os.path.relpath(folder, root), ""), reason + (", ..." if len(lonely) > 3 else ""))
+    if names:
+        reason = f"{len(names)} pictures have no XML file and are left out: {', '.join(names[:3])}"
+        findings.note("LCD-D121", (os.path.relpath(folder, root), ""), reason + (", ..." if len(names) > 3 else ""))
 
 
 def _all_names(split: Split, members: Iterable[_Member]) -> tuple[str, ...]:

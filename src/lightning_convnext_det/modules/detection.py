@@ -29,13 +29,17 @@ class DetectionModule(pl.LightningModule):
         optimizer: ``adamw`` or ``sgd`` (with momentum 0.9).
         lr: learning rate after the warm-up.
         weight_decay: not applied to norms, biases, layer scale and other one-dimensional parameters.
-        backbone_lr_factor: learning rate of the backbone relative to ``lr``.
+        backbone_lr_factor: learning rate of the backbone relative to ``lr``; if not given, the detector's own, 1 for
+            Faster R-CNN and 0.1 for Deformable DETR.
         schedule: ``cosine`` to zero, ``step`` at the milestones, or ``constant``.
         milestones: epochs at which ``step`` lowers the learning rate.
         step_factor: what ``step`` multiplies it by.
         warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
         detector: the detector's own arguments.
     """
+
+    default_backbone_lr_factor = 1.0
+    default_gradient_clip: float | None = None
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class DetectionModule(pl.LightningModule):
         optimizer: Literal["adamw", "sgd"] = "adamw",
         lr: float = 1e-4,
         weight_decay: float = 0.05,
-        backbone_lr_factor: float = 1.0,
+        backbone_lr_factor: float | None = None,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
         milestones: list[int] | None = None,
         step_factor: float = 0.1,
@@ -179,7 +183,21 @@ class DetectionModule(pl.LightningModule):
 
     def learning_rate_factor(self, name: str) -> float:
         """Say how much slower a parameter of the detector learns; the backbone's by ``backbone_lr_factor``."""
-        return float(self.hparams["backbone_lr_factor"]) if name.startswith("backbone.body.") else 1.0
+        if not name.startswith("backbone.") or name.startswith("backbone.fpn."):
+            return 1.0
+        given = self.hparams["backbone_lr_factor"]
+        return self.default_backbone_lr_factor if given is None else float(given)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says; where it says nothing, as the detector's paper does."""
+        if gradient_clip_val is None:
+            gradient_clip_val, gradient_clip_algorithm = self.default_gradient_clip, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _learning_rate_factor(self) -> Callable[[int], float]:
         options = self.hparams
@@ -191,7 +209,7 @@ class DetectionModule(pl.LightningModule):
 
         def factor(step: int) -> float:
             if step < warmup:
-                return (step + 1) / (warmup + 1)
+                return float((step + 1) / (warmup + 1))
             if options["schedule"] == "step":
                 return float(options["step_factor"]) ** sum(step >= drop for drop in drops)
             if options["schedule"] == "cosine" and total != float("inf"):

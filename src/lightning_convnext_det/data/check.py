@@ -1,0 +1,274 @@
+"""A report on a data set before anything is trained on it: what is in it, and every record that is not as it should be.
+
+The data set is only read. Beyond what the readers find, pictures are looked at one by one: formats that differ from the
+file name, alpha, 16 bits, several frames, EXIF orientation, and files that are equal byte by byte.
+"""
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_convnext_det.data.images import ImageHeader, read_header, read_image
+from lightning_convnext_det.data.layouts import compare_classes, find_splits, read_split
+from lightning_convnext_det.data.pictures import Exif
+from lightning_convnext_det.data.records import BadRecords
+from lightning_convnext_det.data.table import Action, DetectionTable, Format, Problem, UnreadableError
+
+SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's limits of small, medium and large objects, in square pixels
+_STYLES: dict[Action, str] = {"refused": "red", "dropped": "yellow", "clipped": "cyan", "noted": "dim"}
+
+
+class SplitSummary(NamedTuple):
+    """What a split holds, in numbers."""
+
+    images: int
+    images_without_boxes: int
+    boxes: int
+    crowd: int
+    small: int
+    medium: int
+    large: int
+    boxes_per_class: tuple[int, ...]
+    """In order of label, crowd included."""
+    smallest: tuple[int, int]
+    """Height and width of the picture of the least area; 0, 0 without pictures."""
+    largest: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check_dataset` finds.
+
+    Attributes:
+        root: folder of the data set.
+        format: of its annotations.
+        tables: the records that can be used, by split.
+        problems: each once, however many splits share it.
+        modes: how many pictures have each of Pillow's colour modes, by split.
+    """
+
+    root: Path
+    format: Format
+    tables: dict[str, DetectionTable]
+    problems: tuple[Problem, ...]
+    modes: dict[str, Counter[str]]
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is dropped, clipped or refused; what is merely noted does not count."""
+        return all(problem.action == "noted" for problem in self.problems)
+
+
+def check_dataset(
+    root: str | Path,
+    format: Literal["auto", "coco", "voc", "yolo"] = "auto",
+    *,
+    class_names: Sequence[str] | None = None,
+    bad_records: BadRecords = "auto",
+    exif: Exif = "auto",
+    follow_symlinks: bool = True,
+    decode: bool = False,
+) -> Report:
+    """Read all splits of a data set and collect what is wrong with them.
+
+    Args:
+        root: folder of the data set, its ``data.yaml``, or one COCO file.
+        format: ``auto`` looks at the folder.
+        class_names: the names of the classes in order of label; those of the data set if not given.
+        bad_records: what is to become of records that cannot be used, see ``read_split``.
+        exif: what boxes refer to in pictures with an EXIF orientation, see ``read_split``.
+        follow_symlinks: accept pictures that are links out of the root.
+        decode: decode every picture, about 3 ms each, as a header does not show that the rest is damaged.
+
+    Raises:
+        DataError: if no split is found.
+    """
+    tables: dict[str, DetectionTable] = {}
+    problems: list[Problem] = []
+    splits = find_splits(root, format)
+    for name, split in splits.items():
+        try:
+            tables[name] = read_split(
+                split,
+                class_names=class_names,
+                bad_records=bad_records,
+                exif=exif,
+                follow_symlinks=follow_symlinks,
+                collect=True,
+            )
+        except UnreadableError as error:
+            problems.append(error.problem or error.problem_of(str(split.root)))
+            continue
+        problems += tables[name].problems
+        if not len(tables[name]):
+            reason = f"split {name!r} has no pictures that can be used"
+            problems.append(Problem("LCD-L004", str(split.root), "", reason, "refused"))
+    problems += compare_classes(tables)
+    split = next(iter(splits.values()))
+    modes, pictures = _inspect_pictures(tables, split.root)
+    problems += [*pictures, *_equal_files(tables, split.root), *_shared_pictures(tables, split.root)]
+    if decode:
+        problems += _undecodable(tables, split.root)
+    return Report(split.root, split.format, tables, tuple(dict.fromkeys(problems)), modes)
+
+
+def summarize_table(table: DetectionTable) -> SplitSummary:
+    """Count what a split holds; small and large are COCO's areas of 32 x 32 and 96 x 96 pixels."""
+    per_image = np.diff(table.offsets)
+    small, large = int((table.area < SMALL_AREA).sum()), int((table.area >= LARGE_AREA).sum())
+    order = np.argsort(table.sizes.astype(np.int64).prod(axis=1), kind="stable")
+    extremes = (
+        [(int(table.sizes[i, 0]), int(table.sizes[i, 1])) for i in order[[0, -1]]] if len(table) else [(0, 0)] * 2
+    )
+    return SplitSummary(
+        images=len(table),
+        images_without_boxes=int((per_image == 0).sum()),
+        boxes=len(table.boxes),
+        crowd=int(table.crowd.sum()),
+        small=small,
+        medium=len(table.boxes) - small - large,
+        large=large,
+        boxes_per_class=tuple(np.bincount(table.labels, minlength=len(table.class_names)).tolist()),
+        smallest=extremes[0],
+        largest=extremes[1],
+    )
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the problems, all of them, then what the set holds, then whether it is clean."""
+    console = console or Console()
+    for action, style in _STYLES.items():
+        for problem in (one for one in report.problems if one.action == action):
+            console.print(Text(str(problem), style), soft_wrap=True)
+    console.print(_overview(report))
+    console.print(_class_counts(report))
+    counts = Counter(problem.action for problem in report.problems)
+    found = ", ".join(f"{counts[action]} {action}" for action in _STYLES if counts[action]) or "nothing to report"
+    verdict = Text(f"{report.root}: ") + Text(
+        "clean" if report.clean else "not clean", "green" if report.clean else "red"
+    )
+    console.print(verdict + Text(f" ({report.format.upper()}; {found})"), soft_wrap=True)
+
+
+def _overview(report: Report) -> Table:
+    """One column for each split."""
+    grid = Table(title=Text(f"{report.root.name}"), title_justify="left")
+    grid.add_column("")
+    summaries = [summarize_table(table) for table in report.tables.values()]
+    for name in report.tables:
+        grid.add_column(Text(name), justify="right")
+    rows = {
+        "pictures": [f"{one.images:,}" for one in summaries],
+        "  without boxes": [f"{one.images_without_boxes:,}" for one in summaries],
+        "  smallest": [f"{one.smallest[1]}x{one.smallest[0]}" for one in summaries],
+        "  largest": [f"{one.largest[1]}x{one.largest[0]}" for one in summaries],
+        "  colours": [", ".join(f"{mode} {n:,}" for mode, n in count.most_common()) for count in report.modes.values()],
+        "boxes": [f"{one.boxes:,}" for one in summaries],
+        "  crowd": [f"{one.crowd:,}" for one in summaries],
+        "  small, below 32x32": [f"{one.small:,}" for one in summaries],
+        "  medium": [f"{one.medium:,}" for one in summaries],
+        "  large, from 96x96": [f"{one.large:,}" for one in summaries],
+    }
+    for label, cells in rows.items():
+        grid.add_row(label, *cells)
+    return grid
+
+
+def _class_counts(report: Report) -> Table:
+    """Boxes per class and split."""
+    grid = Table(title="boxes per class", title_justify="left")
+    grid.add_column("class")
+    counts: list[dict[str, int]] = []
+    for name, table in report.tables.items():
+        grid.add_column(Text(name), justify="right")
+        counts.append(dict(zip(table.class_names, summarize_table(table).boxes_per_class, strict=True)))
+    for class_name in dict.fromkeys(name for count in counts for name in count):
+        grid.add_row(Text(class_name), *(f"{count[class_name]:,}" if class_name in count else "-" for count in counts))
+    return grid
+
+
+def _inspect_pictures(tables: dict[str, DetectionTable], root: Path) -> tuple[dict[str, Counter[str]], list[Problem]]:
+    """Colour modes by split, and what is unusual about single pictures."""
+    modes: dict[str, Counter[str]] = {}
+    problems = []
+    for name, table in tables.items():
+        modes[name] = Counter()
+        for index in range(len(table)):
+            path = Path(os.path.normpath(table.path(index)))
+            header = read_header(path)
+            modes[name][header.mode] += 1
+            for code, reason in _peculiarities(header, path, bool(table.upright[index])):
+                problems.append(Problem(code, os.path.relpath(path, root), "", reason, "noted"))
+    return modes, problems
+
+
+def _peculiarities(header: ImageHeader, path: Path, upright: bool) -> Iterator[tuple[str, str]]:
+    """Code and text for each thing about a picture that a user may not expect."""
+    if not header.suits(path.suffix):
+        yield "LCD-I012", f"holds {header.format}, though it is named {path.suffix}"
+    if header.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        yield "LCD-I013", "has transparency, which is dropped"
+    if header.mode.startswith("I"):
+        yield "LCD-I010", "16-bit grey is scaled to 8 bits by 1/257"
+    if header.animated:
+        yield "LCD-I014", "has several frames; the first is used"
+    if header.size.orientation != 1:
+        frame = "upright" if upright else "stored"
+        yield "LCD-I026", f"EXIF orientation {header.size.orientation}; boxes are taken to refer to the {frame} picture"
+
+
+def _paths(tables: dict[str, DetectionTable]) -> dict[Path, None]:
+    """All pictures, each once, however their names lead to them."""
+    every = (table.path(index) for table in tables.values() for index in range(len(table)))
+    return dict.fromkeys(Path(os.path.normpath(path)) for path in every)
+
+
+def _equal_files(tables: dict[str, DetectionTable], root: Path) -> Iterator[Problem]:
+    """Pictures that equal another one byte by byte; only those of equal length are read."""
+    by_length: dict[int, list[Path]] = {}
+    for path in _paths(tables):
+        by_length.setdefault(path.stat().st_size, []).append(path)
+    for group in by_length.values():
+        first: dict[bytes, Path] = {}
+        for path in group if len(group) > 1 else ():
+            twin = first.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)
+            if twin != path:
+                reason = f"equals {os.path.relpath(twin, root)} byte by byte"
+                yield Problem("LCD-D125", os.path.relpath(path, root), "", reason, "noted")
+
+
+def _shared_pictures(tables: dict[str, DetectionTable], root: Path) -> Iterator[Problem]:
+    """Splits that hold the same files; that ``trainval`` holds ``train`` and ``val`` is its purpose."""
+    paths = {name: set(_paths({name: table})) for name, table in tables.items()}
+    for one, other in combinations(paths, 2):
+        shared = paths[one] & paths[other]
+        if shared and not ("trainval" in (one, other) and {"train", "val"} & {one, other}):
+            reason = f"{len(shared)} pictures are in {one!r} and in {other!r}, such as {min(shared).name}"
+            yield Problem("LCD-D126", str(root), "", reason, "noted")
+
+
+def _undecodable(tables: dict[str, DetectionTable], root: Path) -> list[Problem]:
+    """Pictures whose pixels cannot be decoded."""
+
+    def problem_of(path: Path) -> Problem | None:
+        try:
+            read_image(path)
+        except UnreadableError as error:
+            return error.problem_of(os.path.relpath(path, root))
+        return None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+        warnings.simplefilter("ignore")  # what is unusual is reported already
+        return [problem for problem in pool.map(problem_of, _paths(tables)) if problem is not None]

@@ -1,0 +1,28 @@
+"""Deformable DETR as a LightningModule."""
+
+from typing import Any
+
+from lightning_convnext_det.models.deformable_detr import DeformableDETR
+from lightning_convnext_det.models.zoo import check_arguments
+from lightning_convnext_det.modules.detection import DetectionModule
+
+# arXiv:2010.04159, section 5: learning rates multiplied by 0.1, gradients clipped at 0.1 in the authors' code (main.py)
+_SLOW = ("sampling_offsets", "reference_points")
+
+
+class DeformableDETRModule(DetectionModule):
+    """Trains and evaluates `DeformableDETR`, by default with the learning rates and the clipping of its paper."""
+
+    default_backbone_lr_factor = 0.1
+    default_gradient_clip = 0.1
+
+    def build_detector(self, num_classes: int, **options: Any) -> DeformableDETR:  # the keywords of DeformableDETR
+        """Build the network from `DeformableDETR`'s arguments."""
+        check_arguments(DeformableDETR, "DeformableDETRModule", options)
+        return DeformableDETR(num_classes, **options)
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Slow down the backbone, and by the paper's factor the layers that say where to look."""
+        if any(part in _SLOW for part in name.split(".")):
+            return 0.1
+        return super().learning_rate_factor(name)
