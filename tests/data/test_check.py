@@ -1,0 +1,197 @@
+import json
+import pickle
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from reading import Annotate, WriteCoco, WritePicture, WriteXml
+from rich.console import Console
+
+from lightning_convnext_det.data.check import Report, check_dataset, print_report, summarize_table
+from lightning_convnext_det.data.images import read_image
+from lightning_convnext_det.errors import DataError
+
+
+def printed(report: Report) -> str:
+    console = Console(file=StringIO(), width=100)
+    print_report(report, console)
+    file = console.file
+    assert isinstance(file, StringIO)
+    return file.getvalue()
+
+
+def test_check_dataset__real_set_with_two_boxes_without_area(shared_data: Path) -> None:
+    report = check_dataset(shared_data / "bccd" / "BCCD", decode=True)
+
+    assert Counter((p.code, p.action) for p in report.problems) == {("LCD-D101", "dropped"): 2}
+    assert not report.clean
+    train, test = (summarize_table(report.tables[name]) for name in ("train", "test"))
+    assert (train.images, train.boxes, train.boxes_per_class) == (205, 2804, (209, 2381, 214))
+    assert (test.images, test.boxes, test.smallest, test.largest) == (72, 945, (480, 640), (480, 640))
+    text = printed(report)
+    assert "[LCD-D101] Annotations/BloodImage_00343.xml: object 4 (RBC): box [181, 329, 181, 329] has no area" in text
+    assert "not clean (VOC; 2 dropped)" in text
+    for part in ("trainval", "Platelets", "2,804", "RGB 205", "640x480"):
+        assert part in text
+
+
+def test_check_dataset__real_set_with_crowds(shared_data: Path) -> None:
+    report = check_dataset(shared_data / "coco_mini", decode=True)
+
+    assert report.clean
+    assert report.problems == ()
+    summary = summarize_table(report.tables["train"])
+    areas = [a["area"] for a in json.loads(
+        (shared_data / "coco_mini" / "annotations" / "instances_train2017.json").read_text()
+    )["annotations"]]  # fmt: skip
+    assert (summary.boxes, summary.crowd, summary.images_without_boxes) == (939, 10, 2)
+    assert summary.small == sum(area < 1024 for area in areas)
+    assert summary.large == sum(area >= 9216 for area in areas)
+    assert summary.medium == 939 - summary.small - summary.large
+    assert report.modes["train"] == {"RGB": 127, "L": 1}
+    assert "coco_mini: clean (COCO; nothing to report)" in printed(report)
+
+
+QUIRKS = [
+    ("raccoon", True, {"LCD-D125": 2}),
+    ("plates", False, {"LCD-D105": 2, "LCD-I012": 3, "LCD-I013": 3}),
+    ("exif", True, {"LCD-I025": 3, "LCD-I026": 14, "LCD-D126": 1}),
+    ("exif_labelimg", False, {"LCD-D008": 1, "LCD-I024": 2}),
+]
+
+
+@pytest.mark.parametrize(("folder", "clean", "codes"), QUIRKS, ids=[row[0] for row in QUIRKS])
+def test_check_dataset__oddities_of_real_sets(
+    shared_data: Path, folder: str, clean: bool, codes: dict[str, int]
+) -> None:
+    report = check_dataset(shared_data / "quirks" / folder, decode=True)
+
+    assert Counter(problem.code for problem in report.problems) == codes
+    assert report.clean == clean
+
+
+def test_check_dataset__every_odd_picture(shared_data: Path, tmp_path: Path, write_xml: WriteXml) -> None:
+    """The collected pictures of all formats, as a data set."""
+    for path in sorted((shared_data / "quirks" / "pillow").iterdir()):
+        (tmp_path / path.name).symlink_to(path)
+        write_xml(tmp_path / f"{path.stem}.xml", [("a", 2, 2, 9, 9)], size=None, name=path.name)
+    report = check_dataset(tmp_path, exif="raw", decode=True)
+
+    refused = {(p.file, p.code) for p in report.problems if p.action == "refused"}
+    assert refused == {
+        ("broken.png", "LCD-I001"),
+        ("truncated_image.png", "LCD-I002"),
+        ("truncated_jpeg.jpg", "LCD-I002"),
+    }
+    noted = {(p.file, p.code) for p in report.problems if p.action == "noted"}
+    assert noted == {
+        ("exif_imagemagick_orientation.png", "LCD-I026"),
+        ("hopper_orientation_6.jpg", "LCD-I026"),
+        ("xmp_tags_orientation.png", "LCD-I026"),
+        ("i_trns.png", "LCD-I010"),
+        ("iss634.gif", "LCD-I014"),
+        ("pil136.png", "LCD-I013"),
+        ("uncompressed_la.png", "LCD-I013"),
+        ("xmp_tags_orientation.png", "LCD-I013"),
+    }
+
+
+def test_check_dataset__truncated_picture_shows_only_when_decoded(
+    write_coco: WriteCoco, write_picture: WritePicture
+) -> None:
+    root = write_coco(pictures=2).parents[1]
+    path = root / "train" / "2.png"
+    path.write_bytes(path.read_bytes()[:3000])
+
+    assert check_dataset(root).clean
+    report = check_dataset(root, decode=True)
+    assert [(p.code, p.file, p.action) for p in report.problems if p.action != "noted"] == [
+        ("LCD-I002", "train/2.png", "refused")
+    ]
+
+
+def test_check_dataset__unusable_file_beside_a_good_one(write_coco: WriteCoco, annotate: Annotate) -> None:
+    root = write_coco([annotate([1, 1, 5, 5])]).parents[1]
+    write_coco(name="val").write_text('{"images": [')
+    report = check_dataset(root)
+
+    (problem,) = report.problems
+    assert (problem.code, problem.record, problem.action) == ("LCD-D004", "line 1 column 13", "refused")
+    assert list(report.tables) == ["train"]
+    assert "not clean (COCO; 1 refused)" in printed(report)
+
+
+def test_check_dataset__classes_differ(write_coco: WriteCoco, annotate: Annotate) -> None:
+    write_coco([annotate([1, 1, 5, 5])])
+    path = write_coco(
+        [annotate([1, 1, 5, 5])], categories=[{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}], name="val"
+    )
+    report = check_dataset(path.parents[1])
+
+    assert [(p.code, p.record, p.action) for p in report.problems if p.action != "noted"] == [
+        ("LCD-D120", "split 'val'", "refused")
+    ]
+    assert not report.clean
+
+
+def test_check_dataset__split_without_pictures(write_coco: WriteCoco) -> None:
+    report = check_dataset(write_coco(images=[]).parents[1])
+
+    assert [(p.code, p.action) for p in report.problems] == [("LCD-L004", "refused")]
+    assert summarize_table(report.tables["train"]).smallest == (0, 0)
+    assert "0x0" in printed(report)
+
+
+def test_check_dataset__same_pictures_in_two_splits(write_coco: WriteCoco, annotate: Annotate) -> None:
+    """As the same file by another way, and as files with the same bytes."""
+    root = write_coco([annotate([1, 1, 5, 5])], pictures=2).parents[1]
+    (root / "val").mkdir()
+    (root / "val" / "copy.png").write_bytes((root / "train" / "2.png").read_bytes())
+    names = ("../train/1.png", "copy.png")
+    images = [{"id": i, "file_name": name, "height": 48, "width": 64} for i, name in enumerate(names)]
+    write_coco([annotate([1, 1, 5, 5])], images=images, pictures=0, name="val")
+    report = check_dataset(root)
+
+    assert [(p.code, p.file, p.reason) for p in report.problems] == [
+        ("LCD-D125", "val/copy.png", "equals train/2.png byte by byte"),
+        ("LCD-D126", str(root), "1 pictures are in 'train' and in 'val', such as 1.png"),
+    ]
+    assert report.clean
+
+
+def test_check_dataset__reads_only(write_coco: WriteCoco, annotate: Annotate) -> None:
+    root = write_coco([annotate([1, 1, 0, 5])], pictures=2).parents[1]
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(root.rglob("*"))}
+
+    before = state()
+    check_dataset(root, decode=True)
+    assert state() == before
+
+
+def test_check_dataset__no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="LCD-L001"):
+        check_dataset(tmp_path)
+
+
+def test_print_report__brackets_and_colons_are_not_markup(write_coco: WriteCoco, annotate: Annotate) -> None:
+    categories = [{"id": 1, "name": "[red]cat[/red]"}, {"id": 2, "name": ":smile:"}]
+    root = write_coco([annotate([1, 1, 0, 5])], categories=categories).parents[1]
+    text = printed(check_dataset(root))
+
+    assert "[red]cat[/red]" in text
+    assert ":smile:" in text
+    assert text.startswith("[LCD-D101] annotations/instances_train.json: annotation 1 of '1.png': box [1, 1, 0, 5]")
+
+
+def test_unreadable_error__survives_the_way_out_of_a_worker(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"")
+
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / "a.jpg")
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert str(copy) == str(error.value)
+    assert copy.problem_of("b").file == "b"
+    assert type(copy)("text of a worker").problem_of("b").reason == "text of a worker"
