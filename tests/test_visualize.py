@@ -147,6 +147,25 @@ def test_draw_detections__crowd_keeps_the_strongest_label_whole() -> None:
     assert not covered(plate, (255, 255, 255)).any()
 
 
+def test_draw_detections__boxes_of_an_enlarged_picture_grow_with_it() -> None:
+    drawn = draw_detections(Image.new("RGB", (60, 60), GREY), [[10, 20, 50, 55]], ["a"], colors={"a": (255, 0, 0)})
+    rows, columns = np.nonzero(covered(drawn, (255, 0, 0)))
+    assert (columns.min(), columns.max() + 1, rows.max() + 1) == (40, 200, 220)
+
+
+def test_draw_detections__text_shrinks_in_a_crowd() -> None:
+    heights = []
+    for number in (1, 40):
+        boxes = torch.tensor([[10.0, 100.0, 60.0, 200.0]]).repeat(number, 1)
+        boxes[1:] += torch.tensor([300.0, 0, 300, 0]) + 8 * torch.arange(1, number)[:, None]
+        names = ["the first"] + ["another long name"] * (number - 1)
+        colors = {"the first": (255, 255, 0), "another long name": (0, 0, 255)}
+        drawn = draw_detections(Image.new("RGB", (1000, 600), GREY), boxes, names, None, colors)
+        above = np.flatnonzero(covered(drawn, (255, 255, 0))[:100, 10:30].any(1))
+        heights.append(above.max() - above.min() + 1)
+    assert 12 <= heights[1] < 0.9 * heights[0]
+
+
 def test_draw_detections__small_box_is_not_filled_by_its_frame() -> None:
     drawn = draw_detections(Image.new("RGB", (4000, 4000), GREY), [[2000, 2000, 2012, 2012]], ["a"], None)
     assert (pixels(drawn)[2002:2010, 2002:2010] == GREY).all()
