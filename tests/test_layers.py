@@ -8,7 +8,10 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # room -> what it must not import; a room is a folder or a file
 FORBIDDEN = {
     "ops": ["lightning", "timm", *(f"{PACKAGE}.{r}" for r in ("models", "modules", "data", "cli", "predictor"))],
-    "models": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli", "predictor", "callbacks", "checkpoints"))],
+    "models": [
+        "lightning",
+        *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli", "predictor", "callbacks", "checkpoints")),
+    ],
     "modules": [f"{PACKAGE}.{r}" for r in ("data", "cli", "predictor", "callbacks", "visualize")],
     "data": ["timm", *(f"{PACKAGE}.{r}" for r in ("models", "modules", "ops", "cli", "predictor", "checkpoints"))],
     "predictor.py": ["lightning", f"{PACKAGE}.cli", f"{PACKAGE}.callbacks", f"{PACKAGE}.data.datamodule"],

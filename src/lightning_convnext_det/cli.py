@@ -1,6 +1,7 @@
 """The command ``convnext-det``: LightningCLI for fit, validate, test and predict, and tools beside it."""
 
 import argparse
+import inspect
 import logging
 import re
 import sys
@@ -8,9 +9,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
@@ -23,12 +25,19 @@ from lightning_convnext_det.data.check import check_dataset, print_report
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.zoo import suggest
 from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 
 EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
 6 checkpoint, 130 interrupted, 143 terminated"""
+
+
+_LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the data set answers
+
+
+_MODEL = [name for callee in (DetectionModule, FasterRCNN) for name in inspect.signature(callee).parameters]
 
 
 class _Parser(LightningArgumentParser):
@@ -38,9 +47,10 @@ class _Parser(LightningArgumentParser):
         """Print one line and leave with status 2."""
         text = " ".join(str(message).split())
         known = [option for action in self._actions for option in action.option_strings]
-        unknown = re.search(r"(--[\w.]+)", text) if "nrecognized arguments" in text else None
-        if unknown:
+        if unknown := re.search(r"nrecognized arguments: (--[\w.]+)", text):
             text += f"; {suggest(unknown.group(1), known)}"
+        elif unknown := re.search(r"Option '(\w+)' is not accepted", text):
+            text = f"--model.{unknown.group(1)} is not an argument of the model; {suggest(unknown.group(1), _MODEL)}"
         sys.stderr.write(f"error: {text}\n")
         raise SystemExit(2)
 
@@ -59,6 +69,7 @@ class DetectionCLI(LightningCLI):
             args=list(arguments),
             subclass_mode_model=True,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # no class paths in checkpoints: they would be imported on loading
             seed_everything_default=1,
             trainer_defaults={"max_epochs": 24, "default_root_dir": "runs", "log_every_n_steps": 10},
             parser_class=_Parser,
@@ -79,27 +90,22 @@ class DetectionCLI(LightningCLI):
             }
         )
         parser.add_lightning_class_args(PredictionWriter, "output")
-        for name in ("num_classes", "class_names", "category_ids"):
-            parser.link_arguments(
-                "data", f"model.init_args.{name}", compute_fn=self._classes(name), apply_on="instantiate"
-            )
+        for name in _LINKED:  # a link makes it no required argument; the value is given in instantiate_classes
+            parser.link_arguments("data", f"model.init_args.{name}", apply_on="instantiate")
         parser.set_defaults({"model": self._default_model()})
 
     def _default_model(self) -> dict[str, Any]:
         if self._checkpoint is None:
             return {"class_path": "lightning_convnext_det.modules.FasterRCNNModule"}
         module = MODULES[self._checkpoint[FORMAT]["module"]]
-        linked = ("num_classes", "class_names", "category_ids")
-        options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in linked}
+        options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in _LINKED}
         return {"class_path": f"{module.__module__}.{module.__name__}", "init_args": options}
 
-    def _classes(self, name: str) -> Callable[[DetectionDataModule], Any]:
-        def read(data: DetectionDataModule) -> Any:  # an int or a list, as the model's argument needs it
-            if self.config["subcommand"] == "predict" and self._checkpoint is not None:
-                return self._checkpoint["hyper_parameters"][name]
-            return getattr(data, name)
-
-        return read
+    def _classes(self, name: str) -> int | list[int] | list[str]:
+        if self.subcommand == "predict" and self._checkpoint is not None:
+            value: int | list[int] | list[str] = self._checkpoint["hyper_parameters"][name]
+            return value
+        return cast(int | list[int] | list[str], getattr(self.datamodule, name))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments given, whatever ``sys.argv`` holds."""
@@ -115,21 +121,27 @@ class DetectionCLI(LightningCLI):
         chosen = self.config[subcommand]["model"].get("init_args", {})
         for name, trained in self._checkpoint["hyper_parameters"].items():
             value = chosen.get(name, trained)
-            if _plain(value) != _plain(trained) and name not in ("pretrained_backbone", "backbone_weights"):
+            if name not in (*_LINKED, "pretrained_backbone", "backbone_weights") and _plain(value) != _plain(trained):
                 sys.stderr.write(f"model.{name}: {value} replaces the checkpoint's {trained}\n")
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer."""
-        self.config_init = self.parser.instantiate(self.config)
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        config = self.config.clone()
+        model = config[self.subcommand].pop("model")
+        self.config_init = self.parser.instantiate(config)
         self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        # not by the parser, which would wrap a constructor's error into a page about types
+        classes = {name: self._classes(name) for name in _LINKED}
+        module = MODULES[model.class_path.rpartition(".")[2]]
+        self.model = module(**{**vars(model.init_args), **classes})
         self.trainer = self.instantiate_trainer()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit, predict = self.subcommand == "fit", self.subcommand == "predict"
-        own = [c for c in callbacks if not isinstance(c, ModelCheckpoint if not fit else PredictionWriter)]
-        if not predict:
-            own = [c for c in own if not isinstance(c, PredictionWriter)]
+        kinds = (ModelCheckpoint,) if fit else (PredictionWriter,) if predict else ()
+        own = [c for c in callbacks if isinstance(c, kinds)]
         given = config.get("callbacks") or []
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             own.append(RichProgressBar())
@@ -221,22 +233,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        line = user_message(error)
+        cause = _cause(error)
+        line = user_message(cause)
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")
-        return int(getattr(error, "exit_status", 2))
+        return int(getattr(cause, "exit_status", 2))
     return 0
 
 
 def _quieten() -> None:
-    """Leave out what a user can do nothing about: advertisements, and a warning that Lightning's own code causes."""
+    """Leave out what a user can do nothing about: advertisements, and warnings that are Lightning's own affair."""
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "💡 Tip" not in record.getMessage()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of ours that another library has wrapped into its own, or the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not hasattr(cause, "exit_status"):
+        cause = cause.__cause__
+    return cause or error
 
 
 def user_message(error: BaseException) -> str | None:

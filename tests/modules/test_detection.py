@@ -26,7 +26,9 @@ def test_detection_module__logs_every_loss_and_figure(loader: DataLoader[Batch],
     trainer.fit(create_module(class_names=["dark", "bright"]), loader, loader)
     logged = trainer.callback_metrics
     losses = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
-    assert float(logged["train/loss"]) == pytest.approx(sum(float(logged[f"train/{name}"]) for name in losses), rel=1e-5)
+    assert float(logged["train/loss"]) == pytest.approx(
+        sum(float(logged[f"train/{name}"]) for name in losses), rel=1e-5
+    )
     assert {f"val/{name}" for name in (*FIGURES, "map/dark", "map/bright")} <= set(logged)
 
 

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 
 MODULES: dict[str, type[DetectionModule]] = {
-    module.__name__: module for module in (FasterRCNNModule, DeformableDETRModule)
+    module.__name__: module for module in (FasterRCNNModule,)
 }
 
 

@@ -1,0 +1,199 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pycocotools.coco import COCO
+
+from lightning_convnext_det import __version__
+from lightning_convnext_det.cli import main, user_message
+from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.modules import load_module
+
+SMALL = [
+    "--model.backbone=test_convnext",
+    "--model.min_size=64",
+    "--model.max_size=96",
+    "--model.fpn_channels=16",
+    "--model.box_head_features=32",
+    "--model.rpn_post_nms_top_n_train=100",
+    "--model.rpn_post_nms_top_n_test=100",
+    "--model.box_batch_size_per_image=32",
+    "--model.score_threshold=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.num_workers=0",
+]
+QUIET = SMALL[-3:]
+
+# Lightning's advice, and what it says of a loader without workers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic_coco(tmp_path_factory.mktemp("data"), 12, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training of one epoch."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(folder)]
+    assert main(["fit", *root, "--trainer.max_epochs=1", *SMALL]) == 0
+    return folder
+
+
+def test_fit__writes_checkpoints_metrics_and_configuration(run: Path) -> None:
+    version = run / "version_0"
+    assert {p.name for p in (version / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    header = (version / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val/map", "val/map_50", "val/map/star"} <= set(header)
+    assert list(version.glob("events.out.tfevents*"))
+    config = yaml.safe_load((version / "config.yaml").read_text())
+    assert config["model"]["init_args"]["fpn_channels"] == 16
+    module = load_module(version / "checkpoints" / "best.ckpt")
+    assert module.class_names == ["disc", "ring", "square", "triangle", "star"]
+
+
+def test_fit__continues_from_a_checkpoint(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "last.ckpt"
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    # the network is the checkpoint's; what the command line says wins and is announced
+    status = main(["fit", *root, *QUIET, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", "--model.lr=0.5"])
+    assert status == 0
+    assert "model.lr: 0.5 replaces the checkpoint's 0.0001" in capsys.readouterr().err
+    rows = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()
+    epoch = rows[0].split(",").index("epoch")
+    assert {row.split(",")[epoch] for row in rows[1:]} == {"1"}
+    assert load_module(tmp_path / "version_0" / "checkpoints" / "last.ckpt").detector.backbone.out_channels == 16
+
+
+def test_test__logs_the_figures(run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["test", *root, *QUIET, f"--ckpt_path={checkpoint}"]) == 0
+    assert "test/map_50" in capsys.readouterr().out
+
+
+def test_predict__needs_only_a_checkpoint_and_pictures(run: Path, dataset: Path, tmp_path: Path) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
+    output = tmp_path / "found"
+    arguments = [f"--data.predict={dataset / 'test'}", f"--output.folder={output}", f"--ckpt_path={checkpoint}"]
+    assert main(["predict", *arguments, *QUIET, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    results = json.loads((output / "predictions.json").read_text())
+    assert {r["category_id"] for r in results} <= {1, 2, 3, 4, 5}
+    assert {r["file_name"] for r in results} <= {str(p) for p in (dataset / "test").iterdir()} | {
+        p.name for p in (dataset / "test").iterdir()
+    }
+    assert len(list(output.glob("*.jpg"))) == 6
+    # with the ids of the pictures, pycocotools reads it
+    truth = COCO(str(dataset / "annotations" / "instances_test.json"))
+    assert truth.loadRes([r for r in results if r["image_id"] in truth.imgs])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["fit", "--data.root", "DATA", "--data.rot", "x"], 2, "did you mean '--data.root'"),
+        (["fit", "--data.root", "DATA", "--model.score_treshold=1"], 2, "did you mean 'score_threshold'"),
+        (["fit", "--data.root", "DATA", "--model.backbone=convnext_tinny"], 2, "did you mean 'convnext_tiny'"),
+        (["fit", "--data.root", "DATA", "--data.train_transforms=flipp"], 2, "flipp"),
+        (["fit", "--data.root", "DATA/nowhere"], 3, "nowhere: there is no such folder"),
+        (["fit", "--data.root", "EMPTY"], 3, "LCD-L"),
+        (["fit"], 3, "LCD-"),
+        (["test", "--data.root", "DATA"], 6, "test needs trained weights: add --ckpt_path FILE"),
+        (["predict", "--data.predict", "DATA", "--ckpt_path", "none.ckpt"], 6, "none.ckpt: no such checkpoint file"),
+        (["predict", "--data.predict", "DATA", "--ckpt_path", "http://host/x.ckpt"], 6, "LCD-S010"),
+        (["check", "EMPTY"], 3, "LCD-L"),
+        (["boxes"], 2, "invalid choice: 'boxes'"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_main__a_mistake_ends_in_one_line(
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"DATA": str(dataset), "EMPTY": str(tmp_path / "empty")}
+    for word, place in places.items():
+        arguments = [a.replace(word, place) for a in arguments]
+    capsys.readouterr()
+    try:
+        found = main(arguments)
+    except SystemExit as error:
+        found = error.code
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (found, len(lines)) == (status, 1), err
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_main__check_says_clean_or_not(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(dataset)]) == 0
+    assert "clean" in capsys.readouterr().out
+    write_synthetic_coco(tmp_path / "bad", 3, 2)
+    file = tmp_path / "bad" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    assert main(["check", str(tmp_path / "bad")]) == 3
+    assert f"{content['annotations'][0]['id']}" in capsys.readouterr().out
+
+
+def test_main__help_names_tools_and_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "check" in text
+    assert "4 divergence" in " ".join(text.split())
+
+
+def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+def test_user_message__defects_keep_their_traceback() -> None:
+    assert user_message(DataError("bad box")) == "bad box"
+    try:
+        int("x")
+    except ValueError as error:
+        assert user_message(error) is None  # not raised by this package: a defect, or torch's
+    worker = DataError(
+        "Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n  x\npkg.DataError: a.jpg"
+    )
+    assert user_message(worker) == "a.jpg"
+
+
+def test_main__interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_convnext_det.cli.DetectionCLI", interrupt)
+    assert main(["fit"]) == 130
+
+
+def test_main__module_is_the_command() -> None:
+    import subprocess
+
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_convnext_det", "--version"], capture_output=True, text=True, check=True
+    )
+    assert __version__ in result.stdout
