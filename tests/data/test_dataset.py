@@ -7,13 +7,8 @@ import torch
 from builders import Box, Picture, make_table
 from PIL import Image
 
-from lightning_convnext_det.data.dataset import (
-    DetectionDataset,
-    PictureDataset,
-    UnreadablePicture,
-    collate,
-    collate_readable,
-)
+from lightning_convnext_det.data.batch import UnreadablePicture, collate
+from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 
@@ -121,11 +116,29 @@ def test_picture_dataset__numbers_pictures_from_one(tmp_path: Path) -> None:
     assert target["boxes"].shape == (0, 4)
 
 
-def test_collate_readable__sets_aside_what_cannot_be_read(tmp_path: Path) -> None:
-    make_table(tmp_path, PICTURES)
+def test_picture_dataset__says_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
-    dataset = PictureDataset([tmp_path / "00.png", tmp_path / "empty.jpg", tmp_path / "missing.jpg"])
-    images, targets, unreadable = collate_readable([dataset[index] for index in range(3)])
-    assert len(images) == len(targets) == 1
-    assert [Path(picture.file_name).name for picture in unreadable] == ["empty.jpg", "missing.jpg"]
-    assert all(isinstance(picture, UnreadablePicture) and picture.reason for picture in unreadable)
+    dataset = PictureDataset([tmp_path / "empty.jpg", tmp_path / "missing.jpg"])
+    for index, name in enumerate(["empty.jpg", "missing.jpg"]):
+        sample = dataset[index]
+        assert isinstance(sample, UnreadablePicture)
+        assert sample.file_name == str(tmp_path / name)
+        assert name in sample.reason
+
+
+def test_find_pictures__each_once_in_the_order_given(tmp_path: Path) -> None:
+    make_table(tmp_path, PICTURES)
+    (tmp_path / "below").mkdir()
+    for name in ("notes.txt", "below/a.JPG", "odd.dat"):
+        (tmp_path / name).touch()
+    odd = tmp_path / "odd.dat"
+    names = [str(path.relative_to(tmp_path)) for path in find_pictures([odd, tmp_path, tmp_path / "01.png"])]
+    assert names == ["odd.dat", "00.png", "01.png", "02.png"]
+    names = [str(path.relative_to(tmp_path)) for path in find_pictures([tmp_path / "**" / "*"])]
+    assert names == ["00.png", "01.png", "02.png", "below/a.JPG"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "holds no pictures itself"), ("a.jpg", "is not there")])
+def test_find_pictures__none(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find_pictures([tmp_path / name])

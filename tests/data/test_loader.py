@@ -7,7 +7,8 @@ import pytest
 import torch
 from builders import Box, Picture, make_table
 
-from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, collate, collate_readable
+from lightning_convnext_det.data.batch import pack
+from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset
 from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader
 from lightning_convnext_det.data.sampler import TrainingBatches
 from lightning_convnext_det.data.transforms import create_transforms
@@ -23,7 +24,7 @@ def training_loader(folder: Path, num_workers: int = 0) -> TrainingLoader:
         dataset,
         batch_size=None,
         sampler=TrainingBatches(table.sizes[:, 1] >= table.sizes[:, 0], 2),
-        collate_fn=collate,
+        collate_fn=pack,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
@@ -89,7 +90,7 @@ def test_evaluation_loader__unreadable_picture_is_one_line(tmp_path: Path, num_w
     dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=False)
     (tmp_path / "03.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"^\[LCD-I001\].*03\.png.*\(image id 103, epoch 0\)$") as caught:
-        list(EvaluationLoader(dataset, batch_size=2, collate_fn=collate, num_workers=num_workers))
+        list(EvaluationLoader(dataset, batch_size=2, collate_fn=pack, num_workers=num_workers))
     assert "\n" not in str(caught.value)
 
 
@@ -101,7 +102,7 @@ def test_picture_loader__leaves_out_what_cannot_be_read(
     for index in (1, 2, 3):
         (tmp_path / f"{index:02d}.png").write_bytes(b"no picture")
     files = sorted(tmp_path.glob("*.png"))
-    loader = PictureLoader(PictureDataset(files), batch_size=2, collate_fn=collate_readable, num_workers=num_workers)
+    loader = PictureLoader(PictureDataset(files), batch_size=2, collate_fn=pack, num_workers=num_workers)
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
     assert image_ids(batches) == [[1], [5, 6], [7, 8], [9, 10]]  # the second batch has nothing left
@@ -113,7 +114,7 @@ def test_picture_loader__leaves_out_what_cannot_be_read(
 
 def test_picture_loader__nothing_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    loader = PictureLoader(PictureDataset([tmp_path / "a.png"]), batch_size=2, collate_fn=collate_readable)
+    loader = PictureLoader(PictureDataset([tmp_path / "a.png"]), batch_size=2, collate_fn=pack)
     with pytest.raises(DataError, match="none of 1 pictures can be read"):
         list(loader)
 
@@ -124,7 +125,7 @@ def test_training_loader__two_ranks_share_an_epoch(tmp_path: Path) -> None:
     for rank in (0, 1):
         sampler = TrainingBatches(np.ones(10, np.bool_), 2, num_replicas=2, rank=rank)
         loader = TrainingLoader(
-            DetectionDataset(table, training=True), batch_size=None, sampler=sampler, collate_fn=collate
+            DetectionDataset(table, training=True), batch_size=None, sampler=sampler, collate_fn=pack
         )
         ids = image_ids(list(loader))
         assert len(ids) == len(loader) == 3

@@ -9,9 +9,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lightning_convnext_det.data.transforms import (
+    FILL,
     MULTISCALE_SIZES,
     Preset,
     RandomSizeCrop,
+    ShortestSide,
     create_transforms,
     scaled_size,
     seeded,
@@ -121,11 +123,12 @@ def test_transform_sample__vanishing_box_is_left_out() -> None:
     assert found["labels"].tolist() == [1]  # the first is 0.9 pixels high
 
 
-def test_transform_sample__channels_innermost_resize_equals_plain_resize(photos: list[Tensor]) -> None:
+def test_shortest_side__equals_a_resize_of_the_usual_layout(photos: list[Tensor]) -> None:
     image = photos[0].contiguous()
     target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    ours, _ = transform_sample(v2.Resize((301, 402)), image, target)
-    assert torch.equal(ours, v2.functional.resize(image, [301, 402]))
+    ours, _ = transform_sample(ShortestSide([301]), image, target)
+    assert min(ours.shape[-2:]) == 301
+    assert torch.equal(ours, v2.functional.resize(image, list(ours.shape[-2:])))
 
 
 def test_create_transforms__multiscale_sizes_on_a_real_photo(shared_data: Path) -> None:
@@ -149,6 +152,15 @@ def test_create_transforms__lsj_gives_squares() -> None:
     image, target = picture_with((10, 10, 50, 40))
     sizes = {transform_sample(create_transforms("lsj", crop_size=96), image, target)[0].shape for _ in range(10)}
     assert sizes == {(3, 96, 96)}
+
+
+def test_create_transforms__lsj_fills_right_and_bottom() -> None:
+    image = torch.full((3, 90, 130), 200, dtype=torch.uint8)
+    target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    square, _ = transform_sample(create_transforms("lsj", crop_size=130, scale_range=(0.5, 0.5)), image, target)
+    assert (square[:, :45, :65] == 200).all()
+    assert (square[:, 45:] == FILL).all()
+    assert (square[:, :, 65:] == FILL).all()
 
 
 def test_create_transforms__lsj_scales_are_uniform() -> None:

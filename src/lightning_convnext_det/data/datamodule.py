@@ -3,22 +3,15 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset, Sampler
 
-from lightning_convnext_det.data.dataset import (
-    DetectionDataset,
-    PictureDataset,
-    Sample,
-    UnreadablePicture,
-    collate,
-    collate_readable,
-    find_pictures,
-)
+from lightning_convnext_det.data.batch import pack
+from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
 from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader
 from lightning_convnext_det.data.pictures import Exif
 from lightning_convnext_det.data.records import BadRecords
@@ -202,7 +195,7 @@ class DetectionDataModule(LightningDataModule):
         )
         dataset = DetectionDataset(table, self._transforms, training=True, seed=self.seed)
         self._check_shared_memory(int(table.sizes.prod(axis=1).mean()))
-        return self._loader(TrainingLoader, dataset, batches, None, collate)
+        return self._loader(TrainingLoader, dataset, batches, None)
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Each validation picture once, shared out over the processes; an empty list if there are none."""
@@ -225,12 +218,12 @@ class DetectionDataModule(LightningDataModule):
             raise DataError("[LCD-P001] data.predict is not given: name a picture, a folder or a pattern")
         files = find_pictures(self.predict)
         share = EvaluationShare(len(files), *self._replicas())
-        return self._loader(PictureLoader, PictureDataset(files), share, self.batch_size, collate_readable)
+        return self._loader(PictureLoader, PictureDataset(files), share, self.batch_size)
 
     def _evaluation_loader(self, table: DetectionTable) -> EvaluationLoader:
         dataset = DetectionDataset(table, training=False)
         share = EvaluationShare(len(table), *self._replicas())
-        return self._loader(EvaluationLoader, dataset, share, self.batch_size, collate)
+        return self._loader(EvaluationLoader, dataset, share, self.batch_size)
 
     def _loader(
         self,
@@ -238,14 +231,13 @@ class DetectionDataModule(LightningDataModule):
         dataset: Dataset[object],
         sampler: Sampler[int] | Sampler[list[Key]],
         batch_size: int | None,
-        collate_fn: Callable[[list[Sample]], object] | Callable[[list[Sample | UnreadablePicture]], object],
     ) -> _Loader:
         """A loader with the options that all have in common."""
         return kind(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=collate_fn,
+            collate_fn=pack,
             num_workers=self.num_workers,
             pin_memory=self._on_cuda(),
             timeout=self.timeout if self.num_workers else 0,

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from lightning_convnext_det.data.batch import Sample, UnreadablePicture
 from lightning_convnext_det.data.images import read_image
 from lightning_convnext_det.data.pictures import is_picture_name, picture_names
 from lightning_convnext_det.data.sampler import Key
@@ -17,11 +18,6 @@ from lightning_convnext_det.data.table import DetectionTable
 from lightning_convnext_det.data.transforms import seeded, transform_sample
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
-
-Sample = tuple[Tensor, Target]
-"""A picture, uint8 [3, H, W], and its objects."""
-Batch = tuple[list[Tensor], list[Target]]
-"""What detectors take: pictures of any sizes, and as many targets."""
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -104,13 +100,6 @@ class DetectionDataset(Dataset[Sample]):
         return image
 
 
-class UnreadablePicture(NamedTuple):
-    """A picture that prediction leaves out."""
-
-    file_name: str
-    reason: str
-
-
 class PictureDataset(Dataset[Sample | UnreadablePicture]):
     """Pictures without annotations, numbered from 1 in the order given.
 
@@ -140,20 +129,6 @@ class PictureDataset(Dataset[Sample | UnreadablePicture]):
             "file_name": file,
         }
         return image, target
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Turn samples into a list of pictures and a list of targets; nothing is stacked, for sizes differ."""
-    return [image for image, _ in samples], [target for _, target in samples]
-
-
-def collate_readable(
-    samples: Sequence[Sample | UnreadablePicture],
-) -> tuple[list[Tensor], list[Target], list[UnreadablePicture]]:
-    """Turn the samples of a prediction into pictures, targets, and what could not be read."""
-    unreadable = [sample for sample in samples if isinstance(sample, UnreadablePicture)]
-    images, targets = collate([sample for sample in samples if not isinstance(sample, UnreadablePicture)])
-    return images, targets, unreadable
 
 
 def find_pictures(sources: Sequence[str | Path]) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.data.dataset import Batch
+from lightning_convnext_det.data.batch import Batch, PackedBatch, unpack
 from lightning_convnext_det.data.sampler import TrainingBatches
 from lightning_convnext_det.errors import DataError
 
@@ -22,7 +22,10 @@ class LoaderState(TypedDict):
 
 
 class EvaluationLoader(DataLoader[object]):
-    """A loader whose data errors read the same with workers as without: one line, no traceback of another process."""
+    """A loader whose data errors read the same with workers as without: one line, no traceback of another process.
+
+    The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked.
+    """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
         """Yield batches.
@@ -30,6 +33,10 @@ class EvaluationLoader(DataLoader[object]):
         Raises:
             DataError: if a picture cannot be read.
         """
+        for batch in self._packed():
+            yield unpack(batch)
+
+    def _packed(self) -> Iterator[PackedBatch]:
         try:
             yield from super().__iter__()
         except DataError as error:
@@ -64,10 +71,10 @@ class TrainingLoader(EvaluationLoader):
         self.sampler.start = self._received = state["batches"]
 
 
-class PictureLoader(DataLoader[object]):
+class PictureLoader(EvaluationLoader):
     """A loader that leaves out pictures that cannot be read, reports each as it comes and their number at the end.
 
-    Its ``collate_fn`` must be ``collate_readable``. A batch of which nothing is left is not yielded.
+    A batch of which nothing is left is not yielded.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
@@ -77,13 +84,13 @@ class PictureLoader(DataLoader[object]):
             DataError: if not one picture could be read.
         """
         num_read = num_failed = 0
-        for images, targets, failed in super().__iter__():
-            num_read += len(images)
-            num_failed += len(failed)
-            for picture in failed:
+        for batch in self._packed():
+            num_read += len(batch.sizes)
+            num_failed += len(batch.unreadable)
+            for picture in batch.unreadable:
                 _logger.warning("left out: %s", picture.reason)
-            if images:
-                yield images, targets
+            if batch.sizes:
+                yield unpack(batch)
         if num_failed and not num_read:
             raise DataError(f"[LCD-P002] none of {num_failed} pictures can be read; the reasons are given above")
         if num_failed:
