@@ -177,6 +177,18 @@ def test_prediction_writer__a_killed_run_is_cleared_away(tmp_path: Path) -> None
     assert {r["image_id"] for r in results(tmp_path)} == {1}
 
 
+def test_prediction_writer__a_kill_at_any_time_leaves_a_list_of_the_drawings(tmp_path: Path) -> None:
+    listed = []
+
+    class Watching(Foretold):
+        def predict_step(self, batch: Batch, batch_idx: int) -> list[Detection]:
+            listed.append((tmp_path / ".predictions-0.drawn").read_text().split())
+            return super().predict_step(batch, batch_idx)
+
+    predict(PredictionWriter(tmp_path), loader("a.jpg", "b.jpg", "c.jpg"), Watching())
+    assert listed == [[], ['"a.jpg"', '"b.jpg"']]
+
+
 @pytest.mark.parametrize("name", ["名前.jpg", "a\nb.jpg", "q\"uote'.jpg", "caf\udce9.jpg", "no suffix", ".hidden.jpg"])
 def test_prediction_writer__odd_file_names(name: str, tmp_path: Path) -> None:
     predict(PredictionWriter(tmp_path), loader(name))
