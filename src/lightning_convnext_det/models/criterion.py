@@ -1,0 +1,251 @@
+"""Matching of predictions with objects, and the losses of Deformable DETR (arXiv:2010.04159, arXiv:2005.12872).
+
+All decoder layers and pictures are matched after one transfer from the device, and their losses are computed together.
+Everything here is float32. Unlike the authors' implementation, numbers that are not finite stop the run by name, and
+boxes without area cannot make the generalised IoU undefined.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+from lightning_convnext_det.errors import DivergenceError
+
+
+class Predictions(NamedTuple):
+    """What the heads of several layers predict, before any choice among them."""
+
+    logits: Tensor
+    """Class logits, float32 [layers, B, Q, C]."""
+    boxes: Tensor
+    """Boxes (centre x, centre y, width, height) in 0..1 of the picture, float32 [layers, B, Q, 4]."""
+
+
+class Objects(NamedTuple):
+    """The objects of a batch, filled up to the largest number in a picture."""
+
+    boxes: Tensor
+    """Boxes (centre x, centre y, width, height) in 0..1 of the picture, float32 [B, N, 4]."""
+    labels: Tensor
+    """Class indices 0 ... C - 1, int64 [B, N]."""
+    counts: list[int]
+    """How many of the N are real, per picture."""
+
+    @classmethod
+    def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> "Objects":
+        """Put boxes [N, 4] (centre, size) and labels [N] of each picture into one tensor each."""
+        padded = nn.utils.rnn.pad_sequence([b.to(torch.float32) for b in boxes], batch_first=True, padding_value=0.5)
+        return cls(padded, nn.utils.rnn.pad_sequence(list(labels), batch_first=True), [len(b) for b in boxes])
+
+
+class Matches(NamedTuple):
+    """Pairs of a prediction and an object, int64 [K] each."""
+
+    layer: Tensor
+    picture: Tensor
+    query: Tensor
+    target: Tensor
+    """Index of the object within its picture."""
+
+
+class SetCriterion(nn.Module):
+    """Match predictions with objects one to one at the least cost, and compare the pairs.
+
+    Args:
+        cost_classification: weight of the focal classification cost in the matching.
+        cost_boxes: weight of the L1 distance of boxes in 0..1 in the matching.
+        cost_giou: weight of the generalised IoU in the matching.
+        weight_classification: weight of the focal loss.
+        weight_boxes: weight of the L1 loss.
+        weight_giou: weight of the generalised IoU loss.
+        alpha: weight of positives in the focal loss and cost.
+        gamma: exponent that turns easy examples down in the focal loss and cost.
+    """
+
+    def __init__(
+        self,
+        cost_classification: float = 2.0,
+        cost_boxes: float = 5.0,
+        cost_giou: float = 2.0,
+        weight_classification: float = 2.0,
+        weight_boxes: float = 5.0,
+        weight_giou: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.cost_classification, self.cost_boxes, self.cost_giou = cost_classification, cost_boxes, cost_giou
+        self.weights = {
+            "classification": weight_classification,
+            "boxes": weight_boxes,
+            "giou": weight_giou,
+        }
+        self.alpha, self.gamma = alpha, gamma
+        self._warned = False
+
+    def forward(
+        self, decoder: Predictions, objects: Objects, proposals: Predictions | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the weighted losses.
+
+        Args:
+            decoder: predictions of the decoder layers that are trained, the last one last.
+            objects: what is there.
+            proposals: the encoder's proposals of the two-stage variant, as one layer; their objects all have class 0.
+
+        Returns:
+            ``loss_classification``, ``loss_boxes`` and ``loss_giou`` of the last layer; of earlier ones with suffix
+            ``_aux0``, ``_aux1`` ...; of the proposals with suffix ``_proposals``. Float32 scalars, divided by the mean
+            number of objects per rank, at least 1.
+
+        Raises:
+            DivergenceError: if a logit or box is not finite.
+        """
+        with torch.autocast(decoder.logits.device.type, enabled=False):
+            self._warn_of_surplus(objects, decoder.boxes.shape[2])
+            binary = objects._replace(labels=torch.zeros_like(objects.labels))
+            sets = [(decoder, objects)] if proposals is None else [(decoder, objects), (proposals, binary)]
+            sets = [(Predictions(p.logits.float(), p.boxes.float()), o) for p, o in sets]
+            matches = self._match(sets)
+            num_boxes = _mean_over_ranks(sum(objects.counts), decoder.logits.device)
+            layers = len(decoder.logits)
+            suffixes = [[*(f"_aux{i}" for i in range(layers - 1)), ""], ["_proposals"]]
+            losses = {}
+            for (predictions, found), pairs, names in zip(sets, matches, suffixes, strict=False):
+                for key, values in self._compare(predictions, found, pairs).items():
+                    weighted = values * (self.weights[key] / num_boxes)  # [layers]
+                    losses.update({f"loss_{key}{name}": v for name, v in zip(names, weighted, strict=True)})
+        return losses
+
+    @torch.no_grad()
+    def _match(self, sets: list[tuple[Predictions, Objects]]) -> list[Matches]:
+        """Match every layer and picture of all sets, after one transfer to the host."""
+        costs = [self.matching_cost(predictions, objects) for predictions, objects in sets]
+        finite = [torch.stack([x.isfinite().flatten(1).all(1) for x in p], 1) for p, _ in sets]  # [layers, 2] each
+        packed = torch.cat([x.flatten() for x in (*costs, *finite)]).cpu().numpy()
+        cut = np.cumsum([c.numel() for c in costs])
+        _check_finite(packed[cut[-1] :], len(sets) > 1)
+        pairs = [
+            _assign(part.reshape(cost.shape), objects.counts)
+            for part, cost, (_, objects) in zip(np.split(packed, cut)[:-1], costs, sets, strict=True)
+        ]
+        device = sets[0][0].logits.device
+        joined = torch.from_numpy(np.concatenate(pairs, 1)).to(device, non_blocking=True)
+        ends = np.cumsum([p.shape[1] for p in pairs])[:-1].tolist()
+        return [Matches(*part.unbind(0)) for part in joined.tensor_split(ends, 1)]
+
+    def matching_cost(self, predictions: Predictions, objects: Objects) -> Tensor:
+        """Compute what it would cost to match every query with every object, float32 [layers, B, Q, N]."""
+        boxes, targets = predictions.boxes, objects.boxes
+        layers, _, queries, _ = boxes.shape
+        index = objects.labels[None, :, None].expand(layers, -1, queries, -1)
+        logits = predictions.logits.gather(-1, index)  # [layers, B, Q, N]: of each object's class
+        probabilities = logits.sigmoid()
+        positive = -self.alpha * (1 - probabilities) ** self.gamma * F.logsigmoid(logits)
+        negative = -(1 - self.alpha) * probabilities**self.gamma * F.logsigmoid(-logits)
+        distance = torch.cdist(boxes, targets.expand(layers, -1, -1, -1), p=1)
+        overlap = generalized_iou(corners(boxes)[:, :, :, None], corners(targets)[None, :, None])
+        return self.cost_classification * (positive - negative) + self.cost_boxes * distance - self.cost_giou * overlap
+
+    def _compare(self, predictions: Predictions, objects: Objects, pairs: Matches) -> dict[str, Tensor]:
+        """Sum the losses of each layer over pictures, queries and classes, float32 [layers] each."""
+        layers = len(predictions.logits)
+        one_hot = torch.zeros_like(predictions.logits)
+        labels = objects.labels[pairs.picture, pairs.target]
+        one_hot[pairs.layer, pairs.picture, pairs.query, labels] = 1.0
+        focal = sigmoid_focal_loss(predictions.logits, one_hot, self.alpha, self.gamma)
+        boxes = predictions.boxes[pairs.layer, pairs.picture, pairs.query]  # [K, 4]
+        targets = objects.boxes[pairs.picture, pairs.target]
+        distance = (boxes - targets).abs().sum(1)
+        missed = 1 - generalized_iou(corners(boxes), corners(targets))
+        nothing = boxes.new_zeros(layers)
+        return {
+            "classification": focal.flatten(1).sum(1),
+            "boxes": nothing.index_add(0, pairs.layer, distance),
+            "giou": nothing.index_add(0, pairs.layer, missed),
+        }
+
+    def _warn_of_surplus(self, objects: Objects, num_queries: int) -> None:
+        surplus = [n for n in objects.counts if n > num_queries]
+        if surplus and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"[LCD-M201] {len(surplus)} of {len(objects.counts)} pictures of a batch hold up to {max(surplus)} "
+                f"objects, more than the {num_queries} queries; the surplus is not learnt; raise num_queries",
+                stacklevel=3,
+            )
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """Turn boxes [..., 4] (centre x, centre y, width, height) into (x1, y1, x2, y2)."""
+    converted: Tensor = box_convert(boxes, "cxcywh", "xyxy")
+    return converted
+
+
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the generalised IoU of boxes (x1, y1, x2, y2) in -1..1, elementwise after broadcasting.
+
+    Boxes without area have IoU 0 with everything; nothing is undefined.
+
+    Reference:
+        Rezatofighi et al., "Generalized Intersection over Union", arXiv:1902.09630.
+    """
+    eps = torch.finfo(boxes.dtype).tiny ** 0.5
+    low, high = boxes[..., :2], boxes[..., 2:]
+    intersection = _area((torch.minimum(high, others[..., 2:]) - torch.maximum(low, others[..., :2])).clamp(min=0))
+    enclosing = _area(torch.maximum(high, others[..., 2:]) - torch.minimum(low, others[..., :2]))
+    union = _area(high - low) + _area(others[..., 2:] - others[..., :2]) - intersection
+    return intersection / union.clamp(min=eps) - (enclosing - union) / enclosing.clamp(min=eps)
+
+
+def _area(sides: Tensor) -> Tensor:
+    return sides[..., 0] * sides[..., 1]
+
+
+def _assign(cost: NDArray[np.float32], counts: list[int]) -> NDArray[np.int64]:
+    """Solve the assignment of every layer and picture. Rows layer, picture, query, object; int64 [4, K]."""
+    found = [np.empty((4, 0), np.int64)]
+    for layer, per_picture in enumerate(cost):
+        for picture, count in enumerate(counts):
+            query, target = linear_sum_assignment(per_picture[picture, :, :count])
+            found.append(np.stack([np.full_like(query, layer), np.full_like(query, picture), query, target]))
+    return np.concatenate(found, 1)
+
+
+def _check_finite(flags: NDArray[np.float32], proposals: bool) -> None:
+    """Name the first that is not finite; flags of logits and boxes, layer by layer, the proposals last."""
+    names = [(what, f"decoder layer {i}") for i in range(len(flags) // 2 - proposals) for what in ("logits", "boxes")]
+    names += [(what, "the proposals") for what in ("logits", "boxes")] if proposals else []
+    bad = [name for name, flag in zip(names, flags, strict=True) if not flag]
+    if not bad:
+        return
+    # the decoder builds on the proposals
+    what, where = next((name for name in bad if name[1] == "the proposals"), bad[0])
+    raise DivergenceError(
+        f"[LCD-N001] the {what} of {where} are not finite; lower the learning rate, clip gradients, or train in bf16 "
+        "or float32 instead of fp16"
+    )
+
+
+def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
+    """Average a number of objects over the ranks that train together; at least 1. Float32 scalar."""
+    total = torch.tensor(float(count), device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+        total = total / torch.distributed.get_world_size()
+    return total.clamp(min=1.0)
+
+
+def prior_bias(probability: float = 0.01) -> float:
+    """Give the bias with which a sigmoid starts at a probability (RetinaNet, arXiv:1708.02002, section 4.1)."""
+    return -math.log((1 - probability) / probability)
