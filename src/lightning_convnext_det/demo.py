@@ -19,6 +19,8 @@ NETWORK = [
     "--model.fpn_channels=128",
     "--model.box_head_features=256",
     "--model.box_batch_size_per_image=128",
+    "--model.rpn_pre_nms_top_n_train=500",
+    "--model.rpn_post_nms_top_n_train=300",
     "--model.anchor_sizes=[[16],[32],[64],[96],[128]]",
     "--model.min_size=192",
     "--model.max_size=288",
@@ -29,6 +31,7 @@ TRAINING = [
     "--data.batch_size=4",
     "--data.vertical_flip=true",
     "--trainer.gradient_clip_val=5",
+    "--trainer.check_val_every_n_epoch=2",
 ]
 
 
@@ -46,7 +49,7 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
         "convnext-det demo", description="Train a detector on pictures made up on the spot and look at what it finds."
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to; an older demo is replaced")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training pictures")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the training pictures")
     parser.add_argument("--pictures", type=int, default=400, help="for training; a fifth of that each for val and test")
     options = parser.parse_args(arguments)
     folder, held_out = options.folder, max(2, options.pictures // 5)

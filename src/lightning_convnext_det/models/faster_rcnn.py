@@ -16,11 +16,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
 
 from lightning_convnext_det.models.backbone import PyramidFPN, TimmPyramid
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from lightning_convnext_det.models.targets import check_targets
+from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
 
 

@@ -1,0 +1,168 @@
+"""RoIAlign (Mask R-CNN, arXiv:1703.06870, section 3) with torchvision's meaning, and the pooler that Faster R-CNN uses.
+
+On the CPU a bin is a weighted sum of rows of the channels-last map (``roi_align_gather``), several times faster than
+torchvision's operator forward and backward; on other devices, for export and under ``DISABLE_CUSTOM_KERNELS=1`` it is
+torchvision's operator.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+from lightning_convnext_det.ops.roi_align_gather import roi_align_by_gather
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """Pool a feature map over boxes, by the mean of bilinear samples in each bin.
+
+    Differs from `torchvision.ops.roi_align` in three things: half precision works on every device, with positions still
+    computed in float32; a box that is not finite gives zeros where torchvision reads foreign memory; and on the CPU the
+    result may be laid out channels last. A map that is channels last is read there without a copy.
+
+    Args:
+        input: features, floating [B, C, H, W].
+        boxes: corners (x1, y1, x2, y2) in pixels of the picture: a tensor [L, 4] per image, or one tensor [K, 5] whose
+            first column is the image's index.
+        output_size: bins in height and width, or one number for both.
+        spatial_scale: pixels of the map per pixel of the picture, e.g. 1/16.
+        sampling_ratio: samples per bin in each direction; 0 or less takes as many as a bin has pixels, rounded up.
+        aligned: shift boxes by half a pixel, so that their corners mean the pixels' edges; False is the older meaning,
+            in which boxes are also at least one pixel of the map wide.
+
+    Returns:
+        Pooled features [K, C, height, width] in the dtype of ``input``.
+
+    Raises:
+        ValueError: if the shapes do not belong together or a box names an image that is not there.
+    """
+    size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
+    rois = _as_rois(input, boxes)
+    if torch.compiler.is_exporting() or torch._C._is_tracing():
+        return _roi_align_by_torchvision(input, rois, size, spatial_scale, sampling_ratio, aligned)
+    if input.device.type == "cpu" and len(rois) > 0:
+        lowest, highest = rois[:, 0].aminmax()
+        if lowest < 0 or highest >= len(input):
+            raise ValueError(
+                f"boxes name images {lowest:.0f} to {highest:.0f}, but input holds images 0 to {len(input) - 1}"
+            )
+        # below these sizes the fixed cost of the gather outweighs what it saves; measured on one core
+        worth = len(rois) * size[0] * size[1] * input.shape[1] > (2**15 if sampling_ratio > 0 else 2**18)
+        if worth and os.environ.get("DISABLE_CUSTOM_KERNELS") != "1":
+            return roi_align_by_gather(input, rois, size, spatial_scale, max(sampling_ratio, 0), aligned)
+    finite = rois.isfinite().all(dim=1, keepdim=True)
+    rois = torch.where(finite, rois, rois.new_tensor([0.0, -1e6, -1e6, -1e6, -1e6]))  # far outside, where samples are 0
+    return _roi_align_by_torchvision(input, rois, size, spatial_scale, sampling_ratio, aligned)
+
+
+def _roi_align_by_torchvision(
+    input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32  # half would move boxes by half a pixel
+    pooled: Tensor = torchvision.ops.roi_align(
+        input.to(dtype), rois.to(dtype), size, spatial_scale, sampling_ratio, aligned
+    )
+    return pooled.to(input.dtype)
+
+
+class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):  # type: ignore[misc]  # torchvision has no types
+    """Pool each box from the level of a pyramid that suits its size, as `torchvision.ops.MultiScaleRoIAlign` does.
+
+    A box of ``canonical_scale`` pixels is pooled from level ``canonical_level``, one of half the size from the level
+    below (arXiv:1612.03144, equation 1). Works wherever torchvision's pooler does. Unlike that one, it can align boxes,
+    computes by `roi_align` above, and derives the scales of the levels from every batch instead of from the first.
+
+    Args:
+        featmap_names: names of the maps to pool from, of those given to ``forward``.
+        output_size: bins in height and width, or one number for both.
+        sampling_ratio: samples per bin in each direction; 0 or less takes as many as a bin has pixels, rounded up.
+        canonical_scale: side in pixels of the box that ``canonical_level`` is for.
+        canonical_level: level of that box, counted as the binary logarithm of the stride.
+        aligned: shift boxes by half a pixel, see `roi_align`.
+    """
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = False,
+    ) -> None:
+        super().__init__(
+            featmap_names, output_size, sampling_ratio, canonical_scale=canonical_scale, canonical_level=canonical_level
+        )
+        self.aligned = aligned
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Pool the boxes of all images, one image after another.
+
+        Args:
+            x: maps by name, fine to coarse, floating [B, C, H, W].
+            boxes: corners in pixels of the padded pictures, one float tensor [L, 4] per image.
+            image_shapes: height and width of the pictures before padding to a batch.
+
+        Returns:
+            Pooled features [sum of L, C, height, width].
+
+        Raises:
+            ValueError: if ``x`` holds none of the maps.
+        """
+        maps = [features for name, features in x.items() if name in self.featmap_names]
+        if not maps:
+            raise ValueError(f"no map of {self.featmap_names} among those given, {list(x)}")
+        size = max(height for height, _ in image_shapes), max(width for _, width in image_shapes)
+        scales = [2.0 ** round(math.log2(features.shape[-2] / size[0])) for features in maps]
+        rois = _as_rois(maps[0], boxes)
+        if len(maps) == 1:
+            return roi_align(maps[0], rois, self.output_size, scales[0], self.sampling_ratio, self.aligned)
+        levels = self._assign_levels(rois[:, 1:], scales)
+        # not channels last, since the usual head flattens them: transposing while copying costs half as much as later
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, (features, scale) in enumerate(zip(maps, scales, strict=True)):
+            chosen = torch.where(levels == level)[0]
+            pooled[chosen] = roi_align(
+                features, rois[chosen], self.output_size, scale, self.sampling_ratio, self.aligned
+            )
+        return pooled
+
+    def _assign_levels(self, boxes: Tensor, scales: list[float]) -> Tensor:
+        """Index of the map of each box, int64 [K]."""
+        finest, coarsest = -math.log2(scales[0]), -math.log2(scales[-1])
+        boxes = boxes.to(torch.float32)
+        side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        level = torch.floor(
+            self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
+        )  # torchvision's margin
+        return (level.clamp(finest, coarsest) - finest).to(torch.int64)
+
+
+def _as_rois(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """Join the boxes of all images behind their image's index, float [K, 5]."""
+    if input.ndim != 4:
+        raise ValueError(f"input must be [batch, channels, height, width], but its shape is {list(input.shape)}")
+    if isinstance(boxes, Tensor):
+        if boxes.ndim != 2 or boxes.shape[1] != 5:
+            raise ValueError(
+                f"boxes as one tensor must be [K, 5], image index first, but the shape is {list(boxes.shape)}"
+            )
+        return boxes
+    if len(boxes) != len(input):
+        raise ValueError(f"boxes are given for {len(boxes)} images, but input holds {len(input)}")
+    for image, part in enumerate(boxes):
+        if part.ndim != 2 or part.shape[1] != 4:
+            raise ValueError(f"boxes of image {image} must be [L, 4], but their shape is {list(part.shape)}")
+    images = torch.cat([part.new_full((len(part), 1), image) for image, part in enumerate(boxes)])
+    return torch.cat((images, torch.cat(list(boxes))), dim=1)
