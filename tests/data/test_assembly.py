@@ -1,4 +1,3 @@
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +20,7 @@ BOXES = [
     ("no_height", [5, 5, 30, 0], [("LCD-D101", "dropped")], None),
     ("inverted", [5, 5, -3, 30], [("LCD-D102", "dropped")], None),
     ("outside", [500, 5, 30, 30], [("LCD-D104", "dropped")], None),
+    ("outside_left", [-50, 5, 30, 30], [("LCD-D104", "dropped")], None),
     ("touches", [64, 5, 30, 30], [("LCD-D104", "dropped")], None),
     ("nearly_nothing", [5, 5, 1e-6, 30], [("LCD-D106", "dropped")], None),
     ("nearly_outside", [63.999, 5, 30, 30], [("LCD-D106", "dropped")], None),

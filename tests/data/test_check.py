@@ -1,11 +1,14 @@
 import json
 import pickle
+import random
 from collections import Counter
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
-from reading import Annotate, WriteCoco, WritePicture, WriteXml
+from PIL import Image
+from reading import Annotate, WriteCoco, WriteXml
 from rich.console import Console
 
 from lightning_convnext_det.data.check import Report, check_dataset, print_report, summarize_table
@@ -22,7 +25,7 @@ def printed(report: Report) -> str:
 
 
 def test_check_dataset__real_set_with_two_boxes_without_area(shared_data: Path) -> None:
-    report = check_dataset(shared_data / "bccd" / "BCCD", decode=True)
+    report = check_dataset(shared_data / "bccd" / "BCCD")
 
     assert Counter((p.code, p.action) for p in report.problems) == {("LCD-D101", "dropped"): 2}
     assert not report.clean
@@ -97,9 +100,7 @@ def test_check_dataset__every_odd_picture(shared_data: Path, tmp_path: Path, wri
     }
 
 
-def test_check_dataset__truncated_picture_shows_only_when_decoded(
-    write_coco: WriteCoco, write_picture: WritePicture
-) -> None:
+def test_check_dataset__truncated_picture_shows_only_when_decoded(write_coco: WriteCoco) -> None:
     root = write_coco(pictures=2).parents[1]
     path = root / "train" / "2.png"
     path.write_bytes(path.read_bytes()[:3000])
@@ -186,6 +187,17 @@ def test_print_report__brackets_and_colons_are_not_markup(write_coco: WriteCoco,
     assert text.startswith("[LCD-D101] annotations/instances_train.json: annotation 1 of '1.png': box [1, 1, 0, 5]")
 
 
+def test_print_report__all_that_is_bad_and_the_first_notes(write_coco: WriteCoco, annotate: Annotate) -> None:
+    root = write_coco([annotate([1, 1, 0, 5], i) for i in range(30)], pictures=25).parents[1]
+    for number in range(1, 26):
+        Image.new("LA", (64, 48), number).save(root / "train" / f"{number}.png")
+    text = printed(check_dataset(root))
+
+    assert text.count("[LCD-D101]") == 30
+    assert text.count("[LCD-I013]") == 21
+    assert "[LCD-I013] 5 more like these (noted)" in text
+
+
 def test_unreadable_error__survives_the_way_out_of_a_worker(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
 
@@ -195,3 +207,58 @@ def test_unreadable_error__survives_the_way_out_of_a_worker(tmp_path: Path) -> N
     assert str(copy) == str(error.value)
     assert copy.problem_of("b").file == "b"
     assert type(copy)("text of a worker").problem_of("b").reason == "text of a worker"
+
+
+TOKENS = [
+    b"null",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b'"',
+    b"{",
+    b"]",
+    b"</",
+    b"&",
+    b"\x00",
+    b"\xff",
+    b"../",
+    b"99999999999999999999",
+    b" ",
+]
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "yolo", "yaml"])
+def test_check_dataset__damaged_annotations_end_in_a_report(
+    tmp_path: Path, write_coco: WriteCoco, write_xml: WriteXml, annotate: Annotate, kind: str
+) -> None:
+    """Whatever 60 files with random damage say: no crash, and nothing impossible in the tables."""
+    root = tmp_path
+    files = {"voc": root / "train" / "1.xml", "yolo": root / "train" / "1.txt", "yaml": root / "data.yaml"}
+    path = files.get(kind) or write_coco([annotate([1 + i, 2, 9, 9], i) for i in range(5)])
+    if kind != "coco":
+        write_coco(pictures=1).unlink()
+    if kind == "voc":
+        write_xml(path, [("cat", 1 + i, 2, 9 + i, 9) for i in range(3)], name="1.png")
+    if kind in ("yolo", "yaml"):
+        files["yolo"].write_text("0 0.5 0.5 0.25 0.5\n1 0.875 0.5 0.125 1.0\n")
+        files["yaml"].write_text("path: .\ntrain: train\nnames:\n  0: cat\n  1: dog\n")
+    content = path.read_bytes()
+    chance = random.Random(0)
+    read = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(chance.choice([1, 1, 3])):
+            place, length = chance.randrange(len(damaged)), chance.randrange(6)
+            damaged[place : place + length] = chance.choice([b"", bytes([chance.randrange(256)]), *TOKENS])
+        path.write_bytes(damaged)
+        try:
+            report = check_dataset(root)
+        except DataError:
+            continue
+        for table in report.tables.values():
+            read += 1
+            assert np.isfinite(table.boxes).all()
+            assert (table.boxes[:, 2:] > table.boxes[:, :2]).all()
+            assert np.isin(table.labels, np.arange(len(table.class_names))).all()
+            assert table.offsets[-1] == len(table.boxes) == len(table.area) == len(table.crowd)
+    assert read > 10

@@ -27,7 +27,7 @@ def collected(path: Path, block: int = 1 << 20) -> dict[str, object]:
     return content
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(content=st.dictionaries(st.text(), VALUES), indent=st.sampled_from([None, 2]), block=st.integers(1, 200))
 def test_iterate_members__equals_json_loads(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, object], indent: int | None, block: int

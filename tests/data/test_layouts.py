@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 from reading import Annotate, WriteCoco, WritePicture, WriteXml, read
 
+from lightning_convnext_det.data import records
 from lightning_convnext_det.data.layouts import compare_classes, find_splits, make_split, read_split
 from lightning_convnext_det.data.records import refuse_problems, summarize_problems
 from lightning_convnext_det.data.table import Problem, canonical_split
@@ -137,6 +139,28 @@ def test_refuse_problems__only_what_is_refused(write_coco: WriteCoco) -> None:
     one = Problem("LCD-D103", "a.json", "annotation 7", "is not finite", "refused")
     with pytest.raises(DataError, match=r"^\[LCD-D103\] a.json: annotation 7: is not finite \(bad_records: drop .*\)$"):
         refuse_problems(replace(table, problems=(*table.problems, one)))
+
+
+def test_records__every_code_is_explained() -> None:
+    folder = Path(records.__file__).parent
+    files = (
+        "table",
+        "images",
+        "pictures",
+        "assembly",
+        "json_stream",
+        "coco",
+        "voc",
+        "voc_xml",
+        "yolo",
+        "check",
+        "layouts",
+    )
+    text = "".join((folder / f"{name}.py").read_text() for name in (*files, "yolo_labels", "yolo_yaml"))
+    assert records.__doc__ is not None
+    explained = set(re.findall(r"[DILS]\d{3}", records.__doc__))
+
+    assert set(re.findall(r"LCD-([DILS]\d{3})", text)) == explained
 
 
 def test_summarize_problems__a_line_for_each_kind() -> None:

@@ -23,7 +23,7 @@ from rich.text import Text
 from lightning_convnext_det.data.images import ImageHeader, read_header, read_image
 from lightning_convnext_det.data.layouts import compare_classes, find_splits, read_split
 from lightning_convnext_det.data.pictures import Exif
-from lightning_convnext_det.data.records import BadRecords
+from lightning_convnext_det.data.records import LISTED, BadRecords
 from lightning_convnext_det.data.table import Action, DetectionTable, Format, Problem, UnreadableError
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's limits of small, medium and large objects, in square pixels
@@ -147,11 +147,20 @@ def summarize_table(table: DetectionTable) -> SplitSummary:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the problems, all of them, then what the set holds, then whether it is clean."""
+    """Print what is wrong, all of it, then what the set holds, then whether it is clean.
+
+    Of what is merely noted, the first 20 of each kind are shown and the rest is counted.
+    """
     console = console or Console()
     for action, style in _STYLES.items():
+        shown: Counter[str] = Counter()
         for problem in (one for one in report.problems if one.action == action):
-            console.print(Text(str(problem), style), soft_wrap=True)
+            shown[problem.code] += 1
+            if action != "noted" or shown[problem.code] <= LISTED:
+                console.print(Text(str(problem), style), soft_wrap=True)
+        for code, count in shown.items():
+            if action == "noted" and count > LISTED:
+                console.print(Text(f"[{code}] {count - LISTED} more like these (noted)", style), soft_wrap=True)
     console.print(_overview(report))
     console.print(_class_counts(report))
     counts = Counter(problem.action for problem in report.problems)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lightning_convnext_det.data.assembly import build_table
 from lightning_convnext_det.data.json_stream import iterate_members
 from lightning_convnext_det.data.pictures import Exif, list_names
-from lightning_convnext_det.data.records import BadRecords, Findings, Records, Where
+from lightning_convnext_det.data.records import BadRecords, Findings, Records
 from lightning_convnext_det.data.table import DetectionTable, Split, UnreadableError, canonical_split
 
 ORPHAN_SHARE = 0.01  # of all annotations: more that belong to no picture mean that files do not belong together
@@ -115,25 +115,35 @@ def read_coco(
     file = os.path.relpath(path, split.root) if path.is_relative_to(split.root) else str(path)
     images, annotations, categories = _read_lists(path, file, split.name, findings)
     names, category_ids = _class_table(categories, class_names, path)
-    keep_images = _unique(images.ids, "image", file, findings)
-    image_ids = np.array(images.ids, np.int64)[keep_images]
-    file_names = [images.names[index] for index in np.flatnonzero(keep_images)]
+    records = _records(split, file, images, annotations, names, category_ids, findings)
+    return build_table(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
+
+
+def _records(
+    split: Split,
+    file: str,
+    images: _Images,
+    annotations: _Annotations,
+    names: tuple[str, ...],
+    category_ids: tuple[int, ...],
+    findings: Findings,
+) -> Records:
+    """Annotations joined to pictures and classes."""
+    first = _unique(images.ids, "image", file, findings)
+    image_ids = np.array(images.ids, np.int64)[first]
+    file_names = [images.names[index] for index in np.flatnonzero(first)]
     keep, image_index, labels = _link(annotations, image_ids, category_ids, file, findings)
     annotation_ids = np.array(annotations.ids, np.int64)[keep]
     area = np.array(annotations.areas)[keep]
     if lacking := int((area == 0).sum()):
         findings.note("LCD-D116", (file, ""), f"{lacking} annotations state no area or 0; width x height is taken")
-
-    def box_where(row: int) -> Where:
-        return file, f"annotation {annotation_ids[row]} of {file_names[image_index[row]]!r}"
-
-    records = Records(
+    return Records(
         format="coco",
         root=split.root,
         image_root=_image_root(split.images, file_names),
         file_names=file_names,
         image_ids=image_ids,
-        sizes=np.array(images.sizes, np.int32).reshape(-1, 2)[keep_images],
+        sizes=np.array(images.sizes, np.int32).reshape(-1, 2)[first],
         boxes=np.array(annotations.boxes).reshape(-1, 4)[keep],
         image_index=image_index,
         labels=labels,
@@ -143,9 +153,8 @@ def read_coco(
         class_names=names,
         category_ids=category_ids,
         image_where=lambda index: (file, f"image {image_ids[index]}"),
-        box_where=box_where,
+        box_where=lambda row: (file, f"annotation {annotation_ids[row]} of {file_names[image_index[row]]!r}"),
     )
-    return build_table(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
 
 
 def _read_lists(path: Path, file: str, name: str, findings: Findings) -> tuple[_Images, _Annotations, list[object]]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -123,29 +124,12 @@ def read_split(
         DataError: if a file as a whole cannot be used, or, without ``collect``, if a record is refused or no picture is
             left; it names the first 20 records and counts all.
     """
+    reader: Callable[..., DetectionTable] = read_yolo
     if split.format == "coco":
-        table = read_coco(
-            split,
-            class_names=class_names,
-            bad_records=bad_records,
-            exif=exif,
-            check_images=check_images,
-            follow_symlinks=follow_symlinks,
-        )
+        reader = partial(read_coco, check_images=check_images)
     elif split.format == "voc":
-        table = read_voc(
-            split,
-            class_names=class_names,
-            train_on_difficult=train_on_difficult,
-            bad_records=bad_records,
-            exif=exif,
-            check_images=check_images,
-            follow_symlinks=follow_symlinks,
-        )
-    else:
-        table = read_yolo(
-            split, class_names=class_names, bad_records=bad_records, exif=exif, follow_symlinks=follow_symlinks
-        )
+        reader = partial(read_voc, check_images=check_images, train_on_difficult=train_on_difficult)
+    table = reader(split, class_names=class_names, bad_records=bad_records, exif=exif, follow_symlinks=follow_symlinks)
     if not collect:
         refuse_problems(table)
         if not len(table):

@@ -3,13 +3,28 @@
 A reader fills :class:`Records`; what is true of every format (pictures, frames, boxes) is then checked in one place,
 ``pictures.py`` and ``assembly.py``. What a problem leads to depends on ``bad_records``:
 
-======== ============================= =============================
-value    harmless alone (no area, ...)  doubtful (not finite, missing)
-======== ============================= =============================
-auto     left out and counted          refused
-drop     left out and counted          left out and counted
-refuse   refused                       refused
-======== ============================= =============================
+======== =============================== ==============================
+value    harmless alone (no area, ...)   doubtful (not finite, missing)
+======== =============================== ==============================
+auto     left out and counted            refused
+drop     left out and counted            left out and counted
+refuse   refused                         refused
+======== =============================== ==============================
+
+Codes of problems, each after ``LCD-``:
+
+- Files: D001 no COCO object, D002 malformed member, D003 id used twice, D004 no JSON, D005 no VOC XML, D006
+  malformed YOLO line, D008 class names or categories, D114 ``ignore`` flag, D116 no area, D117 annotation without
+  picture, D118 picture of another name, D119 listed without XML, D121 picture without XML, D122 folder or list
+  missing, D123 outlines, D124 no label file, D000 unknown.
+- Boxes: D101 no area, D102 inverted, D103 not finite, D104 outside, D105 clipped, D106 below 0.01 pixels, D107
+  repeated, D108 corners for sides, D113 relative for pixels.
+- Classes: D110 unknown, D120 differ.
+- Splits: D109 no box, D125 equal files, D126 shared pictures, L001 no folder, L002 no layout, L003 several, L004 no
+  picture, S001 path leaves the root.
+- Pictures: I001 no picture, I002 damaged, I003 missing, I010 16 bits, I011 no colours, I012 misnamed, I013 alpha,
+  I014 several frames, I020 size differs, I021 too narrow, I022 too small, I023 too large, I024 and I025 frame
+  unknown, I026 turned.
 """
 
 from collections.abc import Callable, Iterable

@@ -64,6 +64,14 @@ def read_voc(
     findings = Findings(bad_records)
     members = _read_members(split, findings)
     names = tuple(class_names) if class_names is not None else _all_names(split, members)
+    records = _records(split, members, names, train_on_difficult, findings)
+    return build_table(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
+
+
+def _records(
+    split: Split, members: Sequence[_Member], names: tuple[str, ...], train_on_difficult: bool, findings: Findings
+) -> Records:
+    """The objects of all pictures, as far as they can be read and are of a known class."""
     label_of = {name: label for label, name in enumerate(names)}
     rows: list[tuple[int, VocObject]] = []
     for index, member in enumerate(members):
@@ -75,7 +83,7 @@ def read_voc(
             else:
                 reason = f"class {item.name!r} is not among {names}"
                 findings.refuse("LCD-D110", (member.xml, f"object {item.number}"), reason)
-    records = Records(
+    return Records(
         format="voc",
         root=split.root,
         image_root=split.root,
@@ -93,7 +101,6 @@ def read_voc(
         image_where=lambda index: (members[index].xml, ""),
         box_where=lambda row: (members[rows[row][0]].xml, f"object {rows[row][1].number} ({rows[row][1].name})"),
     )
-    return build_table(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
 
 
 def _read_members(split: Split, findings: Findings) -> list[_Member]:

@@ -45,10 +45,8 @@ def read_labels(
         files.append(file)
         if text is None:
             lacking.append(picture)
-            continue
-        for number, line in enumerate(text.splitlines(), 1):
-            words = line.split()
-            if not words:
+        for number, line in enumerate((text or "").splitlines(), 1):
+            if not (words := line.split()):
                 continue
             try:
                 label, box = _parse(words)
