@@ -78,7 +78,7 @@ def _backward(
     for image in range(batch):
         for head in range(0, heads, step):
             here = image, slice(None), slice(head, head + step)
-            table, rows = (features[here].to(dtype).flatten(0, 1) for features in (value, grad))
+            table, rows = (features[here].to(dtype).flatten(0, 1).contiguous() for features in (value, grad))
             locations = sampling_locations[here].to(dtype).reshape(queries * step, levels * points, 2)
             attention = attention_weights[here].to(dtype).reshape(queries * step, levels * points)
             parts = _backward_heads(rows, table, sizes, locations, attention, lattice, step)
@@ -107,8 +107,8 @@ def _backward_heads(
     if _has_many_samples(attention.numel(), len(table)):
         grad_table = _scatter_corners(grad, rows[0], weights, sizes)
     else:
-        rows, weights = rows.transpose(0, 1).flatten(1), weights.transpose(0, 1).flatten(1)  # [bags, 4 * samples]
-        grad_table = scatter_rows(grad, rows, weights[None], len(table))[0]
+        sources = _repeat_bags(attention, 4)
+        grad_table = scatter_rows(grad, sources, rows.flatten(), weights.view(1, -1), len(table))[0]
     return grad_table, grad_locations, grad_attention
 
 
@@ -205,7 +205,7 @@ def _scatter_corners(grad_rows: Tensor, pixels: Tensor, weights: Tensor, sizes: 
     """
     shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
     areas = [height * width for height, width in shapes]
-    corners = scatter_rows(grad_rows, pixels, weights, sum(areas))
+    corners = scatter_rows(grad_rows, _repeat_bags(pixels, 1), pixels.flatten(), weights.flatten(1), sum(areas))
     for level, (upper_left, *others) in enumerate(
         zip(*(torch.split(corner, areas) for corner in corners), strict=True)
     ):
@@ -214,6 +214,12 @@ def _scatter_corners(grad_rows: Tensor, pixels: Tensor, weights: Tensor, sizes: 
         total[1:] += below[:-1]
         total[1:, 1:] += below_right[:-1, :-1]
     return corners[0]
+
+
+def _repeat_bags(samples: Tensor, times: int) -> Tensor:
+    """Number of the bag of each sample of [bags, samples], int32, repeated as a whole."""
+    bags = torch.arange(len(samples), dtype=torch.int32)[:, None]
+    return bags.expand(samples.shape).repeat(times, 1).flatten()
 
 
 def _hat(distance: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _roi_align_by_torchvision(
     return pooled.to(input.dtype)
 
 
-class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):  # type: ignore[misc]  # torchvision has no types
+class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
     """Pool each box from the level of a pyramid that suits its size, as `torchvision.ops.MultiScaleRoIAlign` does.
 
     A box of ``canonical_scale`` pixels is pooled from level ``canonical_level``, one of half the size from the level

@@ -85,6 +85,7 @@ def _backward(
 def _find_bags(rois: Tensor, grid: _Grid) -> Iterator[_Bags]:
     """Find the pixels of all bins, boxes with about equal numbers of samples at a time."""
     corners = rois[:, 1:] * grid.spatial_scale - (0.5 if grid.aligned else 0.0)
+    corners = torch.where(corners.isfinite().all(dim=1, keepdim=True), corners, torch.nan)  # no sample will count
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]  # x, y
     if not grid.aligned:
         sides = sides.clamp(min=1.0)

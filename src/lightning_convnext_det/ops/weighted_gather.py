@@ -34,34 +34,33 @@ def gather_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return functional.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
-def scatter_rows(rows: Tensor, indices: Tensor, weights: Tensor, num_rows: int) -> list[Tensor]:
-    """Add weighted rows into a table, ``table[indices[n, k]] += weights[n, k] * rows[n]``: `gather_rows` transposed.
+def scatter_rows(rows: Tensor, sources: Tensor, indices: Tensor, weights: Tensor, num_rows: int) -> list[Tensor]:
+    """Add weighted rows into a table, ``table[indices[p]] += weights[p] * rows[sources[p]]``: `gather_rows` transposed.
 
     The pairs are sorted by the row they go to, so each row of the table is again one weighted sum; nothing is added
     atomically, and the result is the same in every run. Several sets of weights share one sort.
 
     Args:
         rows: floating [N, D].
-        indices: where each row goes, int32 [N, K], in 0 ... num_rows - 1.
-        weights: sets of weights, dtype of ``rows``, [M, N, K].
+        sources: row that each pair takes, int32 or int64 [P], in 0 ... N - 1.
+        indices: row of the table that each pair is added to, int32 [P], in 0 ... num_rows - 1.
+        weights: sets of weights of the pairs, dtype of ``rows``, [M, P].
         num_rows: rows of the table, R.
 
     Returns:
         One table [R, D] per set of weights, in the dtype of ``rows``.
     """
-    num_sets = weights.shape[0]
     if indices.numel() == 0:
-        return [rows.new_zeros(num_rows, rows.shape[1]) for _ in range(num_sets)]
-    keys = indices.reshape(-1)
-    bounds = torch.arange(num_rows, dtype=torch.int32, device=keys.device)
+        return [rows.new_zeros(num_rows, rows.shape[1]) for _ in weights]
+    bounds = torch.arange(num_rows, dtype=torch.int32, device=indices.device)
     if num_rows < _INT16_KEYS:
-        keys, bounds = (keys - 2**15).to(torch.int16), (bounds - 2**15).to(torch.int16)
-    keys, order = keys.sort(stable=True)
-    offsets = torch.searchsorted(keys, bounds)  # [R], where the pairs of each row of the table begin
-    sources = torch.div(order, indices.shape[1], rounding_mode="floor")
+        indices, bounds = (indices - 2**15).to(torch.int16), (bounds - 2**15).to(torch.int16)
+    keys, order = indices.sort(stable=True)
+    offsets = torch.searchsorted(keys, bounds, out_int32=sources.dtype == torch.int32)  # [R], first pair of each row
+    ordered_sources = sources.index_select(0, order)
     return [
-        functional.embedding_bag(sources, rows, offsets, mode="sum", per_sample_weights=ordered)
-        for ordered in weights.reshape(num_sets, -1).index_select(1, order)
+        functional.embedding_bag(ordered_sources, rows, offsets, mode="sum", per_sample_weights=ordered_weights)
+        for ordered_weights in weights.index_select(1, order)
     ]
 
 
