@@ -223,6 +223,17 @@ def test_read_yolo__nothing_outside_the_root(image_folders: Path, write_picture:
     assert ["leads out of the root" in messages[0], "is absolute" in messages[1]] == [True, True]
 
 
+def test_find_yolo__folder_of_the_same_name_outside_the_root(image_folders: Path, write_picture: WritePicture) -> None:
+    """Roboflow's ``../`` means the folder beside data.yaml, even where the literal one exists."""
+    inner = image_folders / "inner"
+    write_picture(inner / "images" / "train" / "z.jpg")
+    write_labels(inner / "labels" / "train" / "z.txt", "0 0.5 0.5 0.25 0.5")
+    (inner / "data.yaml").write_text("train: ../images/train\nnames: [cat, dog]")
+    table = read(inner, collect=False)
+
+    assert [table.path(i).name for i in range(len(table))] == ["z.jpg"]
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
@@ -237,7 +248,7 @@ def test_read_yolo__nothing_outside_the_root(image_folders: Path, write_picture:
         ("- a\n- b", "expected keys such as names, train, val"),
         ("names: !!python/object/apply:os.system ['true']\ntrain: .", "no YAML: "),
         ("names: [a, b]\ntrain: 3", "train: expected a folder, a text file, or a list"),
-        ("[" * 5000, "no YAML: "),
+        ("[" * 1500, "no YAML: "),
         ("#" * (1 << 20) + "\nnames: [a]", "larger than 1 MiB"),
     ],
 )

@@ -313,16 +313,15 @@ def find_coco(root: Path) -> dict[str, Split]:
 
 
 def looks_like_coco(path: Path) -> bool:
-    """Whether a JSON file begins like an object with one of COCO's keys."""
+    """Whether a JSON file begins like an object with COCO's keys; one with classes alone accompanies other formats."""
     try:
         with open(path, "rb") as file:
-            start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+            start = file.read(1 << 16)
     except OSError:
         return False
-    return (
-        start.startswith(b"{")
-        and re.search(rb'"(?:images|annotations|categories|licenses|info)"\s*:', start) is not None
-    )
+    keys = rb"images|annotations" if len(start) < 1 << 16 else rb"images|annotations|categories|licenses|info"
+    is_object = start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    return is_object and re.search(rb'"(?:' + keys + rb')"\s*:', start) is not None
 
 
 def image_folders(root: Path, file: Path, names: Sequence[str]) -> tuple[Path, ...]:
