@@ -2,6 +2,7 @@
 
     python benchmarks/deformable_detr.py                       # CPU, 640 x 640, batch 1, float32 and bfloat16
     python benchmarks/deformable_detr.py --compile             # also under torch.compile
+    python benchmarks/deformable_detr.py --threads 1 --clock cpu           # on a machine that is busy with other things
     python benchmarks/deformable_detr.py --device cuda --batch 8 --train   # forward and backward, with peak memory
 
 Needs the extra ``parity``. Every line is one precision: best and median time of both, and the ratio of the best times.
@@ -31,6 +32,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="seconds of the wall or of the process"
+    )
     parser.add_argument("--compile", action="store_true", help="also compile both networks")
     parser.add_argument("--train", action="store_true", help="forward and backward in training mode")
     options = parser.parse_args()
@@ -45,7 +49,7 @@ def main() -> None:
         runs = create_runs(theirs, ours, batch, compiled)
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{str(dtype).removeprefix('torch.')}{' compiled' if compiled else ''}"
-            compare(name, runs, dtype, options.device, options.repeats, options.train)
+            compare(name, runs, dtype, options)
 
 
 def create_networks(device: str) -> tuple[nn.Module, DeformableDETR]:
@@ -71,36 +75,39 @@ def create_runs(theirs: nn.Module, ours: DeformableDETR, batch: Tensor, compiled
     return [lambda: forward(batch, None), lambda: predict(batch).decoder]
 
 
-def compare(name: str, runs: list[Run], dtype: torch.dtype, device: str, repeats: int, train: bool) -> None:
+def compare(name: str, runs: list[Run], dtype: torch.dtype, options: argparse.Namespace) -> None:
     times: list[list[float]] = [[] for _ in runs]
     peaks = [0.0 for _ in runs]
-    for repeat in range(repeats + 1):
+    for repeat in range(options.repeats + 1):
         for i, run in enumerate(runs):
-            seconds, peak = measure(run, dtype, device, train)
+            seconds, peak = measure(run, dtype, options)
             if repeat:  # the first run warms up
                 times[i].append(seconds)
                 peaks[i] = peak
     best, median = [min(t) for t in times], [statistics.median(t) for t in times]
     line = "".join(f"{b:>12.3f}{m:>9.3f}" for b, m in zip(best, median, strict=True))
-    memory = f"{peaks[0]:.2f} / {peaks[1]:.2f} GiB" if device != "cpu" else "-"
+    memory = f"{peaks[0]:.2f} / {peaks[1]:.2f} GiB" if options.device != "cpu" else "-"
     print(f"{name:22}{line}{best[1] / best[0]:>8.2f}   {memory}", flush=True)
 
 
-def measure(run: Run, dtype: torch.dtype, device: str, train: bool) -> tuple[float, float]:
+def measure(run: Run, dtype: torch.dtype, options: argparse.Namespace) -> tuple[float, float]:
     """Time one run in seconds, and its peak memory in GiB on a GPU."""
-    if device != "cpu":
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    on_gpu = options.device != "cpu"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext(), torch.set_grad_enabled(train):
+    start = clock()
+    autocast = torch.autocast(options.device, dtype) if dtype != torch.float32 else nullcontext()
+    with autocast, torch.set_grad_enabled(options.train):
         logits, boxes = run()
         total = logits.float().sum() + boxes.float().sum()
-    if train:
+    if options.train:
         total.backward()
-    if device != "cpu":
+    if on_gpu:
         torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else 0.0
-    return time.perf_counter() - start, peak
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    return clock() - start, peak
 
 
 if __name__ == "__main__":

@@ -522,6 +522,24 @@ def test_import_weights__huggingface_folder(tmp_path: Path, variant: str) -> Non
     assert torch.equal(converted.state_dict["class_heads.0.weight"], net.class_embed[0].weight)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dilation": True}, "dilation True"),
+        ({"activation_function": "gelu"}, "activation_function gelu"),
+        ({"decoder_attention_heads": 4}, "decoder_attention_heads 4"),
+    ],
+)
+def test_read_source__huggingface_options_without_a_trace_in_the_weights(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    names = ("model.encoder.layers.0.self_attn.sampling_offsets.weight", "model.level_embed")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"encoder_attention_heads": 8, **config}))
+    with pytest.raises(CheckpointError, match=rf"LCD-K011\] .*{message}, which is not supported"):
+        read_source(tmp_path)
+
+
 def test_import_weights__original_file_with_its_command_line(tmp_path: Path) -> None:
     state = original_state()
     args = argparse.Namespace(nheads=8, num_queries=5, lr=2e-4, dataset_file="coco")

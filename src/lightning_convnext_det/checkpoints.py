@@ -278,8 +278,13 @@ def _describe_birder(tensors: dict[str, Tensor], extras: Mapping[str, Any]) -> S
 
 
 def _describe_huggingface(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> Source:
+    heads = config.get("encoder_attention_heads", 8)
+    expected = {"dilation": False, "activation_function": "relu", "decoder_attention_heads": heads}
+    unlike = [f"{k} {config[k]}" for k, value in expected.items() if config.get(k, value) != value]
+    if unlike:
+        raise CheckpointError(f"[LCD-K011] config.json asks for {', '.join(unlike)}, which is not supported here")
     table = sorted((int(index), name) for index, name in config.get("id2label", {}).items())
-    arguments: dict[str, Argument] = {"num_heads": config.get("encoder_attention_heads", 8)}
+    arguments: dict[str, Argument] = {"num_heads": heads}
     if config.get("two_stage"):
         arguments["num_queries"] = config.get("two_stage_num_proposals", 300)
     backbone = (config.get("backbone_config") or {}).get("backbone") or config.get("backbone")

@@ -45,7 +45,8 @@ class Objects(NamedTuple):
     def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> "Objects":
         """Put boxes [N, 4] (centre, size) and labels [N] of each picture into one tensor each."""
         padded = nn.utils.rnn.pad_sequence([b.to(torch.float32) for b in boxes], batch_first=True, padding_value=0.5)
-        return cls(padded, nn.utils.rnn.pad_sequence(list(labels), batch_first=True), [len(b) for b in boxes])
+        indices = nn.utils.rnn.pad_sequence([x.to(torch.int64) for x in labels], batch_first=True)
+        return cls(padded, indices, [len(b) for b in boxes])
 
 
 class Matches(NamedTuple):
