@@ -152,6 +152,15 @@ def test_read_image__tiff_is_turned_by_its_decoder(tmp_path: Path, write_picture
     assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), reference(path))
 
 
+def test_read_image__tiff_with_an_orientation_in_xmp(tmp_path: Path) -> None:
+    """Its decoder turns it by that, too; it is not turned twice."""
+    pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={700: b'<x tiff:Orientation="3"/>'})
+
+    assert read_size(tmp_path / "a.tif") == (4, 5, 1)
+    assert np.array_equal(read_image(tmp_path / "a.tif").permute(1, 2, 0).numpy(), pixels[::-1, ::-1])
+
+
 def test_read_size__png_with_exif_behind_the_pixels(tmp_path: Path, write_picture: Callable[..., Path]) -> None:
     content = write_picture(tmp_path / "a.png", 10, 7).read_bytes()
     exif = b"eXIf" + b"MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x08\x00\x00\x00\x00\x00\x00"

@@ -268,6 +268,15 @@ def test_read_yolo__numbers_as_names(two_classes: Path) -> None:
     assert read(two_classes, collect=False).class_names == ("0", "1")
 
 
+def test_read_yolo__list_in_a_folder_of_its_own(image_folders: Path) -> None:
+    """Its lines are relative to the root."""
+    (image_folders / "lists").mkdir()
+    (image_folders / "lists" / "train.txt").write_text("images/train/a.jpg\n")
+    (image_folders / "data.yaml").write_text("train: lists/train.txt\nnames: [cat, dog]")
+
+    assert read(image_folders, collect=False).path(0) == image_folders / "images" / "train" / "a.jpg"
+
+
 def test_find_yolo__several_yaml_files(image_folders: Path) -> None:
     for name in ("a.yaml", "b.yaml"):
         (image_folders / name).write_text("train: images/train\nnames: [cat, dog]")
