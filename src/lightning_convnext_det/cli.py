@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
@@ -21,13 +20,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks import PredictionWriter
+from lightning_convnext_det.checkpoints import import_weights
 from lightning_convnext_det.data.check import check_dataset, print_report
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.suppression import Suppression
 from lightning_convnext_det.models.zoo import suggest
-from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint
+from lightning_convnext_det.modules import DeformableDETRModule
+from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint, save_module
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 
 EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
@@ -37,7 +40,8 @@ EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 diverg
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the data set answers
 
 
-_MODEL = [name for callee in (DetectionModule, FasterRCNN) for name in inspect.signature(callee).parameters]
+_DETECTORS = (DetectionModule, FasterRCNN, DeformableDETR)
+_MODEL = [name for callee in _DETECTORS for name in inspect.signature(callee).parameters]
 
 
 class _Parser(LightningArgumentParser):
@@ -90,6 +94,12 @@ class DetectionCLI(LightningCLI):
             }
         )
         parser.add_lightning_class_args(PredictionWriter, "output")
+        parser.add_argument(
+            "--nms",
+            type=Suppression | None,
+            default=None,
+            help="what happens to overlapping detections of a class (default: as the model or its checkpoint says)",
+        )
         for name in _LINKED:  # a link makes it no required argument; the value is given in instantiate_classes
             parser.link_arguments("data", f"model.init_args.{name}", apply_on="instantiate")
         parser.set_defaults({"model": self._default_model()})
@@ -133,15 +143,17 @@ class DetectionCLI(LightningCLI):
         self.config_init = self.parser.instantiate(config)
         self.datamodule = self._get(self.config_init, "data")
         # not by the parser, which would wrap a constructor's error into a page about types
-        classes = {name: self._classes(name) for name in _LINKED}
+        arguments = vars(model.init_args) | {name: self._classes(name) for name in _LINKED}
+        if nms := config[self.subcommand].nms:
+            arguments["nms"] = nms
         module = MODULES[model.class_path.rpartition(".")[2]]
-        self.model = module(**{**vars(model.init_args), **classes})
+        self.model = module(**arguments)
         self.trainer = self.instantiate_trainer()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit, predict = self.subcommand == "fit", self.subcommand == "predict"
         kinds = (ModelCheckpoint,) if fit else (PredictionWriter,) if predict else ()
-        own = [c for c in callbacks if isinstance(c, kinds)]
+        own: list[Callback] = [c for c in callbacks if isinstance(c, kinds)]
         given = config.get("callbacks") or []
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             own.append(RichProgressBar())
@@ -211,8 +223,28 @@ def _demo(arguments: Sequence[str]) -> int:
     return run_demo(arguments, main)
 
 
+def _import_weights(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "convnext-det import-weights", description="Turn weights from elsewhere into a checkpoint of this package."
+    )
+    parser.add_argument("source", help="weights of birder, of Deformable DETR's authors, or of Hugging Face")
+    parser.add_argument("destination", help="checkpoint to write")
+    parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
+    options = parser.parse_args(arguments)
+    converted = import_weights(options.source, **({"backbone": options.backbone} if options.backbone else {}))
+    slots = converted.report.slots
+    names, ids = ([s.name for s in slots], [s.category_id for s in slots]) if slots else (None, None)
+    hyper_parameters: dict[str, Any] = {**converted.arguments}
+    module = DeformableDETRModule(class_names=names, category_ids=ids, **hyper_parameters)
+    module.detector.load_state_dict(converted.state_dict)
+    save_module(module, options.destination)
+    sys.stdout.write(f"{converted.report}\nwritten: {options.destination}\n")
+    return 0
+
+
 _TOOLS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (_check, "list every bad record of a data set"),
+    "import-weights": (_import_weights, "turn weights from elsewhere into a checkpoint"),
     "demo": (_demo, "train and look at a detector on pictures made up on the spot"),
 }
 _DESCRIPTION = (

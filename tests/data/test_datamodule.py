@@ -12,6 +12,7 @@ import torch
 from recorder import Recorder, SaveAndStop, Seen, make_trainer
 
 from lightning_convnext_det.data.datamodule import DetectionDataModule
+from lightning_convnext_det.data.subset import count_shared
 from lightning_convnext_det.data.synthetic import CLASS_NAMES, write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 
@@ -154,6 +155,46 @@ def test_val__set_aside_where_there_is_no_split(coco: Path, tmp_path: Path, capl
     assert data_module(root, val_fraction=0.3, seed=1).table("val").image_ids.tolist() != val.image_ids.tolist()
 
 
+def test_val__trainval_keeps_a_part_for_validation(shared_data: Path) -> None:
+    data = data_module(shared_data / "bccd" / "BCCD", train="trainval")
+    assert [len(data.table(stage)) for stage in ("train", "val", "test")] == [263, 29, 72]
+    assert count_shared(data.table("train"), data.table("val")) == 0
+
+
+def test_train__difficult_objects_are_learnt_from_but_not_evaluated(shared_data: Path) -> None:
+    root = shared_data / "voc2012_mini"
+    plain, difficult = data_module(root), data_module(root, train_on_difficult=True)
+    assert plain.table("train").crowd.sum() == 30
+    assert difficult.table("train").crowd.sum() == 0
+    assert difficult.table("val").crowd.sum() == plain.table("val").crowd.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("root", "num_classes", "counts"),
+    [("bccd/BCCD", 3, [205, 87, 72]), ("coco_mini", 80, [128, 50, 50]), ("voc2012_mini", 20, [67, 33, 33])],
+)
+def test_loaders__real_pictures(shared_data: Path, root: str, num_classes: int, counts: list[int]) -> None:
+    data = data_module(shared_data / root, batch_size=8, train_transforms="multiscale", sizes=(96, 128))
+    assert data.num_classes == num_classes
+    assert [len(data.table(stage)) for stage in ("train", "val", "test")] == counts
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        images, targets = next(iter(loader))
+        assert len(images) == len(targets) == 8
+        for image, target in zip(images, targets, strict=True):
+            height, width = image.shape[-2:]
+            assert (target["boxes"] <= torch.tensor([width, height, width, height])).all()
+            assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+            assert (target["labels"] < num_classes).all()
+
+
+def test_loaders__global_generator_is_left(coco: Path) -> None:
+    data = data_module(coco, predict=str(coco / "val"))
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        before = torch.random.get_rng_state()
+        next(iter(loader))
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_val__switched_off(coco: Path, tmp_path: Path) -> None:
     root = copy_without(coco, tmp_path / "set", "val", "test")
     data = data_module(root, val_fraction=0.0)
@@ -273,6 +314,16 @@ def test_setup__other_classes_in_validation(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"instances_val\.json.*'square' is not among") as caught:
         data_module(root).setup("fit")
     assert "\n" not in str(caught.value)
+
+
+def test_setup__other_category_ids_in_validation(coco: Path, tmp_path: Path) -> None:
+    categories = [{"id": 5 - index, "name": name} for index, name in enumerate(CLASS_NAMES)]
+    root = change_annotations(coco, tmp_path / "set", "val", categories=categories)
+    message = (
+        r"LCD-D120.*split 'val': the classes differ from those of split 'train': label 0 is \(5, 'disc'\), not \(1"
+    )
+    with pytest.raises(DataError, match=message):
+        data_module(root).setup("fit")
 
 
 def test_setup__missing_root(tmp_path: Path) -> None:

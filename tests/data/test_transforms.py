@@ -14,6 +14,7 @@ from lightning_convnext_det.data.transforms import (
     Preset,
     RandomSizeCrop,
     ShortestSide,
+    SquareWindow,
     create_transforms,
     scaled_size,
     seeded,
@@ -148,6 +149,21 @@ def test_create_transforms__multiscale_sizes_on_a_real_photo(shared_data: Path) 
     assert 8 <= plain <= 22  # half of the pictures are not cropped
 
 
+@pytest.mark.parametrize(
+    ("sizes", "before_crop", "crop"),
+    [(MULTISCALE_SIZES, [400, 500, 600], (384, 600)), ((160, 240), [120, 150, 180], (115, 180))],
+    ids=["published", "small"],
+)
+def test_create_transforms__multiscale_crop(
+    sizes: tuple[int, ...], before_crop: list[int], crop: tuple[int, int]
+) -> None:
+    choice = create_transforms("multiscale", sizes=sizes).transforms[1]
+    shorter, window, resize = choice.transforms[1].transforms
+    assert shorter.min_size == before_crop
+    assert (window.min_side, window.max_side) == crop
+    assert resize.min_size == list(sizes)
+
+
 def test_create_transforms__lsj_gives_squares() -> None:
     image, target = picture_with((10, 10, 50, 40))
     sizes = {transform_sample(create_transforms("lsj", crop_size=96), image, target)[0].shape for _ in range(10)}
@@ -161,6 +177,17 @@ def test_create_transforms__lsj_fills_right_and_bottom() -> None:
     assert (square[:, :45, :65] == 200).all()
     assert (square[:, 45:] == FILL).all()
     assert (square[:, :, 65:] == FILL).all()
+
+
+def test_square_window__lies_anywhere_in_a_larger_picture() -> None:
+    rows, columns = torch.meshgrid(torch.arange(90), torch.arange(130), indexing="ij")
+    image = torch.stack([rows, columns, rows]).to(torch.uint8)
+    target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    corners = [transform_sample(SquareWindow(30), image, target)[0][:2, 0, 0].tolist() for _ in range(100)]
+    for axis, last in ((0, 60), (1, 100)):
+        positions = [corner[axis] for corner in corners]
+        assert min(positions) < 0.2 * last
+        assert 0.8 * last < max(positions) <= last
 
 
 def test_create_transforms__lsj_scales_are_uniform() -> None:

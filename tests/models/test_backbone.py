@@ -164,7 +164,7 @@ class _Evil:
 
 def test_read_state_dict__refuses_code_damage_and_absence(tmp_path: Path) -> None:
     torch.save({"a": _Evil(tmp_path / "pwned")}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="evil.pth holds more than tensors"):
+    with pytest.raises(WeightsError, match=r"evil.pth holds more than tensors"):
         read_state_dict(tmp_path / "evil.pth")
     assert not (tmp_path / "pwned").exists()
     torch.save({"a": torch.rand(999)}, tmp_path / "cut.pth")

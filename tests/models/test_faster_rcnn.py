@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import box_iou
 
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
@@ -144,3 +145,31 @@ def test_faster_rcnn__wrong_use() -> None:
         tiny(0)
     with pytest.raises(ValueError, match="anchor_sizes has 2 groups"):
         tiny(anchor_sizes=((32,), (64,)))
+
+
+def test_faster_rcnn__soft_nms_lowers_scores_instead(photos: list[Tensor]) -> None:
+    detector = tiny(nms="none", score_threshold=0.3, detections_per_image=500).eval()
+    image = [photos[0]]
+    with torch.no_grad():
+        everything = detector(image)[0]
+        detector.nms = "soft"
+        soft = detector(image)[0]
+    # independently: the paper's loop, in float64, class by class
+    expected = []
+    for label in everything["labels"].unique():
+        own = everything["labels"] == label
+        boxes, scores = everything["boxes"][own].double(), everything["scores"][own].double()
+        while len(scores):
+            best = int(scores.argmax())
+            expected.append((float(scores[best]), int(label)))
+            rest = torch.arange(len(scores)) != best
+            overlap = box_iou(boxes[best : best + 1], boxes[rest])[0]
+            boxes, scores = boxes[rest], scores[rest] * torch.exp(-(overlap**2) / 0.5)
+            boxes, scores = boxes[scores > 1e-3], scores[scores > 1e-3]
+    expected.sort(reverse=True)
+    assert len(expected) > 100
+    torch.testing.assert_close(
+        soft["scores"], torch.tensor([s for s, _ in expected[: len(soft["scores"])]]), atol=1e-5, rtol=0
+    )
+    with pytest.raises(ValueError, match="nms is 'gentle'; choose one of hard, soft, none"):
+        detector.nms = "gentle"

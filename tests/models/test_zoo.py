@@ -3,14 +3,21 @@ import torch
 
 from lightning_convnext_det.models.zoo import create_detector, list_detectors
 
-# FPN-256, three anchors per level, 91 logits
+# FPN-256, three anchors per level, 91 logits; Deformable DETR as on the model card
 PARAMETERS = [
     ("fasterrcnn_convnext_tiny_fpn", 45_504_566),
     ("fasterrcnn_convnext_small_fpn", 67_139_126),
     ("fasterrcnn_convnext_base_fpn", 105_373_270),
     ("fasterrcnn_convnextv2_tiny_fpn", 45_550_934),
+    ("deformable_detr_boxref_convnextv2_tiny", 39_992_252 - 6 * 257),  # 90 of the model card's 91 slots
 ]
-SMALL = ["fasterrcnn_convnextv2_atto_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnext50_32x4d_fpn"]
+WITHOUT_BACKBONE = ["fasterrcnn_fpn", "deformable_detr", "deformable_detr_boxref", "deformable_detr_two_stage"]
+SMALL = [
+    *WITHOUT_BACKBONE,
+    "fasterrcnn_convnextv2_atto_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnext50_32x4d_fpn",
+]
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS, ids=[name for name, _ in PARAMETERS])
@@ -21,9 +28,8 @@ def test_create_detector__parameter_count(name: str, parameters: int) -> None:
 
 
 def train_one_step(name: str) -> None:
-    detector = create_detector(
-        name, num_classes=2, **({"backbone": "test_convnext"} if name == "fasterrcnn_fpn" else {})
-    )
+    options = {"backbone": "test_convnext"} if name in WITHOUT_BACKBONE else {}
+    detector = create_detector(name, 2, **options)
     detector.transform.min_sizes, detector.transform.max_size = [64], 96
     losses = detector(
         [torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([1])}]
@@ -34,7 +40,7 @@ def train_one_step(name: str) -> None:
     assert [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_fpn", *SMALL])
+@pytest.mark.parametrize("name", SMALL)
 def test_create_detector__trains_one_step(name: str) -> None:
     train_one_step(name)
 

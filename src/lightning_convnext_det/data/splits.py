@@ -153,7 +153,7 @@ class SplitReader:
         for line in summarize_problems(table.problems):
             _warn("%s: %s", split.name, line)
         self._first = self._first or (split.name, take_pictures(table, np.array([], np.int64)))
-        for problem in compare_classes(dict([self._first, (f"{split.name} ", table)])):
+        for problem in compare_classes(dict([self._first, (split.name, table)])):
             raise DataError(str(problem).removesuffix(" (refused)"))
         return table if self.classes is None else select_classes(table, self.classes)
 

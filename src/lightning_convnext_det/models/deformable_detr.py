@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import MLP, batched_nms, box_convert, clip_boxes_to_image
+from torchvision.ops import MLP, box_convert, clip_boxes_to_image
 
 from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.models.backbone import TimmPyramid
@@ -27,8 +27,8 @@ from lightning_convnext_det.models.deformable_transformer import (
     apply_in_full_precision,
 )
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from lightning_convnext_det.models.suppression import Suppression, check_suppression, suppress
 from lightning_convnext_det.models.targets import check_targets
-from lightning_convnext_det.ops.soft_nms import batched_soft_nms
 from lightning_convnext_det.types import Detection, Target
 
 
@@ -126,7 +126,7 @@ class DeformableDETR(nn.Module):
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
         score_threshold: float = 0.0,
-        nms: Literal["none", "hard", "soft"] = "none",
+        nms: Suppression = "none",
         nms_threshold: float = 0.7,
         soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
@@ -136,8 +136,7 @@ class DeformableDETR(nn.Module):
         _check_sizes(num_classes, hidden_dim, num_heads)
         if two_stage and not box_refinement:
             raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
-        if nms not in ("none", "hard", "soft"):
-            raise ValueError(f"nms is '{nms}'; choose 'none', 'hard' or 'soft'")
+        check_suppression(nms)
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.auxiliary_losses = auxiliary_losses
@@ -274,12 +273,7 @@ class DeformableDETR(nn.Module):
 
     def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
         """Apply the chosen suppression and threshold to the detections of one picture."""
-        if self.nms == "hard":
-            keep = batched_nms(boxes, scores, labels, self.nms_threshold)
-            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-        elif self.nms == "soft":
-            keep, scores = batched_soft_nms(boxes, scores, labels, self.soft_nms_sigma)
-            boxes, labels = boxes[keep], labels[keep]
+        boxes, scores, labels = suppress(boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma)
         keep = scores >= self.score_threshold
         return Detection(boxes=boxes[keep], labels=labels[keep], scores=scores[keep])
 

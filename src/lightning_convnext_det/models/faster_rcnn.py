@@ -16,9 +16,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from lightning_convnext_det.models.backbone import PyramidFPN, TimmPyramid
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from lightning_convnext_det.models.suppression import Suppression, check_suppression, suppress
 from lightning_convnext_det.models.targets import check_targets
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
@@ -65,8 +67,10 @@ class FasterRCNN(nn.Module):
         box_batch_size_per_image: proposals sampled per picture for the loss.
         box_positive_fraction: share of objects among them.
         score_threshold: detections with a lower score are dropped.
-        nms: suppression of overlapping detections of a class: ``hard`` drops them, ``none`` keeps all.
-        nms_threshold: IoU above which the weaker of two detections of a class is dropped.
+        nms: what happens to overlapping detections of a class: ``hard`` drops the weaker, ``soft`` lowers its score,
+            ``none`` keeps all.
+        nms_threshold: IoU above which ``hard`` drops the weaker of two detections of a class.
+        soft_nms_sigma: width of the Gaussian in IoU by which ``soft`` lowers scores; smaller suppresses more.
         detections_per_image: how many detections are kept per picture.
         in_chans: channels of the pictures.
 
@@ -111,8 +115,9 @@ class FasterRCNN(nn.Module):
         box_batch_size_per_image: int = 512,
         box_positive_fraction: float = 0.25,
         score_threshold: float = 0.05,
-        nms: Literal["hard", "none"] = "hard",
+        nms: Suppression = "hard",
         nms_threshold: float = 0.5,
+        soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
         in_chans: int = 3,
     ) -> None:
@@ -153,7 +158,7 @@ class FasterRCNN(nn.Module):
             rpn_score_threshold,
         )
         pooler = MultiScaleRoIAlign([str(i) for i in range(levels)], roi_output_size, roi_sampling_ratio)
-        self.roi_heads = RoIHeads(
+        self.roi_heads = _RoIHeads(
             pooler,
             TwoMLPHead(fpn_channels * roi_output_size**2, box_head_features),
             _BoxPredictor(box_head_features, num_classes + 1),  # torchvision's background is class 0
@@ -163,9 +168,21 @@ class FasterRCNN(nn.Module):
             box_positive_fraction,
             None,
             score_threshold,
-            nms_threshold if nms == "hard" else 1.0,
+            nms_threshold,
             detections_per_image,
         )
+        self.nms = nms
+        self.roi_heads.soft_nms_sigma = soft_nms_sigma
+
+    @property
+    def nms(self) -> Suppression:
+        """What happens to overlapping detections of a class; can be changed at any time."""
+        return self.roi_heads.nms
+
+    @nms.setter
+    def nms(self, method: Suppression) -> None:
+        check_suppression(method)
+        self.roi_heads.nms = method
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detection]:
         """Compute the losses in training mode, the detections in evaluation mode.
@@ -195,6 +212,34 @@ class FasterRCNN(nn.Module):
             return {**losses, **box_losses}
         found = [Detection(boxes=d["boxes"], labels=d["labels"] - 1, scores=d["scores"]) for d in detections]
         return self.transform.restore(found, sizes, [(x.shape[-2], x.shape[-1]) for x in images])
+
+
+class _RoIHeads(RoIHeads):
+    """torchvision's heads with a choice of suppression."""
+
+    nms: Suppression = "hard"
+    soft_nms_sigma = 0.5
+
+    def postprocess_detections(
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Choose the detections of each picture; as torchvision does, but for the suppression."""
+        counts = [len(p) for p in proposals]
+        all_boxes = torch.split(self.box_coder.decode(box_regression, proposals), counts)  # [R, classes + 1, 4]
+        all_scores = torch.split(class_logits.softmax(-1), counts)  # [R, classes + 1]
+        kept = []
+        for boxes, scores, shape in zip(all_boxes, all_scores, image_shapes, strict=True):
+            row, column = torch.where(scores[:, 1:] > self.score_thresh)  # column 0 is the background
+            boxes, scores = clip_boxes_to_image(boxes[row, column + 1], shape), scores[row, column + 1]
+            large = remove_small_boxes(boxes, min_size=1e-2)
+            each = boxes[large], scores[large], column[large] + 1
+            each = suppress(*each, self.nms, self.nms_thresh, self.soft_nms_sigma)
+            kept.append([values[: self.detections_per_img] for values in each])
+        return [k[0] for k in kept], [k[1] for k in kept], [k[2] for k in kept]
 
 
 class _Anchors(AnchorGenerator):

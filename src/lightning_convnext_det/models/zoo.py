@@ -4,14 +4,27 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 
 _CONVNEXT = ("tiny", "small", "base", "large", "xlarge")
 _CONVNEXT_V2 = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+
+_DETR: dict[str, Callable[..., nn.Module]] = {
+    "deformable_detr": partial(DeformableDETR, box_refinement=False),
+    "deformable_detr_boxref": DeformableDETR,
+    "deformable_detr_two_stage": partial(DeformableDETR, two_stage=True),
+}
+_DETR_BACKBONES = (
+    *(f"convnext_{size}" for size in _CONVNEXT),
+    *(f"convnextv2_{size}" for size in _CONVNEXT_V2),
+    "resnet50",
+)
 
 # name -> detector and its backbone; None where the caller names the backbone
 _DETECTORS: dict[str, tuple[Callable[..., nn.Module], str | None]] = {
@@ -20,6 +33,8 @@ _DETECTORS: dict[str, tuple[Callable[..., nn.Module], str | None]] = {
     **{f"fasterrcnn_convnextv2_{size}_fpn": (FasterRCNN, f"convnextv2_{size}") for size in _CONVNEXT_V2},
     "fasterrcnn_resnet50_fpn": (FasterRCNN, "resnet50"),
     "fasterrcnn_resnext50_32x4d_fpn": (FasterRCNN, "resnext50_32x4d"),
+    **{name: (detector, None) for name, detector in _DETR.items()},
+    **{f"{name}_{backbone}": (detector, backbone) for name, detector in _DETR.items() for backbone in _DETR_BACKBONES},
 }
 
 

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 
 MODULES: dict[str, type[DetectionModule]] = {
-    module.__name__: module for module in (FasterRCNNModule,)
+    module.__name__: module for module in (FasterRCNNModule, DeformableDETRModule)
 }
 
 
@@ -56,3 +58,15 @@ def load_module(path: str | Path) -> DetectionModule:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"[LCD-K001] {path} does not fit this version: {reason}") from None
     return module.eval()
+
+
+def save_module(module: DetectionModule, path: str | Path) -> None:
+    """Write a checkpoint of a module that no trainer has trained here, e.g. with weights from elsewhere."""
+    content = {
+        "state_dict": module.state_dict(),
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+    }
+    module.on_save_checkpoint(content)
+    torch.save(content, path)

@@ -200,7 +200,7 @@ class DetectionModule(pl.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _learning_rate_factor(self) -> Callable[[int], float]:
-        options = self.hparams
+        options: dict[str, Any] = dict(self.hparams)
         total = self.trainer.estimated_stepping_batches
         epochs = self.trainer.max_epochs or 0
         steps_per_epoch = total / epochs if epochs > 0 else float("inf")
@@ -211,7 +211,7 @@ class DetectionModule(pl.LightningModule):
             if step < warmup:
                 return float((step + 1) / (warmup + 1))
             if options["schedule"] == "step":
-                return float(options["step_factor"]) ** sum(step >= drop for drop in drops)
+                return float(options["step_factor"] ** sum(step >= drop for drop in drops))
             if options["schedule"] == "cosine" and total != float("inf"):
                 progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
                 return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))

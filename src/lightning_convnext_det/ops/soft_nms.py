@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_TABLE_SIZE = 2**18  # decays of all pairs are computed beforehand if their 2 MB stay in the cache
+_TABLE_SIZE = 2**15  # decays of all pairs are computed beforehand if so few that no operation spreads over threads
 
 
 def soft_nms(
