@@ -4,21 +4,24 @@
     python benchmarks/attention.py --device cuda      # also birder's compiled CUDA kernel, with peak memory
     python benchmarks/attention.py --compile          # also grid_sample under torch.compile
 
-The sizes are those of Deformable DETR on a picture of 640 x 640: strides 4 to 32, 34,000 queries in an encoder layer, 300
-in a decoder layer, 8 heads of 32 channels, 4 points.
+The sizes are those of Deformable DETR on a picture of 640 x 640: strides 4 to 32, 34,000 queries in an encoder layer,
+300 in a decoder layer, 8 heads of 32 channels, 4 points.
 """
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from side_by_side import Contestants, compare, create_parser, print_header
 from torch import Tensor
 
 from lightning_convnext_det.ops.deform_attn import attention_by_grid_sample, multi_scale_deformable_attention
+from side_by_side import Contestants, compare, create_parser, print_header
 
 SHAPES = [(160, 160), (80, 80), (40, 40), (20, 20)]
 Arguments = tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]
+Path = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
 
 
 def main() -> None:
@@ -26,18 +29,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also time grid_sample under torch.compile")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print_header("Multi-scale deformable attention", options.device, options.threads, ("triton", "birder"))
+    print_header("Multi-scale deformable attention", options, ("triton", "birder"))
     for queries in (34_000, 300):
         for dtype in (torch.float32, torch.bfloat16):
             arguments = create_arguments(options.batch, queries, dtype, options.device)
             paths = create_paths(options.device, options.compile)
             name = f"{queries:,} queries, {str(dtype).removeprefix('torch.')}"
             with torch.no_grad():
-                forward: Contestants = {who: lambda path=path: path(*arguments) for who, path in paths.items()}
-                compare(f"{name}, forward", forward, options.device, options.repeats)
-            both: Contestants = {who: lambda path=path: differentiate(path, arguments) for who, path in paths.items()}
-            compare(f"{name}, forward and backward", both, options.device, options.repeats)
+                forward: Contestants = {who: partial(path, *arguments) for who, path in paths.items()}
+                compare(f"{name}, forward", forward, options)
+            both: Contestants = {who: partial(differentiate, path, arguments) for who, path in paths.items()}
+            compare(f"{name}, forward and backward", both, options)
 
 
 def create_arguments(batch: int, queries: int, dtype: torch.dtype, device: str) -> Arguments:
@@ -57,8 +59,8 @@ def create_arguments(batch: int, queries: int, dtype: torch.dtype, device: str) 
     return tensors[0], SHAPES, tensors[1], tensors[2]
 
 
-def create_paths(device: str, compiled: bool) -> dict[str, object]:
-    paths: dict[str, object] = {"grid_sample": attention_by_grid_sample, "ours": multi_scale_deformable_attention}
+def create_paths(device: str, compiled: bool) -> dict[str, Path]:
+    paths: dict[str, Path] = {"grid_sample": attention_by_grid_sample, "ours": multi_scale_deformable_attention}
     if compiled:
         paths["grid_sample compiled"] = torch.compile(attention_by_grid_sample)
     if (birder := create_birder_path(device)) is not None:
@@ -66,8 +68,8 @@ def create_paths(device: str, compiled: bool) -> dict[str, object]:
     return paths
 
 
-def create_birder_path(device: str) -> object | None:
-    """birder's attention: its pure PyTorch path on a CPU, its CUDA kernel, compiled now, on a GPU; None without it."""
+def create_birder_path(device: str) -> Path | None:
+    """Birder's attention: its pure PyTorch path on a CPU, its CUDA kernel, compiled now, on a GPU; None without it."""
     if device == "cpu":
         os.environ["DISABLE_CUSTOM_KERNELS"] = "1"
     try:
@@ -95,7 +97,7 @@ def create_birder_path(device: str) -> object | None:
     return attend
 
 
-def differentiate(path: object, arguments: Arguments) -> tuple[Tensor, ...]:
+def differentiate(path: Path, arguments: Arguments) -> tuple[Tensor, ...]:
     output = path(*arguments)
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     return torch.autograd.grad(output, tensors, torch.ones_like(output))

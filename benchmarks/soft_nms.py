@@ -1,7 +1,7 @@
 """Time Soft-NMS against birder's, side by side in one run, on boxes that overlap in clusters of about ten.
 
-    python benchmarks/soft_nms.py
-    python benchmarks/soft_nms.py --device cuda       # birder's compiled CUDA kernel
+python benchmarks/soft_nms.py
+python benchmarks/soft_nms.py --device cuda       # birder's compiled CUDA kernel
 """
 
 import os
@@ -9,18 +9,17 @@ import warnings
 from functools import partial
 
 import torch
-from side_by_side import Contestants, compare, create_parser, print_header
 from torch import Tensor
 
 from lightning_convnext_det.ops.soft_nms import batched_soft_nms
+from side_by_side import Contestants, compare, create_parser, print_header
 
 SIGMA, SCORE_THRESHOLD = 0.5, 1e-3
 
 
 def main() -> None:
     options = create_parser(__doc__).parse_args()
-    torch.set_num_threads(options.threads)
-    print_header("Soft-NMS", options.device, options.threads, ("birder",))
+    print_header("Soft-NMS", options, ("birder",))
     if options.device == "cpu":
         os.environ["DISABLE_CUSTOM_KERNELS"] = "1"
     from birder.ops.soft_nms import SoftNMS
@@ -34,7 +33,7 @@ def main() -> None:
             "birder's": partial(birder, boxes, scores, labels, SIGMA, SCORE_THRESHOLD),
             "ours": partial(batched_soft_nms, boxes, scores, labels, SIGMA, SCORE_THRESHOLD),
         }
-        compare(f"{count:,} boxes, {classes} classes", contestants, options.device, options.repeats)
+        compare(f"{count:,} boxes, {classes} classes", contestants, options)
 
 
 def create_boxes(count: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:

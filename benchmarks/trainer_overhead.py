@@ -33,7 +33,13 @@ class Clock(pl.Callback):
 def create_module() -> FasterRCNNModule:
     torch.manual_seed(0)
     return FasterRCNNModule(
-        3, backbone="convnext_atto", min_size=240, max_size=320, fpn_channels=128, box_head_features=256, schedule="constant"
+        3,
+        backbone="convnext_atto",
+        min_size=240,
+        max_size=320,
+        fpn_channels=128,
+        box_head_features=256,
+        schedule="constant",
     )
 
 

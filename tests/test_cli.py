@@ -172,10 +172,9 @@ def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_user_message__defects_keep_their_traceback() -> None:
     assert user_message(DataError("bad box")) == "bad box"
-    try:
+    with pytest.raises(ValueError) as caught:
         int("x")
-    except ValueError as error:
-        assert user_message(error) is None  # not raised by this package: a defect, or torch's
+    assert user_message(caught.value) is None  # not raised by this package: a defect, or torch's
     worker = DataError(
         "Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n  x\npkg.DataError: a.jpg"
     )

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Everything that needs a GPU, in one go: the tests with the marker gpu, then every benchmark that takes --device cuda.
+#
+#     sh benchmarks/gpu.sh [FOLDER]      writes FOLDER/*.txt and FOLDER/*.md, by default benchmarks/results/gpu
+#
+# PYTHON chooses the interpreter (default python3). Goes on after a failure, and ends with a non-zero status if there was one.
+PYTHON=${PYTHON:-python3}
+cd "$(dirname "$0")/.." || exit 2
+folder=${1:-benchmarks/results/gpu}
+mkdir -p "$folder" || exit 2
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+status=0
+
+run() { # run NAME COMMAND...: keeps the output and the status
+    name=$1
+    shift
+    echo "== $name"
+    "$@" >"$folder/$name" 2>"$folder/$name.stderr" || {
+        status=1
+        echo "failed, the end of $folder/$name.stderr:"
+        tail -n 5 "$folder/$name.stderr"
+    }
+    tail -n 60 "$folder/$name"
+}
+
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 2
+run tests.txt "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests
+run attention.md "$PYTHON" benchmarks/attention.py --device cuda
+run attention_batch_8.md "$PYTHON" benchmarks/attention.py --device cuda --batch 8
+run roi_align.md "$PYTHON" benchmarks/roi_align.py --device cuda
+run soft_nms.md "$PYTHON" benchmarks/soft_nms.py --device cuda
+run deformable_detr.txt "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8
+run deformable_detr_training.txt "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8 --train
+exit $status
