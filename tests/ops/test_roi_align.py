@@ -178,7 +178,7 @@ def test_roi_align__compiles_without_a_graph_break() -> None:
     features, rois = torch.randn(1, 64, 20, 30, requires_grad=True), _boxes(90, 320, 480)
 
     def pool(features: Tensor) -> Tensor:
-        return roi_align_by_gather(features, rois, (7, 7), 1 / 16, 2, False) * 2
+        return roi_align(features, rois, 7, 1 / 16, 2) * 2
 
     compiled = torch.compile(pool, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(features), pool(features))

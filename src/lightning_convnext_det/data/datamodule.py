@@ -108,6 +108,8 @@ class DetectionDataModule(LightningDataModule):
             raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1.")
         if num_workers is not None and num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must not be negative.")
         self.batch_size = batch_size
         self.num_workers = min(4, _available_cores()) if num_workers is None else num_workers
         self.train_transforms = train_transforms

@@ -1,8 +1,8 @@
 """Loaders whose errors are one line, that can continue in the middle of an epoch, and that outlive a broken picture."""
 
 import logging
-from collections.abc import Iterator
-from typing import TypedDict
+from collections.abc import Iterator, Sized
+from typing import TypedDict, cast
 
 from torch.utils.data import DataLoader
 
@@ -91,7 +91,7 @@ class PictureLoader(EvaluationLoader):
                 _logger.warning("left out: %s", picture.reason)
             if batch.sizes:
                 yield unpack(batch)
-        if num_failed and not num_read:
+        if num_failed == len(cast(Sized, self.dataset)):
             raise DataError(f"[LCD-P002] none of {num_failed} pictures can be read; the reasons are given above")
         if num_failed:
             _logger.warning("%d of %d pictures could not be read and were left out", num_failed, num_read + num_failed)

@@ -113,8 +113,6 @@ class SplitReader:
             return self._read_and_set_aside()
         if split:
             return {stage: self._read(split, training=stage == "train")}
-        if stage == "val" and self._sets_aside():
-            return self._read_and_set_aside()
         if stage == "val" and self._locate("train"):
             return {stage: None}
         if stage == "test" and (val := self.table("val")):

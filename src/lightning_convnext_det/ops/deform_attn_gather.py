@@ -96,15 +96,16 @@ def _backward_heads(
     lattice: _Lattice,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    is_many = _has_many_samples(attention.numel(), len(table))
     grad_locations, grad_attention = torch.empty_like(locations), torch.empty_like(attention)
-    rows = attention.new_empty(4, *attention.shape, dtype=torch.int32)
+    rows = attention.new_empty(1 if is_many else 4, *attention.shape, dtype=torch.int32)
     weights = attention.new_empty(4, *attention.shape)
     for bags, samples in _locate_chunks(locations, attention, lattice, heads):
         dots = dot_rows(grad[bags], table, samples.rows.flatten(1)).view_as(samples.rows)
         grad_locations[bags, :, 0], grad_locations[bags, :, 1], grad_attention[bags] = _differentiate(samples, dots)
-        rows[:, bags] = samples.rows.transpose(0, 1)
+        rows[:, bags] = samples.rows[:, : len(rows)].transpose(0, 1)
         weights[:, bags] = _corner_weights(samples).transpose(0, 1)
-    if _has_many_samples(attention.numel(), len(table)):
+    if is_many:
         grad_table = _scatter_corners(grad, rows[0], weights, sizes)
     else:
         sources = _repeat_bags(attention, 4)

@@ -50,12 +50,8 @@ def roi_align(
     rois = _as_rois(input, boxes)
     if torch.compiler.is_exporting() or torch._C._is_tracing():
         return _roi_align_by_torchvision(input, rois, size, spatial_scale, sampling_ratio, aligned)
-    if input.device.type == "cpu" and len(rois) > 0:
-        lowest, highest = rois[:, 0].aminmax()
-        if lowest < 0 or highest >= len(input):
-            raise ValueError(
-                f"boxes name images {lowest:.0f} to {highest:.0f}, but input holds images 0 to {len(input) - 1}"
-            )
+    if input.device.type == "cpu":
+        _check_images(input, rois)
         # below these sizes the fixed cost of the gather outweighs what it saves; measured on one core
         worth = len(rois) * size[0] * size[1] * input.shape[1] > (2**15 if sampling_ratio > 0 else 2**18)
         if worth and os.environ.get("DISABLE_CUSTOM_KERNELS") != "1":
@@ -147,6 +143,14 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
             self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
         )  # torchvision's margin
         return (level.clamp(finest, coarsest) - finest).to(torch.int64)
+
+
+def _check_images(input: Tensor, rois: Tensor) -> None:
+    if len(rois) == 0 or torch.compiler.is_compiling():  # a compiled graph would break at the question
+        return
+    lowest, highest = (int(image) for image in rois[:, 0].aminmax())
+    if lowest < 0 or highest >= len(input):
+        raise ValueError(f"boxes name images {lowest} to {highest}, but input holds images 0 to {len(input) - 1}")
 
 
 def _as_rois(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:

@@ -55,14 +55,15 @@ def _forward(
     images, channels, *size = input.shape
     table = input.permute(0, 2, 3, 1).contiguous().view(-1, channels)  # [B * H * W, C], no copy if channels last
     grid = _Grid((images, size[0], size[1]), (height, width), spatial_scale, sampling_ratio, aligned)
-    pooled = input.new_zeros(len(rois), height * width, channels)
+    pooled: Tensor | None = None
     for bags in _find_bags(rois.to(_compute_dtype(input)), grid):
-        sums = gather_rows(table, bags.rows, bags.weights.to(input.dtype)).view(-1, height * width, channels)
-        if len(sums) == len(pooled):
-            pooled = sums  # all boxes at once: no copy
-        else:
-            pooled.index_copy_(0, bags.boxes, sums)
-    return pooled.view(-1, height, width, channels)
+        sums = gather_rows(table, bags.rows, bags.weights.to(input.dtype)).view(-1, height, width, channels)
+        if len(sums) == len(rois):
+            return sums  # all boxes at once need no copy, which would take as long as the sums
+        if pooled is None:
+            pooled = input.new_zeros(len(rois), height, width, channels)
+        pooled.index_copy_(0, bags.boxes, sums)
+    return input.new_zeros(len(rois), height, width, channels) if pooled is None else pooled
 
 
 def _backward(
@@ -152,9 +153,8 @@ def _find_pixels(
         limit: pixels of the map along the axis.
         shared: whether samples are in rising order and at most a pixel apart, so that n = places + 1 pixels suffice.
     """
-    begin = (
-        start[:, None] + torch.arange(bins) * bin_size[:, None]
-    )  # operations in torchvision's order, to the last bit
+    # the order of operations is torchvision's, so that positions are equal to the last bit
+    begin = start[:, None] + torch.arange(bins) * bin_size[:, None]
     step = (torch.arange(places) + 0.5) * bin_size[:, None] / samples[:, None]
     at = begin[:, :, None] + step[:, None]  # [k, bins, places]
     counted = (at >= -1) & (at <= limit) & (torch.arange(places) < samples[:, None])[:, None]

@@ -85,9 +85,9 @@ def batched_soft_nms(
     padded_boxes[:, slots], padded_scores[slots] = corners.t(), scores[candidates].to(dtype)
 
     def decay(iou: Tensor) -> Tensor:
-        return (
-            iou.square().div_(-sigma).exp_() if method == "gaussian" else torch.where(iou < iou_threshold, 1, 1 - iou)
-        )
+        if method == "gaussian":
+            return iou.square().div_(-sigma).exp_()
+        return torch.where(iou < iou_threshold, 1, 1 - iou)
 
     decayed = _decay_in_rounds(padded_boxes.view(4, *size), padded_scores.view(size), counts, decay, score_threshold)
     decayed, order = decayed.flatten()[slots].sort(descending=True, stable=True)
