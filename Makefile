@@ -1,7 +1,6 @@
 # Everything sets itself up: a fresh machine needs Python 3.11 or later and make.
 PYTHON ?= python3
 BIN := .venv/bin
-SHARED := ../shared/data
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test test-all lint types clean
@@ -19,7 +18,9 @@ demo: .venv/ready
 test: lint types .venv/ready
 	$(BIN)/pytest -m "not slow and not gpu"
 
+# also the slow tests, and live comparison with birder and transformers
 test-all: lint types .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,parity]'
 	$(BIN)/pytest -m "not gpu"
 
 lint: .venv/ready

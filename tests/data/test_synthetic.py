@@ -49,7 +49,7 @@ def test_draw_scene__looks_like_a_task(scenes: list[Scene]) -> None:
     assert set(np.concatenate([scene.labels for scene in scenes])) == set(range(len(CLASS_NAMES)))
     corners = np.concatenate([scene.boxes() for scene in scenes])
     sides = (corners[:, 2:] - corners[:, :2]).max(axis=1)
-    assert np.percentile(sides, 5) < 25
+    assert np.percentile(sides, 5) < 32  # COCO's small objects are there
     assert np.percentile(sides, 95) > 60
 
 
