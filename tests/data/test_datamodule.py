@@ -335,6 +335,7 @@ def test_setup__missing_root(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"num_workers": -1}, "-1"),
     ],
