@@ -290,7 +290,7 @@ class DeformableDETR(nn.Module):
 def _check_sizes(num_classes: int, hidden_dim: int, num_heads: int) -> None:
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
-    if hidden_dim % num_heads:
+    if num_heads < 1 or hidden_dim % num_heads:
         raise ValueError(f"hidden_dim {hidden_dim} cannot be divided among {num_heads} heads; choose a multiple of it")
     if hidden_dim % 32:
         raise ValueError(f"hidden_dim is {hidden_dim}; GroupNorm needs a multiple of 32")
