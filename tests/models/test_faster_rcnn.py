@@ -24,7 +24,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     }
 
 
-# with torchvision's own operators the boxes are the same bits; RoIAlign by the gather adds in another order, which moves
+# with torchvision's own operators the boxes are the same bits; RoIAlign by the gather adds in another order, and moves
 # a corner at 600 px by about 1e-4 px, two roundings of float32
 @pytest.mark.parametrize(("custom_kernels", "pixels"), [(False, 1e-4), (True, 1e-3)])
 def test_faster_rcnn__equals_torchvision_on_real_photos(
