@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 from torchvision.tv_tensors import Image as ImageTensor
 
 from lightning_convnext_det.data.images import read_image
@@ -285,6 +286,7 @@ def test_predictor__files_that_cannot_be_read_are_named(predictor: Predictor, tm
             {"precision": "bf16"}, "precision is 'bf16'; it must be '32-true' or 'bf16-mixed'", id="precision"
         ),
         pytest.param({"classes": ["dgo"]}, "no class 'dgo'; did you mean 'dog'", id="class"),
+        pytest.param({"nms": "sfot"}, "nms is 'sfot'; choose one of hard, soft, none", id="nms"),
         pytest.param({"device": "gpu"}, "device 'gpu' cannot be used .*'auto' takes what there is", id="device"),
     ],
 )
@@ -342,6 +344,16 @@ def test_from_checkpoint__passes_options_on(checkpoint: Path) -> None:
     assert set(found["names"]) <= {"dog"}
     assert (found["scores"] >= 0.4).all()
     assert (predictor.batch_size, predictor.precision) == (3, "bf16-mixed")
+
+
+def test_from_checkpoint__nms_is_the_checkpoints_unless_chosen(checkpoint: Path) -> None:
+    image = torch.rand(3, 64, 64)
+    hard, chosen, none = (
+        Predictor.from_checkpoint(checkpoint, device="cpu", nms=nms) for nms in (None, "hard", "none")
+    )
+    assert_same(hard(image), chosen(image), tolerance=0)
+    assert none.detector.nms == "none"
+    assert box_iou(none(image)["boxes"], none(image)["boxes"]).fill_diagonal_(0).max() > 0.5
 
 
 def test_from_checkpoint__missing_file(tmp_path: Path) -> None:

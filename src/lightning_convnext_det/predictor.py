@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.data.images import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.errors import DataError, DivergenceError
+from lightning_convnext_det.models.suppression import Suppression, check_suppression
 from lightning_convnext_det.models.zoo import suggest
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.types import Detection
@@ -44,6 +45,7 @@ class Predictor:
         classes: names of the classes to keep (default: all).
         batch_size: pictures that go through the network at once.
         precision: ``bf16-mixed`` is faster where the device computes in bfloat16; boxes and scores stay float32.
+        nms: what becomes of overlapping detections, ``hard``, ``soft`` or ``none`` (default: its own).
 
     Raises:
         ValueError: if names and ids do not fit the detector or each other, or a number is out of range.
@@ -60,6 +62,7 @@ class Predictor:
         classes: Sequence[str] | None = None,
         batch_size: int = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
+        nms: Suppression | None = None,
     ) -> None:
         self.class_names = list(class_names)
         self.category_ids = list(range(len(self.class_names)) if category_ids is None else category_ids)
@@ -73,6 +76,9 @@ class Predictor:
         _check_weights(detector)
         self.device = _device_of(detector) if device is None else _device(device)
         self.detector = detector.to(self.device).eval()
+        if nms is not None:
+            check_suppression(nms)
+            self.detector.nms = nms
         self.score_threshold = score_threshold
         self.classes = list(self.class_names if classes is None else classes)
         self._kept = torch.tensor([self._label(name) for name in self.classes], dtype=torch.int64)
@@ -88,6 +94,7 @@ class Predictor:
         classes: Sequence[str] | None = None,
         batch_size: int = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
+        nms: Suppression | None = None,
     ) -> Self:
         """Load the detector, its classes and their ids from a checkpoint of this package; needs no network or data set.
 
@@ -98,6 +105,7 @@ class Predictor:
             classes: names of the classes to keep (default: all).
             batch_size: pictures that go through the network at once.
             precision: ``32-true`` or ``bf16-mixed``.
+            nms: ``hard``, ``soft`` or ``none`` (default: as the checkpoint says).
 
         Raises:
             CheckpointError: if the file is missing, damaged or not of this package.
@@ -114,6 +122,7 @@ class Predictor:
             classes=classes,
             batch_size=batch_size,
             precision=precision,
+            nms=nms,
         )
 
     @overload
