@@ -1,9 +1,11 @@
+import functools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 from pycocotools.coco import COCO
 
 from lightning_convnext_det import __version__
@@ -76,6 +78,31 @@ def test_fit__continues_from_a_checkpoint(
     epoch = rows[0].split(",").index("epoch")
     assert {row.split(",")[epoch] for row in rows[1:]} == {"1"}
     assert load_module(tmp_path / "version_0" / "checkpoints" / "last.ckpt").detector.backbone.out_channels == 16
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_fit__emulated_bfloat16_is_replaced_and_said(
+    native: bool,
+    precision: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    seen = []
+    original = Trainer.fit
+
+    @functools.wraps(original)  # the command reads its arguments off the signature
+    def fit(self: Trainer, *arguments: object, **options: object) -> None:
+        seen.append(self.precision)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    options = ["--trainer.precision=bf16-mixed", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", "--data.root", str(dataset), *options, *SMALL]) == 0
+    assert seen == [precision]
+    assert ("32-true replaces bf16-mixed" in capsys.readouterr().err) is not native
 
 
 def test_test__logs_the_figures(run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
@@ -57,7 +56,7 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
     write_synthetic_coco(folder / "data", options.pictures, held_out, held_out)
     checkpoint = folder / "checkpoints" / "best.ckpt"
     data = f"--data.root={folder / 'data'}"
-    runs = ["--trainer.default_root_dir", str(folder / "runs"), *_precision()]
+    runs = ["--trainer.default_root_dir", str(folder / "runs"), "--trainer.precision=bf16-mixed"]
     fit = [f"--trainer.max_epochs={options.epochs}", f"--checkpoint.dirpath={checkpoint.parent}"]
     trained = f"--ckpt_path={checkpoint}"
     pictures, output = f"--data.predict={folder / 'data' / 'test'}", f"--output.folder={folder / 'predictions'}"
@@ -84,11 +83,3 @@ def _make_room(folder: Path) -> None:
     if not (folder / "data" / "annotations").is_dir():
         raise DataError(f"[LCD-D010] {folder} exists and is not an older demo; choose another --folder")
     shutil.rmtree(folder)
-
-
-def _precision() -> list[str]:
-    """bfloat16 where the processor or the accelerator computes in it; it halves the time."""
-    # torch has no public name for what the processor can do (2.15)
-    cuda, fast_cpu = torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported()
-    fast = torch.cuda.is_bf16_supported() if cuda else fast_cpu
-    return ["--trainer.precision=bf16-mixed"] if fast else []
