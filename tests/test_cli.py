@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from pycocotools.coco import COCO
@@ -13,6 +14,7 @@ from lightning_convnext_det.cli import main, user_message
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.modules import load_module
+from tests.test_checkpoints_deformable_detr import original_state
 
 SMALL = [
     "--model.backbone=test_convnext",
@@ -180,6 +182,35 @@ def test_main__check_says_clean_or_not(dataset: Path, tmp_path: Path, capsys: py
     file.write_text(json.dumps(content))
     assert main(["check", str(tmp_path / "bad")]) == 3
     assert f"{content['annotations'][0]['id']}" in capsys.readouterr().out
+
+
+def test_main__check_takes_what_its_messages_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_synthetic_coco(tmp_path, 3, 2)
+    file = tmp_path / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = 99
+    file.write_text(json.dumps(content))
+    assert main(["check", str(tmp_path), "--bad_records", "drop"]) == 3
+    assert "(dropped)" in capsys.readouterr().out
+    names = [category["name"] for category in content["categories"]]
+    assert main(["check", str(tmp_path), "--exif", "raw", "--class_names", *names[:-1], "cow"]) == 3
+    assert "class 'cow' is not among the categories" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path), "--exif", "left"])
+
+
+def test_main__import_weights_writes_a_checkpoint_that_predicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = original_state(num_classes=3)
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    source, written = str(tmp_path / "theirs.pth"), tmp_path / "ours.ckpt"
+    assert main(["import-weights", source, str(written)]) == 0
+    assert "0 missing" in capsys.readouterr().out
+    assert load_module(written).num_classes == 3
+    (tmp_path / "theirs.pth").write_bytes(b"not weights")
+    assert main(["import-weights", source, str(written)]) == 6
+    assert "[LCD-K012]" in capsys.readouterr().err
 
 
 def test_main__help_names_tools_and_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:

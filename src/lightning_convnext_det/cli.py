@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 import yaml
@@ -25,6 +25,8 @@ from lightning_convnext_det.callbacks import PredictionWriter
 from lightning_convnext_det.checkpoints import import_weights
 from lightning_convnext_det.data.check import check_dataset, print_report
 from lightning_convnext_det.data.datamodule import DetectionDataModule
+from lightning_convnext_det.data.pictures import Exif
+from lightning_convnext_det.data.records import BadRecords
 from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
@@ -228,8 +230,21 @@ def _check(arguments: Sequence[str]) -> int:
         "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found by looking"
     )
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
-    options = parser.parse_args(arguments)
-    report = check_dataset(options.root, format=options.format, decode=options.decode)
+    parser.add_argument(
+        "--exif",
+        default="auto",
+        choices=get_args(Exif),
+        help="what boxes refer to in pictures with an EXIF orientation; default: their annotated size decides",
+    )
+    parser.add_argument("--class_names", nargs="+", metavar="NAME", help="the classes in order of label")
+    parser.add_argument(
+        "--bad_records",
+        default="auto",
+        choices=get_args(BadRecords),
+        help="what is to become of records that cannot be used; default: harmless ones are dropped, others refused",
+    )
+    options = vars(parser.parse_args(arguments))
+    report = check_dataset(options.pop("root"), **options)
     print_report(report)
     return 0 if report.clean else 3
 

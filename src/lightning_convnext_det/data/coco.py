@@ -296,8 +296,8 @@ def find_coco(root: Path) -> dict[str, Split]:
     found: dict[str, Split] = {}
     for folder in (root / "annotations", root / "Annotations", root):
         files = [folder / name for name in list_names(folder) if name.endswith(".json")]
-        files = [file for file in files if file.name.startswith("instances_")] or files
-        files = [file for file in files if looks_like_coco(file)]
+        named = [file for file in files if file.name.startswith("instances_")]  # a damaged one is named when it is read
+        files = named or [file for file in files if looks_like_coco(file)]
         if files:
             stems = [_split_words(file.stem) for file in files]
             keys = [canonical_split(stem) for stem in stems]

@@ -12,6 +12,7 @@ from lightning_convnext_det.data.table import UnreadableError
 
 MAX_BYTES = 10 << 20  # of one file; a thousand objects take 400 kB
 MAX_DEPTH = 32  # of nested elements; VOC has 5
+_PART = 1 << 16  # bytes handed to the parser at a time: it reads to the end of a part that is nested too deep
 
 
 class VocObject(NamedTuple):
@@ -65,7 +66,10 @@ def read_xml(path: Path) -> VocAnnotation:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         if b"<!DOCTYPE" in content or b"<!ENTITY" in content or b"\0" in content:  # zeros: UTF-16 would hide the others
             raise ValueError("document types, entities and UTF-16 are not accepted")
-        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_ShallowBuilder()))
+        parser = ElementTree.XMLParser(target=_ShallowBuilder())
+        for start in range(0, len(content), _PART):
+            parser.feed(content[start : start + _PART])
+        root = parser.close()
         if root.tag != "annotation":
             raise ValueError(f"expected <annotation>, found <{root.tag}>")
         size = (_side(root, "height"), _side(root, "width"))
