@@ -1,16 +1,15 @@
 """The training, evaluation and prediction of any detector, as a LightningModule."""
 
 import logging
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_convnext_det.errors import CheckpointError, DataError
+from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.evaluation import FIGURES, DetectionEvaluator
+from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule
 from lightning_convnext_det.types import Detection, Target
 
 _logger = logging.getLogger(__name__)
@@ -19,7 +18,7 @@ Batch = tuple[list[Tensor], list[Target]]
 FORMAT = "lightning_convnext_det"  # the checkpoint's own section
 
 
-class DetectionModule(pl.LightningModule):
+class DetectionModule(OptimizedModule):
     """Trains and evaluates a detector; the subclass says which.
 
     Args:
@@ -30,16 +29,17 @@ class DetectionModule(pl.LightningModule):
         lr: learning rate after the warm-up.
         weight_decay: not applied to norms, biases, layer scale and other one-dimensional parameters.
         backbone_lr_factor: learning rate of the backbone relative to ``lr``; if not given, the detector's own, 1 for
-            Faster R-CNN and 0.1 for Deformable DETR.
+            Faster R-CNN and 0.1 for Deformable DETR; 1 with ``layer_decay``.
+        layer_decay: learning rate of each layer of the backbone relative to the next, e.g. 0.95; ConvNeXt is divided
+            into layers as by its authors, others as by timm. It multiplies ``backbone_lr_factor``.
+        lr_batch_size: total batch that ``lr`` is meant for; the learning rate is scaled in proportion to the total
+            batch of the run, over all devices and accumulated batches (default: not scaled).
         schedule: ``cosine`` to zero, ``step`` at the milestones, or ``constant``.
         milestones: epochs at which ``step`` lowers the learning rate.
         step_factor: what ``step`` multiplies it by.
         warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
         detector: the detector's own arguments.
     """
-
-    default_backbone_lr_factor = 1.0
-    default_gradient_clip: float | None = None
 
     def __init__(
         self,
@@ -50,6 +50,8 @@ class DetectionModule(pl.LightningModule):
         lr: float = 1e-4,
         weight_decay: float = 0.05,
         backbone_lr_factor: float | None = None,
+        layer_decay: float | None = None,
+        lr_batch_size: int | None = None,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
         milestones: list[int] | None = None,
         step_factor: float = 0.1,
@@ -63,6 +65,10 @@ class DetectionModule(pl.LightningModule):
                 raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
         if schedule == "step" and not milestones:
             raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
+        if lr_batch_size is not None and lr_batch_size < 1:
+            raise ValueError(f"lr_batch_size is {lr_batch_size}; it counts pictures and must be at least 1")
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
         self.category_ids = list(category_ids) if category_ids is not None else list(range(num_classes))
@@ -148,76 +154,21 @@ class DetectionModule(pl.LightningModule):
 
     # ---- optimisation
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer with its parameter groups, and the schedule, which moves with every step."""
-        options = self.hparams
-        groups = self.parameter_groups()
-        optimizer: torch.optim.Optimizer
-        if options["optimizer"] == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=options["lr"], weight_decay=options["weight_decay"])
-        else:
-            optimizer = torch.optim.SGD(groups, lr=options["lr"], momentum=0.9, weight_decay=options["weight_decay"])
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    @property
+    def network(self) -> nn.Module:
+        """The detector."""
+        return self.detector
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Group the trainable parameters by learning rate and weight decay.
+    def find_backbone(self) -> Backbone:
+        """Find the timm network in the detector."""
+        for name, part in self.detector.named_modules():
+            if isinstance(part, TimmPyramid):
+                return Backbone(part.name, part.net, f"{name}.net.")
+        raise TypeError(f"{type(self.detector).__name__} has no TimmPyramid, which layer_decay needs")
 
-        Returns:
-            Groups for the optimizer, each with a ``name``, ``params``, ``lr`` and ``weight_decay``.
-        """
-        groups: dict[tuple[float, bool], dict[str, Any]] = {}
-        for name, parameter in self.detector.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            factor, decays = self.learning_rate_factor(name), parameter.dim() > 1 and not name.endswith(".bias")
-            if (factor, decays) not in groups:
-                groups[factor, decays] = {
-                    "name": f"lr x{factor:g}, {'decay' if decays else 'no decay'}",
-                    "params": [],
-                    "lr": self.hparams["lr"] * factor,
-                    "weight_decay": self.hparams["weight_decay"] if decays else 0.0,
-                }
-            groups[factor, decays]["params"].append(parameter)
-        return list(groups.values())
-
-    def learning_rate_factor(self, name: str) -> float:
-        """Say how much slower a parameter of the detector learns; the backbone's by ``backbone_lr_factor``."""
-        if not name.startswith("backbone.") or name.startswith("backbone.fpn."):
-            return 1.0
-        given = self.hparams["backbone_lr_factor"]
-        return self.default_backbone_lr_factor if given is None else float(given)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the trainer says; where it says nothing, as the detector's paper does."""
-        if gradient_clip_val is None:
-            gradient_clip_val, gradient_clip_algorithm = self.default_gradient_clip, "norm"
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _learning_rate_factor(self) -> Callable[[int], float]:
-        options: dict[str, Any] = dict(self.hparams)
-        total = self.trainer.estimated_stepping_batches
-        epochs = self.trainer.max_epochs or 0
-        steps_per_epoch = total / epochs if epochs > 0 else float("inf")
-        drops = [epoch * steps_per_epoch for epoch in options["milestones"] or []]
-        warmup = min(options["warmup_steps"], total / 10)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return float((step + 1) / (warmup + 1))
-            if options["schedule"] == "step":
-                return float(options["step_factor"] ** sum(step >= drop for drop in drops))
-            if options["schedule"] == "cosine" and total != float("inf"):
-                progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
-                return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
-            return 1.0
-
-        return factor
+    def is_in_backbone(self, name: str) -> bool:
+        """Say whether a parameter learns with ``backbone_lr_factor``: the norms of the maps do, the FPN does not."""
+        return name.startswith("backbone.") and not name.startswith("backbone.fpn.")
 
     # ---- checkpoints
 

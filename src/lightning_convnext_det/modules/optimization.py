@@ -1,0 +1,179 @@
+"""Optimizer, parameter groups and schedule, the same for detectors and classifiers."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+
+from lightning_convnext_det.modules.layer_decay import Layers, find_layers
+
+# beside all that has one dimension: norms, most layer scales, GRN
+_EXEMPT = re.compile(r"(\.bias|pos_embed|relative_position_bias_table|\.gamma|layer_scale\w*)$")
+
+
+class Backbone(NamedTuple):
+    """The timm network inside of another one."""
+
+    architecture: str
+    """Its timm name."""
+    net: nn.Module
+    prefix: str
+    """How the names of its parameters begin in the whole network, with a dot at the end or empty."""
+
+
+class OptimizedModule(pl.LightningModule):
+    """A LightningModule whose hyper-parameters say how its network learns; the subclass says what network."""
+
+    default_backbone_lr_factor = 1.0
+    default_gradient_clip: float | None = None
+    _layers: Layers | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that learns."""
+        raise NotImplementedError
+
+    def find_backbone(self) -> Backbone:
+        """Find the timm network in the network."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer with its parameter groups, and the schedule, which moves with every step."""
+        options, scale = self.hparams, self._batch_scale()
+        groups = [{**group, "lr": group["lr"] * scale} for group in self.parameter_groups()]
+        if options["layer_decay"] is not None:
+            rank_zero_info(format_groups(groups))
+        optimizer: torch.optim.Optimizer
+        if options["optimizer"] == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=options["lr"], weight_decay=options["weight_decay"])
+        else:
+            optimizer = torch.optim.SGD(groups, lr=options["lr"], momentum=0.9, weight_decay=options["weight_decay"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters by learning rate and weight decay.
+
+        Returns:
+            Groups for the optimizer, each with a ``name``, ``params``, ``lr`` and ``weight_decay``, and with
+            ``layer_decay`` the ``layer``.
+        """
+        groups: dict[tuple[int | None, float, bool], dict[str, Any]] = {}
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            decays = parameter.dim() > 1 and not _EXEMPT.search(name)
+            key = layer, factor, _ = self._layer_of(name), self.learning_rate_factor(name), decays
+            if key not in groups:
+                where = "" if layer is None else f"layer {layer}, "
+                groups[key] = {
+                    "name": f"{where}lr x{factor:.4g}, {'decay' if decays else 'no decay'}",
+                    "params": [],
+                    "lr": self.hparams["lr"] * factor,
+                    "weight_decay": self.hparams["weight_decay"] if decays else 0.0,
+                    **({} if layer is None else {"layer": layer}),
+                }
+            groups[key]["params"].append(parameter)
+        return [groups[key] for key in sorted(groups, key=lambda key: -1 if key[0] is None else key[0])]
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Say how much slower a parameter of the network learns: by its layer, and by ``backbone_lr_factor``."""
+        given, decay = self.hparams["backbone_lr_factor"], self.hparams["layer_decay"]
+        factor = 1.0 if decay is None else self.layers.scale(self._inner_name(name), decay)
+        if not self.is_in_backbone(name):
+            return factor
+        default = self.default_backbone_lr_factor if decay is None else 1.0  # the decay takes the default's place
+        return factor * float(default if given is None else given)
+
+    def is_in_backbone(self, name: str) -> bool:
+        """Say whether a parameter of the network learns with ``backbone_lr_factor``."""
+        return self._inner_name(name) is not None
+
+    @property
+    def layers(self) -> Layers:
+        """The layers of the backbone."""
+        if self._layers is None:
+            backbone = self.find_backbone()
+            self._layers = find_layers(backbone.architecture, backbone.net)
+        return self._layers
+
+    def _layer_of(self, name: str) -> int | None:
+        if self.hparams["layer_decay"] is None:
+            return None
+        inner = self._inner_name(name)
+        return self.layers.heads if inner is None else self.layers.of_parameter.get(inner, self.layers.heads)
+
+    def _inner_name(self, name: str) -> str | None:
+        """The name that a parameter of the network has in its backbone; None if it is not there."""
+        prefix = self.find_backbone().prefix
+        return name.removeprefix(prefix) if name.startswith(prefix) else None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says; where it says nothing, as the network's paper does."""
+        if gradient_clip_val is None:
+            gradient_clip_val, gradient_clip_algorithm = self.default_gradient_clip, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _batch_scale(self) -> float:
+        """What the learning rate is multiplied by for the total batch; it is printed."""
+        reference = self.hparams["lr_batch_size"]
+        if reference is None:
+            return 1.0
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if size is None:
+            raise ValueError("lr_batch_size needs a data module with a batch_size; give the learning rate itself")
+        processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        total = size * processes * accumulated
+        lr = self.hparams["lr"]
+        rank_zero_info(
+            f"learning rate {lr:g} x {total} / {reference} = {lr * total / reference:g}: total batch {total} = "
+            f"{size} pictures x {processes} processes x {accumulated} accumulated batches"
+        )
+        return float(total / reference)
+
+    def _learning_rate_factor(self) -> Callable[[int], float]:
+        options: dict[str, Any] = dict(self.hparams)
+        total = self.trainer.estimated_stepping_batches
+        epochs = self.trainer.max_epochs or 0
+        steps_per_epoch = total / epochs if epochs > 0 else float("inf")
+        drops = [epoch * steps_per_epoch for epoch in options["milestones"] or []]
+        warmup = min(options["warmup_steps"], total / 10)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return float((step + 1) / (warmup + 1))
+            if options["schedule"] == "step":
+                return float(options["step_factor"] ** sum(step >= drop for drop in drops))
+            if options["schedule"] == "cosine" and total != float("inf"):
+                progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+                return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+            return 1.0
+
+        return factor
+
+
+def format_groups(groups: list[dict[str, Any]]) -> str:
+    """Write parameter groups as a table: name, learning rate, weight decay, tensors and parameters."""
+    rows = [("group", "learning rate", "weight decay", "tensors", "parameters")]
+    for group in groups:
+        parameters = sum(p.numel() for p in group["params"])
+        rows.append((
+            group["name"], f"{group['lr']:.3g}", f"{group['weight_decay']:g}", f"{len(group['params'])}",
+            f"{parameters:,}",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(lines)
