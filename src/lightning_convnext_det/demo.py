@@ -15,7 +15,7 @@ from lightning_convnext_det.visualize import contact_sheet
 # a small network for small pictures; on a larger machine the defaults of the package are the better choice
 NETWORK = [
     "--model.backbone=convnext_atto",
-    "--model.fpn_channels=128",
+    "--model.fpn_channels=64",
     "--model.box_head_features=256",
     "--model.box_batch_size_per_image=128",
     "--model.rpn_pre_nms_top_n_train=500",
@@ -30,7 +30,7 @@ TRAINING = [
     "--data.batch_size=4",
     "--data.vertical_flip=true",
     "--trainer.gradient_clip_val=5",
-    "--trainer.check_val_every_n_epoch=2",
+    "--trainer.check_val_every_n_epoch=3",
 ]
 
 
