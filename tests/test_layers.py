@@ -16,6 +16,8 @@ FORBIDDEN = {
     "data": ["timm", *(f"{PACKAGE}.{r}" for r in ("models", "modules", "ops", "cli", "predictor", "checkpoints"))],
     "predictor.py": ["lightning", f"{PACKAGE}.cli", f"{PACKAGE}.callbacks", f"{PACKAGE}.data.datamodule"],
     "visualize.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("models", "modules", "data", "cli"))],
+    "import_report.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli"))],
+    "import_mmdetection.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli"))],
     "checkpoints.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli"))],
     "callbacks.py": [f"{PACKAGE}.cli", f"{PACKAGE}.models"],
 }

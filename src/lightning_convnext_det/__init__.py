@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_convnext_det.callbacks import PredictionWriter
     from lightning_convnext_det.data.datamodule import DetectionDataModule
+    from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
     from lightning_convnext_det.models.deformable_detr import DeformableDETR
     from lightning_convnext_det.models.faster_rcnn import FasterRCNN
     from lightning_convnext_det.models.zoo import create_detector, list_detectors
-    from lightning_convnext_det.modules import DeformableDETRModule, DetectionModule, FasterRCNNModule, load_module
+    from lightning_convnext_det.modules import (
+        CascadeRCNNModule,
+        DeformableDETRModule,
+        DetectionModule,
+        FasterRCNNModule,
+        load_module,
+    )
     from lightning_convnext_det.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [
+    "CascadeRCNN",
+    "CascadeRCNNModule",
     "DeformableDETR",
     "DeformableDETRModule",
     "DetectionDataModule",
@@ -31,6 +40,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CascadeRCNN": "models.cascade_rcnn",
+    "CascadeRCNNModule": "modules",
     "DeformableDETR": "models.deformable_detr",
     "DeformableDETRModule": "modules",
     "DetectionDataModule": "data.datamodule",

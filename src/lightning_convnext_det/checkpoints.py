@@ -9,7 +9,6 @@ import argparse
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,51 +18,11 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.models import deformable_detr_weights
+from lightning_convnext_det.import_mmdetection import convert_mmdetection, read_class_names
+from lightning_convnext_det.import_report import Converted, ImportReport, Slot, fit_tensors
+from lightning_convnext_det.models import deformable_detr_weights, mmdetection_weights
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.deformable_detr_weights import Argument
-
-
-class Slot(NamedTuple):
-    """A row of a class head that stands for a class."""
-
-    row: int
-    name: str
-    category_id: int
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What became of every tensor of a source.
-
-    Attributes:
-        origin: whose file it is, e.g. ``birder``.
-        matched: names here of the tensors that were filled.
-        parameters: how many numbers they hold.
-        redundant: names there of tensors that carry nothing new: copies of others and batch counters.
-        left_over: names of tensors that have no place here, or contradict another.
-        missing: names here of tensors that the source does not have.
-        mismatched: names here of tensors that have another shape there, with both shapes.
-        slots: the classes by label: their rows in the source, names and ids; empty if the source names none.
-    """
-
-    origin: str
-    matched: tuple[str, ...]
-    parameters: int
-    redundant: tuple[str, ...]
-    left_over: tuple[str, ...]
-    missing: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    slots: tuple[Slot, ...]
-
-    def __str__(self) -> str:
-        parts = [f"{self.origin}: {len(self.matched)} tensors ({self.parameters:,} parameters) matched"]
-        parts.append(f"{len(self.redundant)} redundant")
-        for what in ("left_over", "missing", "mismatched"):
-            names: tuple[str, ...] = getattr(self, what)
-            listed = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
-            parts.append(f"{len(names)} {what.replace('_', ' ')}{listed}")
-        return ", ".join(parts)
 
 
 class Source(NamedTuple):
@@ -74,25 +33,18 @@ class Source(NamedTuple):
     """The rows of the class heads that stand for a class, in order; empty where the file does not say."""
     arguments: Mapping[str, Argument] = {}
     """Arguments of our constructor that the file states outside of its tensors."""
-
-
-class Converted(NamedTuple):
-    """A network of ours with weights from elsewhere."""
-
-    arguments: dict[str, Argument]
-    """For `DeformableDETR`."""
-    state_dict: dict[str, Tensor]
-    """For its ``load_state_dict``."""
-    report: ImportReport
+    class_names: tuple[str, ...] = ()
+    """The classes in order, where the file has nothing else but their names."""
 
 
 def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: Argument) -> Converted:
-    """Read and convert a file of Deformable DETR weights.
+    """Read and convert a file of weights from elsewhere.
 
     Args:
-        path: birder's ``.pt`` or ``.safetensors``, the authors' ``.pth``, or a Hugging Face folder or weight file.
-        keep_unused: keep rows of the class heads that stand for no class.
-        arguments: arguments of `DeformableDETR` that neither the tensors nor the file show, e.g. ``backbone``.
+        path: Deformable DETR of birder (``.pt``, ``.safetensors``), of its authors (``.pth``) or of Hugging Face
+            (folder or weight file); Mask R-CNN or Cascade Mask R-CNN of the ConvNeXt authors (``.pth``).
+        keep_unused: keep rows of Deformable DETR's class heads that stand for no class.
+        arguments: arguments of the detector that neither the tensors nor the file show, e.g. ``backbone``.
 
     Raises:
         CheckpointError: if the file cannot be read, is of another family, or does not fit; it names the file.
@@ -100,6 +52,8 @@ def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: 
     path = Path(path)
     source = read_source(path)
     try:
+        if mmdetection_weights.detect(source.state_dict):
+            return convert_mmdetection(source.state_dict, class_names=source.class_names, **arguments)
         return convert_deformable_detr(
             source.state_dict, slots=source.slots, keep_unused=keep_unused, **{**source.arguments, **arguments}
         )
@@ -144,7 +98,7 @@ def convert_deformable_detr(
         inferred["num_classes"] = len(slots)
     with torch.device("meta"):
         expected = DeformableDETR(**inferred).state_dict()  # type: ignore[arg-type]
-    fitted, mismatched = _fit(tensors, expected)
+    fitted, mismatched = fit_tensors(tensors, expected)
     report = ImportReport(
         origin,
         matched=tuple(fitted),
@@ -155,23 +109,9 @@ def convert_deformable_detr(
         mismatched=mismatched,
         slots=tuple(slots),
     )
-    if report.left_over or report.missing or report.mismatched:
+    if not report.fits:
         raise CheckpointError(f"[LCD-K011] does not fit a Deformable DETR on {inferred['backbone']}: {report}")
     return Converted(inferred, fitted, report)
-
-
-def _fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take the tensors that are expected, with sides of length 1 added or dropped; list those of another shape."""
-    fitted, mismatched = {}, []
-    for name, tensor in tensors.items():
-        if name not in expected:
-            continue
-        shape = expected[name].shape
-        if [d for d in tensor.shape if d != 1] == [d for d in shape if d != 1]:
-            fitted[name] = tensor.detach().reshape(shape).clone()
-        else:
-            mismatched.append(f"{name} {list(tensor.shape)}, expected {list(shape)}")
-    return fitted, tuple(mismatched)
 
 
 def _select_classes(tensors: Mapping[str, Tensor], rows: list[int], proposer: int | None) -> dict[str, Tensor]:
@@ -188,7 +128,7 @@ def _select_classes(tensors: Mapping[str, Tensor], rows: list[int], proposer: in
 _OTHER_FAMILIES = {
     "levels.embedding": "a Deformable DETR of this package already",
     "backbone.body.net.": "a detector of this package already",
-    "rpn_head.": "an R-CNN of MMDetection",
+    "rpn_head.": "another R-CNN of MMDetection",
     "bbox_head.": "a detector of MMDetection",
     "rpn.head.": "a Faster R-CNN of torchvision",
     "model.enc_score_head.": "an RT-DETR of Hugging Face",
@@ -206,7 +146,8 @@ def _detect_origin(state_dict: Mapping[str, Tensor]) -> str:
         known = (what for start, what in _OTHER_FAMILIES.items() if any(k.startswith(start) for k in state_dict))
         what = next(known, f"of no known family; its first tensor is '{next(iter(state_dict), 'none')}'")
         raise CheckpointError(
-            f"[LCD-K010] expected a Deformable DETR of birder, its authors or Hugging Face, got {what}"
+            "[LCD-K010] expected a Deformable DETR of birder, its authors or Hugging Face, or an R-CNN of the ConvNeXt "
+            f"authors, got {what}"
         )
     return origin
 
@@ -228,6 +169,8 @@ def read_source(path: Path) -> Source:
     config = path.with_name("config.json")
     if deformable_detr_weights.detect_origin(tensors) == "huggingface" and config.is_file():
         return _describe_huggingface(tensors, json.loads(config.read_text(encoding="utf-8")))
+    if mmdetection_weights.detect(tensors):
+        return Source(tensors, class_names=tuple(read_class_names(extras)))
     if "class_to_idx" in extras:
         return _describe_birder(tensors, extras)
     return _describe_original(tensors, extras)

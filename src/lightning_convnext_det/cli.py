@@ -29,11 +29,11 @@ from lightning_convnext_det.data.pictures import Exif
 from lightning_convnext_det.data.records import BadRecords
 from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.suppression import Suppression
 from lightning_convnext_det.models.zoo import suggest
-from lightning_convnext_det.modules import DeformableDETRModule
 from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint, save_module
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 
@@ -44,7 +44,7 @@ EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 diverg
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the data set answers
 
 
-_DETECTORS = (DetectionModule, FasterRCNN, DeformableDETR)
+_DETECTORS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR)
 _MODEL = [name for callee in _DETECTORS for name in inspect.signature(callee).parameters]
 
 
@@ -257,7 +257,10 @@ def _import_weights(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "convnext-det import-weights", description="Turn weights from elsewhere into a checkpoint of this package."
     )
-    parser.add_argument("source", help="weights of birder, of Deformable DETR's authors, or of Hugging Face")
+    parser.add_argument(
+        "source",
+        help="Deformable DETR of birder, its authors or Hugging Face; Mask or Cascade Mask R-CNN of ConvNeXt's authors",
+    )
     parser.add_argument("destination", help="checkpoint to write")
     parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
     options = parser.parse_args(arguments)
@@ -265,7 +268,7 @@ def _import_weights(arguments: Sequence[str]) -> int:
     slots = converted.report.slots
     names, ids = ([s.name for s in slots], [s.category_id for s in slots]) if slots else (None, None)
     hyper_parameters: dict[str, Any] = {**converted.arguments}
-    module = DeformableDETRModule(class_names=names, category_ids=ids, **hyper_parameters)
+    module = MODULES[converted.module](class_names=names, category_ids=ids, **hyper_parameters)
     module.detector.load_state_dict(converted.state_dict)
     save_module(module, options.destination)
     sys.stdout.write(f"{converted.report}\nwritten: {options.destination}\n")

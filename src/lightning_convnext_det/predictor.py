@@ -78,7 +78,7 @@ class Predictor:
         self.detector = detector.to(self.device).eval()
         if nms is not None:
             check_suppression(nms)
-            self.detector.nms = nms
+            self.detector.nms = nms  # type: ignore[assignment]  # every detector has the choice
         self.score_threshold = score_threshold
         self.classes = list(self.class_names if classes is None else classes)
         self._kept = torch.tensor([self._label(name) for name in self.classes], dtype=torch.int64)

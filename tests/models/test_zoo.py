@@ -9,9 +9,19 @@ PARAMETERS = [
     ("fasterrcnn_convnext_small_fpn", 67_139_126),
     ("fasterrcnn_convnext_base_fpn", 105_373_270),
     ("fasterrcnn_convnextv2_tiny_fpn", 45_550_934),
+    # the published 85,930,578 and 145,800,242, less the mask branch's 7,929,840 and the output norms, and with 10 more
+    # classes and background's boxes in three stages
+    ("cascadercnn_convnext_tiny_fpn", 85_930_578 - 7_929_840 - 2 * 1440 + 3 * (10 * 5 + 4) * 1025),
+    ("cascadercnn_convnext_base_fpn", 145_800_242 - 7_929_840 - 2 * 1920 + 3 * (10 * 5 + 4) * 1025),
     ("deformable_detr_boxref_convnextv2_tiny", 39_992_252 - 6 * 257),  # 90 of the model card's 91 slots
 ]
-WITHOUT_BACKBONE = ["fasterrcnn_fpn", "deformable_detr", "deformable_detr_boxref", "deformable_detr_two_stage"]
+WITHOUT_BACKBONE = [
+    "fasterrcnn_fpn",
+    "cascadercnn_fpn",
+    "deformable_detr",
+    "deformable_detr_boxref",
+    "deformable_detr_two_stage",
+]
 SMALL = [
     *WITHOUT_BACKBONE,
     "fasterrcnn_convnextv2_atto_fpn",

@@ -89,7 +89,7 @@ _RULES: dict[str, Rules] = {
 _POSITION_OFFSET = {"birder": 0.0, "original": 0.5, "huggingface": 0.5}
 
 # width of the stem and depth of the third stage -> timm's name of the size
-_CONVNEXT_SIZES = {
+CONVNEXT_SIZES = {
     (40, 6): "atto",
     (48, 6): "femto",
     (64, 6): "pico",
@@ -226,7 +226,7 @@ def _infer_backbone(tensors: Mapping[str, Tensor]) -> str | None:
     """Recognise a ConvNeXt or a ResNet by its widths and depths."""
     name = None
     if (stem := tensors.get("backbone.net.stem_0.weight")) is not None:
-        size = _CONVNEXT_SIZES.get((len(stem), _count(tensors, r"backbone\.net\.stages_2\.blocks\.(\d+)\.")))
+        size = CONVNEXT_SIZES.get((len(stem), _count(tensors, r"backbone\.net\.stages_2\.blocks\.(\d+)\.")))
         family = "convnextv2" if "backbone.net.stages_0.blocks.0.mlp.grn.weight" in tensors else "convnext"
         name = f"{family}_{size}" if size else None
     elif (conv := tensors.get("backbone.net.layer1.0.conv2.weight")) is not None and conv.shape == (64, 64, 3, 3):

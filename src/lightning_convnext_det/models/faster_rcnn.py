@@ -1,29 +1,41 @@
 """Faster R-CNN on a timm pyramid, out of torchvision's parts.
 
 Differences from ``torchvision.models.detection.FasterRCNN``: the backbone is any `TimmPyramid`; labels run from 0
-outside (only this file knows that torchvision's background is 0); anchors, box deltas, scores and losses are float32
-under autocast; targets are checked before they can do harm; suppression of overlapping detections can be chosen. With
-the same weights it gives the same boxes.
+outside (only the two-stage heads know that torchvision's background is 0); anchors, box deltas, scores and losses are
+float32 under autocast; targets are checked before they can do harm; suppression of overlapping detections can be
+chosen, and MMDetection's conventions instead of torchvision's (``dialect``). With the same weights it gives the same
+boxes as the one or the other.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from lightning_convnext_det.models.anchors import PyramidAnchors
 from lightning_convnext_det.models.backbone import PyramidFPN, TimmPyramid
+from lightning_convnext_det.models.dialects import (
+    BoxCoding,
+    BoxLoss,
+    Conventions,
+    Dialect,
+    LevelMargin,
+    Matching,
+    Resize,
+    Separation,
+    conventions,
+)
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
-from lightning_convnext_det.models.suppression import Suppression, check_suppression, suppress
+from lightning_convnext_det.models.proposals import FloatRPNHead, ProposalNetwork
+from lightning_convnext_det.models.roi_heads import BoxHeadKind, BoxHeads, BoxPredictor, create_box_head
+from lightning_convnext_det.models.suppression import Suppression, check_suppression
 from lightning_convnext_det.models.targets import check_targets
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
+
+if TYPE_CHECKING:
+    from lightning_convnext_det.models.cascade_rcnn import CascadeHeads
 
 
 class FasterRCNN(nn.Module):
@@ -60,8 +72,10 @@ class FasterRCNN(nn.Module):
         rpn_batch_size_per_image: anchors sampled per picture for the loss.
         rpn_positive_fraction: share of objects among them.
         roi_output_size: bins along each side of a pooled box.
-        roi_sampling_ratio: sampling points along each side of a bin.
-        box_head_features: width of the two fully connected layers.
+        roi_sampling_ratio: sampling points along each side of a bin; 0 takes as many as a bin has pixels, rounded up
+            (default: 2 for torchvision, 0 for mmdetection).
+        box_head: ``two_fc`` layers, or ``four_conv`` with BatchNorm and one fully connected layer.
+        box_head_features: width of the fully connected layers.
         box_fg_iou_threshold: IoU from which a proposal is an object.
         box_bg_iou_threshold: IoU below which a proposal is background.
         box_batch_size_per_image: proposals sampled per picture for the loss.
@@ -73,6 +87,27 @@ class FasterRCNN(nn.Module):
         soft_nms_sigma: width of the Gaussian in IoU by which ``soft`` lowers scores; smaller suppresses more.
         detections_per_image: how many detections are kept per picture.
         in_chans: channels of the pictures.
+        dialect: whose conventions to follow, ``torchvision`` or ``mmdetection``; weights trained under one give other
+            boxes under the other. The arguments below change single points of it.
+        resize: ``torchvision``, or ``opencv`` as mmdetection does; see `ImageTransform`.
+        anchor_rounding: round anchors to whole pixels (default: only torchvision).
+        fixed_strides: take the strides of the pyramid for anchors and RoIAlign (mmdetection), instead of deriving them
+            from the sizes of maps and pictures (torchvision).
+        roi_aligned: shift boxes by half a pixel in RoIAlign (default: only mmdetection).
+        roi_level_margin: what 1e-6 is added to when a box gets its level: ``level`` (torchvision) or ``side``.
+        box_coding: whose deltas: ``mmdetection`` also limits how much a side may shrink.
+        min_proposal_side: proposals with a shorter side are dropped, in pixels (default: 1e-3 for torchvision, 0 for
+            mmdetection); those without area always are.
+        min_detection_side: detections with a shorter side are dropped (default: 1e-2 for torchvision, 0 for
+            mmdetection).
+        nms_separation: how suppression keeps classes and levels apart: as ``torchvision``, or by an ``offset``.
+        matching: whose rules to match boxes with objects in training; see `OwnMatcher`.
+        rpn_box_loss: ``smooth_l1`` (torchvision) or ``l1``, for proposals.
+        rpn_skip_crossing: leave anchors that cross the picture's border out of the training; only with matching
+            ``mmdetection``.
+        box_loss: ``smooth_l1`` (torchvision), ``l1`` or ``giou``, for detections.
+        box_loss_weight: factor of the loss of detections' boxes.
+        box_smooth_l1_beta: below this difference of deltas, their ``smooth_l1`` is quadratic.
 
     Reference:
         Ren et al., "Faster R-CNN", arXiv:1506.01497; parts and defaults are torchvision's.
@@ -108,7 +143,8 @@ class FasterRCNN(nn.Module):
         rpn_batch_size_per_image: int = 256,
         rpn_positive_fraction: float = 0.5,
         roi_output_size: int = 7,
-        roi_sampling_ratio: int = 2,
+        roi_sampling_ratio: int | None = None,
+        box_head: BoxHeadKind = "two_fc",
         box_head_features: int = 1024,
         box_fg_iou_threshold: float = 0.5,
         box_bg_iou_threshold: float = 0.5,
@@ -120,12 +156,44 @@ class FasterRCNN(nn.Module):
         soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
         in_chans: int = 3,
+        dialect: Dialect = "torchvision",
+        resize: Resize | None = None,
+        anchor_rounding: bool | None = None,
+        fixed_strides: bool | None = None,
+        roi_aligned: bool | None = None,
+        roi_level_margin: LevelMargin | None = None,
+        box_coding: BoxCoding | None = None,
+        min_proposal_side: float | None = None,
+        min_detection_side: float | None = None,
+        nms_separation: Separation | None = None,
+        matching: Matching | None = None,
+        rpn_box_loss: BoxLoss | None = None,
+        rpn_skip_crossing: bool = False,
+        box_loss: BoxLoss | None = None,
+        box_loss_weight: float = 1.0,
+        box_smooth_l1_beta: float = 1 / 9,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
         self.num_classes = num_classes
-        self.transform = ImageTransform(min_size, max_size, image_mean, image_std)
+        chosen = conventions(
+            dialect,
+            resize=resize,
+            anchor_rounding=anchor_rounding,
+            fixed_strides=fixed_strides,
+            roi_aligned=roi_aligned,
+            roi_sampling_ratio=roi_sampling_ratio,
+            roi_level_margin=roi_level_margin,
+            box_coding=box_coding,
+            min_proposal_side=min_proposal_side,
+            min_detection_side=min_detection_side,
+            nms_separation=nms_separation,
+            matching=matching,
+            rpn_box_loss=rpn_box_loss,
+            box_loss=box_loss,
+        )
+        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, resize=chosen.resize)
         body = TimmPyramid(
             backbone,
             pretrained=pretrained_backbone,
@@ -139,50 +207,57 @@ class FasterRCNN(nn.Module):
             channels_last=channels_last,
         )
         self.backbone = PyramidFPN(body, fpn_channels)
-        levels = len(body.strides)
-        if len(anchor_sizes) != levels + 1:
-            raise ValueError(
-                f"anchor_sizes has {len(anchor_sizes)} groups; expected one for each of {levels + 1} levels"
-            )
-        anchors = _Anchors(tuple(map(tuple, anchor_sizes)), (tuple(aspect_ratios),) * (levels + 1))
-        self.rpn = RegionProposalNetwork(
-            anchors,
-            _RPNHead(fpn_channels, anchors.num_anchors_per_location()[0]),
-            rpn_fg_iou_threshold,
-            rpn_bg_iou_threshold,
-            rpn_batch_size_per_image,
-            rpn_positive_fraction,
-            {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
-            {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
-            rpn_nms_threshold,
-            rpn_score_threshold,
+        self.rpn = _create_rpn(
+            body.strides,
+            anchor_sizes,
+            aspect_ratios,
+            fpn_channels,
+            chosen,
+            rpn_skip_crossing,
+            fg_iou_thresh=rpn_fg_iou_threshold,
+            bg_iou_thresh=rpn_bg_iou_threshold,
+            batch_size_per_image=rpn_batch_size_per_image,
+            positive_fraction=rpn_positive_fraction,
+            pre_nms_top_n={"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
+            post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+            nms_thresh=rpn_nms_threshold,
+            score_thresh=rpn_score_threshold,
         )
-        pooler = MultiScaleRoIAlign([str(i) for i in range(levels)], roi_output_size, roi_sampling_ratio)
-        self.roi_heads = _RoIHeads(
-            pooler,
-            TwoMLPHead(fpn_channels * roi_output_size**2, box_head_features),
-            _BoxPredictor(box_head_features, num_classes + 1),  # torchvision's background is class 0
-            box_fg_iou_threshold,
-            box_bg_iou_threshold,
-            box_batch_size_per_image,
-            box_positive_fraction,
-            None,
-            score_threshold,
-            nms_threshold,
-            detections_per_image,
-        )
+        pooler = _create_pooler(body.strides, roi_output_size, chosen)
+
+        def create_stage(**changes: Any) -> BoxHeads:  # the keywords of BoxHeads
+            options = {
+                "fg_iou_threshold": box_fg_iou_threshold,
+                "bg_iou_threshold": box_bg_iou_threshold,
+                "batch_size_per_image": box_batch_size_per_image,
+                "positive_fraction": box_positive_fraction,
+                "box_loss_weight": box_loss_weight,
+                "smooth_l1_beta": box_smooth_l1_beta,
+                "score_threshold": score_threshold,
+                "nms_threshold": nms_threshold,
+                "detections_per_image": detections_per_image,
+            }
+            head = create_box_head(box_head, fpn_channels, roi_output_size, box_head_features)
+            predictor = BoxPredictor(box_head_features, num_classes + 1)  # torchvision's background is class 0
+            return BoxHeads(pooler, head, predictor, chosen, **{**options, **changes})
+
+        self.roi_heads = self.create_roi_heads(create_stage)
         self.nms = nms
-        self.roi_heads.soft_nms_sigma = soft_nms_sigma
+        self.roi_heads.last.soft_nms_sigma = soft_nms_sigma
+
+    def create_roi_heads(self, create_stage: Callable[..., BoxHeads]) -> "BoxHeads | CascadeHeads":
+        """Build the second stage; ``create_stage`` takes what differs from the detector's own arguments."""
+        return create_stage()
 
     @property
     def nms(self) -> Suppression:
         """What happens to overlapping detections of a class; can be changed at any time."""
-        return self.roi_heads.nms
+        return self.roi_heads.last.nms
 
     @nms.setter
     def nms(self, method: Suppression) -> None:
         check_suppression(method)
-        self.roi_heads.nms = method
+        self.roi_heads.last.nms = method
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detection]:
         """Compute the losses in training mode, the detections in evaluation mode.
@@ -214,55 +289,29 @@ class FasterRCNN(nn.Module):
         return self.transform.restore(found, sizes, [(x.shape[-2], x.shape[-1]) for x in images])
 
 
-class _RoIHeads(RoIHeads):
-    """torchvision's heads with a choice of suppression."""
-
-    nms: Suppression = "hard"
-    soft_nms_sigma = 0.5
-
-    def postprocess_detections(
-        self,
-        class_logits: Tensor,
-        box_regression: Tensor,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Choose the detections of each picture; as torchvision does, but for the suppression."""
-        counts = [len(p) for p in proposals]
-        all_boxes = torch.split(self.box_coder.decode(box_regression, proposals), counts)  # [R, classes + 1, 4]
-        all_scores = torch.split(class_logits.softmax(-1), counts)  # [R, classes + 1]
-        kept = []
-        for boxes, scores, shape in zip(all_boxes, all_scores, image_shapes, strict=True):
-            row, column = torch.where(scores[:, 1:] > self.score_thresh)  # column 0 is the background
-            boxes, scores = clip_boxes_to_image(boxes[row, column + 1], shape), scores[row, column + 1]
-            large = remove_small_boxes(boxes, min_size=1e-2)
-            each = boxes[large], scores[large], column[large] + 1
-            each = suppress(*each, self.nms, self.nms_thresh, self.soft_nms_sigma)
-            kept.append([values[: self.detections_per_img] for values in each])
-        return [k[0] for k in kept], [k[1] for k in kept], [k[2] for k in kept]
+def _create_rpn(
+    strides: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    aspect_ratios: Sequence[float],
+    channels: int,
+    chosen: Conventions,
+    skip_crossing: bool,
+    **options: Any,  # the keywords of RegionProposalNetwork
+) -> ProposalNetwork:
+    levels = [*strides, 2 * strides[-1]]  # the pooled level
+    if len(sizes) != len(levels):
+        raise ValueError(f"anchor_sizes has {len(sizes)} groups; expected one for each of {len(levels)} levels")
+    anchors = PyramidAnchors(sizes, aspect_ratios, chosen.anchor_rounding, levels if chosen.fixed_strides else None)
+    head = FloatRPNHead(channels, anchors.num_anchors_per_location()[0])
+    return ProposalNetwork(anchors, head, chosen, skip_crossing, **options)
 
 
-class _Anchors(AnchorGenerator):
-    """torchvision's anchors in float32, whatever the features are."""
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        # only shape, dtype and device of the maps are used: a view of one element stands for each
-        maps = [x.new_empty(1, dtype=torch.float32).expand(x.shape) for x in feature_maps]
-        anchors: list[Tensor] = super().forward(image_list, maps)
-        return anchors
-
-
-class _RPNHead(RPNHead):
-    """torchvision's head; boxes decoded from bfloat16 deltas would be off by pixels."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        objectness, deltas = super().forward(x)
-        return [o.float() for o in objectness], [d.float() for d in deltas]
-
-
-class _BoxPredictor(FastRCNNPredictor):
-    """torchvision's predictor with float32 scores and deltas."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+def _create_pooler(strides: Sequence[int], output_size: int, chosen: Conventions) -> MultiScaleRoIAlign:
+    return MultiScaleRoIAlign(
+        [str(i) for i in range(len(strides))],
+        output_size,
+        chosen.roi_sampling_ratio,
+        aligned=chosen.roi_aligned,
+        strides=strides if chosen.fixed_strides else None,
+        margin=chosen.roi_level_margin,
+    )

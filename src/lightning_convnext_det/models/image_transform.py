@@ -1,8 +1,9 @@
 """Pictures of any size to one normalised batch, and boxes back to the pictures.
 
 Every detector holds one `ImageTransform`, so the resize rule and the normalisation travel with the weights. Resizing
-follows torchvision's ``GeneralizedRCNNTransform``: bilinear without antialiasing, sizes rounded down, zeros at the
-right and the bottom.
+is bilinear without antialiasing, with zeros at the right and the bottom, and follows torchvision's
+``GeneralizedRCNNTransform`` (normalised pictures in floating point, sizes rounded down) or OpenCV (8-bit pictures,
+sizes rounded to the nearest).
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_convnext_det.models.dialects import Resize
+from lightning_convnext_det.ops.resize import resize_like_opencv
 from lightning_convnext_det.types import Detection, Target
 
 # the statistics that almost every timm backbone is trained with (timm.data.IMAGENET_DEFAULT_MEAN and _STD)
@@ -28,6 +31,8 @@ class ImageTransform(nn.Module):
         image_mean: mean of each channel of pictures in 0..1.
         image_std: standard deviation of each channel.
         size_divisible: pad both sides to a multiple of this.
+        resize: ``torchvision`` interpolates normalised pictures, ``opencv`` 8-bit ones to the same bits as OpenCV;
+            floating point pictures are then rounded to 8 bits first.
 
     Attributes:
         resize_in_training: False when the data loader has chosen the sizes already (multi-scale crops, jitter).
@@ -40,6 +45,7 @@ class ImageTransform(nn.Module):
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
         size_divisible: int = 32,
+        resize: Resize = "torchvision",
     ) -> None:
         super().__init__()
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -51,6 +57,7 @@ class ImageTransform(nn.Module):
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.size_divisible = size_divisible
+        self.resize = resize
         self.resize_in_training = True
 
     def forward(
@@ -72,7 +79,7 @@ class ImageTransform(nn.Module):
         """
         if not images:
             raise ValueError("images is empty; give at least one picture")
-        resized = [self._resize(self._normalize(image, i)) for i, image in enumerate(images)]
+        resized = [self._prepare(image, i) for i, image in enumerate(images)]
         sizes = [(x.shape[-2], x.shape[-1]) for x in resized]
         if targets is None:
             return self._batch(resized), sizes, None
@@ -91,30 +98,43 @@ class ImageTransform(nn.Module):
             for d, size, original in zip(detections, sizes, original_sizes, strict=True)
         ]
 
-    def _normalize(self, image: Tensor, index: int) -> Tensor:
+    def _prepare(self, image: Tensor, index: int) -> Tensor:
+        """Check, resize and normalise one picture, float32 [C, H', W']."""
         if image.dim() != 3 or image.shape[0] != len(self.image_mean):
             raise ValueError(
                 f"images[{index}] has shape {list(image.shape)}; expected [{len(self.image_mean)}, height, width]"
             )
-        if image.dtype == torch.uint8:
-            image = image.to(torch.float32) / 255
-        elif not image.is_floating_point():
+        if image.dtype != torch.uint8 and not image.is_floating_point():
             raise TypeError(f"images[{index}] is {image.dtype}; expected uint8 or floating point in 0..1")
-        image = image.to(torch.float32)
-        mean = image.new_tensor(self.image_mean)[:, None, None]
-        std = image.new_tensor(self.image_std)[:, None, None]
-        return (image - mean) / std  # before resizing, as torchvision does: the same bits
-
-    def _resize(self, image: Tensor) -> Tensor:
-        if self.training and not self.resize_in_training:
-            return image
-        height, width = image.shape[-2:]
-        choice = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
-        scale = min(self.min_sizes[choice] / min(height, width), self.max_size / max(height, width))
-        size = [max(1, int(height * scale)), max(1, int(width * scale))]
-        if size == [height, width]:
+        size = self.new_size(image.shape[-2], image.shape[-1])
+        if self.resize == "opencv":
+            if size != image.shape[-2:]:
+                pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+                image = resize_like_opencv(pixels, size)
+            return self._normalize(image, 255.0)
+        image = self._normalize(image, 1.0)  # before resizing, as torchvision does: the same bits
+        if size == image.shape[-2:]:
             return image
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    def _normalize(self, image: Tensor, full_scale: float) -> Tensor:
+        """Normalise a picture brought to 0..full_scale; the scale decides only how the result is rounded."""
+        here = 255.0 if image.dtype == torch.uint8 else 1.0
+        image = image.to(torch.float32)
+        if here != full_scale:
+            image = image / here * full_scale
+        mean = image.new_tensor([m * full_scale for m in self.image_mean])[:, None, None]
+        std = image.new_tensor([s * full_scale for s in self.image_std])[:, None, None]
+        return (image - mean) / std
+
+    def new_size(self, height: int, width: int) -> tuple[int, int]:
+        """Choose height and width that a picture of these sides is resized to; drawn, in training with several."""
+        if self.training and not self.resize_in_training:
+            return height, width
+        choice = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
+        scale = min(self.min_sizes[choice] / min(height, width), self.max_size / max(height, width))
+        rounding = 0.5 if self.resize == "opencv" else 0.0
+        return max(1, int(height * scale + rounding)), max(1, int(width * scale + rounding))
 
     def _batch(self, images: list[Tensor]) -> Tensor:
         height = _round_up(max(x.shape[-2] for x in images), self.size_divisible)

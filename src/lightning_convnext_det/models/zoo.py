@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 
@@ -33,6 +34,8 @@ _DETECTORS: dict[str, tuple[Callable[..., nn.Module], str | None]] = {
     **{f"fasterrcnn_convnextv2_{size}_fpn": (FasterRCNN, f"convnextv2_{size}") for size in _CONVNEXT_V2},
     "fasterrcnn_resnet50_fpn": (FasterRCNN, "resnet50"),
     "fasterrcnn_resnext50_32x4d_fpn": (FasterRCNN, "resnext50_32x4d"),
+    "cascadercnn_fpn": (CascadeRCNN, None),
+    **{f"cascadercnn_convnext_{size}_fpn": (CascadeRCNN, f"convnext_{size}") for size in _CONVNEXT},
     **{name: (detector, None) for name, detector in _DETR.items()},
     **{f"{name}_{backbone}": (detector, backbone) for name, detector in _DETR.items() for backbone in _DETR_BACKBONES},
 }
@@ -74,10 +77,19 @@ def check_arguments(callee: Callable[..., nn.Module], name: str, given: Iterable
     Raises:
         TypeError: naming the argument and the closest known ones.
     """
-    known = list(inspect.signature(callee).parameters)
+    known = arguments_of(callee)
     for key in given:
         if key not in known:
             raise TypeError(f"{name} has no argument '{key}'; {suggest(key, known)}")
+
+
+def arguments_of(callee: Callable[..., nn.Module]) -> list[str]:
+    """List the arguments of a detector's constructor, those that it hands on to its base class too."""
+    parameters = inspect.signature(callee).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if len(names) < len(parameters) and isinstance(callee, type):
+        names += [name for name in arguments_of(callee.__mro__[1]) if name not in names]
+    return names
 
 
 def suggest(word: str, known: list[str]) -> str:

@@ -7,12 +7,13 @@ import lightning
 import torch
 
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 
 MODULES: dict[str, type[DetectionModule]] = {
-    module.__name__: module for module in (FasterRCNNModule, DeformableDETRModule)
+    module.__name__: module for module in (FasterRCNNModule, CascadeRCNNModule, DeformableDETRModule)
 }
 
 

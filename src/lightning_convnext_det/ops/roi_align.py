@@ -8,6 +8,7 @@ torchvision's operator.
 import math
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torchvision
@@ -76,7 +77,8 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
 
     A box of ``canonical_scale`` pixels is pooled from level ``canonical_level``, one of half the size from the level
     below (arXiv:1612.03144, equation 1). Works wherever torchvision's pooler does. Unlike that one, it can align boxes,
-    computes by `roi_align` above, and derives the scales of the levels from every batch instead of from the first.
+    computes by `roi_align` above, can be told the strides, and else derives them from every batch instead of from the
+    first.
 
     Args:
         featmap_names: names of the maps to pool from, of those given to ``forward``.
@@ -85,6 +87,10 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         canonical_scale: side in pixels of the box that ``canonical_level`` is for.
         canonical_level: level of that box, counted as the binary logarithm of the stride.
         aligned: shift boxes by half a pixel, see `roi_align`.
+        strides: pixels of the picture per pixel of each map; if None, the powers of two nearest to the ratio of the
+            unpadded pictures' heights to the maps'.
+        margin: what 1e-6 is added to before rounding down, so that a box of exactly ``canonical_scale`` is on the right
+            side: its ``level``, or the ratio of its ``side`` to the scale of the finest level, as MMDetection does.
     """
 
     def __init__(
@@ -96,11 +102,15 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         canonical_scale: int = 224,
         canonical_level: int = 4,
         aligned: bool = False,
+        strides: Sequence[int] | None = None,
+        margin: Literal["level", "side"] = "level",
     ) -> None:
         super().__init__(
             featmap_names, output_size, sampling_ratio, canonical_scale=canonical_scale, canonical_level=canonical_level
         )
         self.aligned = aligned
+        self.strides = strides
+        self.margin = margin
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Pool the boxes of all images, one image after another.
@@ -120,7 +130,10 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         if not maps:
             raise ValueError(f"no map of {self.featmap_names} among those given, {list(x)}")
         size = max(height for height, _ in image_shapes), max(width for _, width in image_shapes)
-        scales = [2.0 ** round(math.log2(features.shape[-2] / size[0])) for features in maps]
+        if self.strides is not None:
+            scales = [1.0 / stride for stride in self.strides]
+        else:
+            scales = [2.0 ** round(math.log2(features.shape[-2] / size[0])) for features in maps]
         rois = _as_rois(maps[0], boxes)
         if len(maps) == 1:
             return roi_align(maps[0], rois, self.output_size, scales[0], self.sampling_ratio, self.aligned)
@@ -139,9 +152,13 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         finest, coarsest = -math.log2(scales[0]), -math.log2(scales[-1])
         boxes = boxes.to(torch.float32)
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-        level = torch.floor(
-            self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
-        )  # torchvision's margin
+        if self.margin == "side":
+            finest_scale = self.canonical_scale * 2.0 ** (finest - self.canonical_level)
+            level = torch.floor(torch.log2(side / finest_scale + 1e-6)) + finest
+        else:
+            level = torch.floor(
+                self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
+            )  # torchvision's margin
         return (level.clamp(finest, coarsest) - finest).to(torch.int64)
 
 

@@ -1,0 +1,90 @@
+"""Detectors of MMDetection: the ConvNeXt authors' Mask R-CNN and Cascade Mask R-CNN, without their mask branch."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.import_report import Converted, ImportReport, Slot, fit_tensors
+from lightning_convnext_det.models import mmdetection_weights
+from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
+from lightning_convnext_det.models.deformable_detr_weights import Argument
+from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+
+_COUNTERS = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
+_COCO_CLASSES = 80
+
+
+def convert_mmdetection(
+    state_dict: Mapping[str, Tensor], *, class_names: Sequence[str] = (), **arguments: Argument
+) -> Converted:
+    """Convert a state dict of Mask R-CNN or Cascade Mask R-CNN on ConvNeXt.
+
+    Args:
+        state_dict: the tensors; not modified.
+        class_names: the classes in order, where the file states them; 80 classes are COCO's otherwise.
+        arguments: arguments of `FasterRCNN` or `CascadeRCNN` that the tensors do not show, e.g. an unusual
+            ``backbone``; they win over what is inferred.
+
+    Raises:
+        CheckpointError: if the tensors do not fill our network exactly.
+    """
+    cascade = mmdetection_weights.is_cascade(state_dict)
+    origin = "MMDetection's Cascade R-CNN" if cascade else "MMDetection's Mask R-CNN"
+    tensors, ignored = mmdetection_weights.rename(state_dict)
+    try:
+        inferred = {**mmdetection_weights.infer_arguments(tensors), **arguments}
+    except KeyError as error:
+        raise CheckpointError(f"[LCD-K011] {origin}: tensor {error} is missing; is the file complete?") from None
+    if "backbone" not in inferred:
+        raise CheckpointError(f"[LCD-K011] {origin}: the backbone is not recognised; give its timm name as backbone")
+    with torch.device("meta"):
+        detector = (CascadeRCNN if cascade else FasterRCNN)(**inferred)  # type: ignore[arg-type]
+    expected = detector.state_dict()
+    fitted, mismatched = fit_tensors(tensors, expected)
+    report = ImportReport(
+        origin,
+        matched=tuple(fitted),
+        parameters=_count(state_dict, set(state_dict) - set(ignored)),
+        redundant=(),
+        left_over=tuple(k for k in tensors if k not in expected),
+        missing=tuple(k for k in expected if k not in tensors),
+        mismatched=mismatched,
+        slots=_name_classes(int(inferred["num_classes"]), class_names),  # type: ignore[arg-type]
+        ignored=tuple(ignored),
+        ignored_parameters=_count(state_dict, set(ignored)),
+    )
+    if not report.fits:
+        raise CheckpointError(f"[LCD-K011] does not fit a detector on {inferred['backbone']}: {report}")
+    return Converted(inferred, fitted, report, "CascadeRCNNModule" if cascade else "FasterRCNNModule")
+
+
+def read_class_names(extras: Mapping[str, Any]) -> list[str]:  # whatever lies beside the tensors
+    """Find the names of the classes in the ``meta`` section that MMDetection writes into its files."""
+    meta = extras.get("meta")
+    for key in ("CLASSES", "dataset_meta"):
+        value = meta.get(key) if isinstance(meta, dict) else None
+        if isinstance(value, dict):
+            value = value.get("classes", value.get("CLASSES"))
+        if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+            return list(value)
+    return []
+
+
+def _count(state_dict: Mapping[str, Tensor], keys: set[str]) -> int:
+    """Parameters, without the statistics of BatchNorm."""
+    return sum(state_dict[key].numel() for key in keys if not _COUNTERS.search(key))
+
+
+def _name_classes(count: int, given: Sequence[str]) -> tuple[Slot, ...]:
+    categories = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by COCO's id
+    coco = [(i, name) for i, name in enumerate(categories) if name not in ("N/A", "__background__")]
+    if count == _COCO_CLASSES and list(given) in ([], [name for _, name in coco]):
+        return tuple(Slot(row, name, index) for row, (index, name) in enumerate(coco))
+    if len(given) == count:
+        return tuple(Slot(row, name, row) for row, name in enumerate(given))
+    return ()

@@ -1,0 +1,61 @@
+"""The anchors of a pyramid, as torchvision or as MMDetection lays them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+
+class PyramidAnchors(AnchorGenerator):
+    """Anchors in float32, whatever the features are.
+
+    Args:
+        sizes: side lengths of the anchors of each level in pixels of the resized picture.
+        aspect_ratios: height over width, at every level.
+        rounded: round the corners of the anchors around the origin to whole pixels, as torchvision does.
+        strides: pixels between neighbouring anchors of each level; if None, the padded picture's side divided by the
+            map's, rounded down, as torchvision does. On a pooled level of 13 rows over 800 pixels that is 61, not 64.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[float],
+        rounded: bool = True,
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(tuple(map(tuple, sizes)), (tuple(aspect_ratios),) * len(sizes))
+        self.strides = strides
+        if not rounded:
+            self.cell_anchors = [_cell_anchors(group, aspect_ratios) for group in sizes]
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Lay anchors over every map.
+
+        Args:
+            image_list: the padded batch; its pixels are not read.
+            feature_maps: one [B, C, H, W] for each group of sizes.
+
+        Returns:
+            For each picture the corners of all anchors, level by level, row by row, float32 [A, 4].
+        """
+        if self.strides is None:
+            # only shape, dtype and device of the maps are used: a view of one element stands for each
+            maps = [x.new_empty(1, dtype=torch.float32).expand(x.shape) for x in feature_maps]
+            derived: list[Tensor] = super().forward(image_list, maps)
+            return derived
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
+        anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in feature_maps], strides))
+        return [anchors] * len(image_list.image_sizes)
+
+
+def _cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """Corners of the anchors around the origin, [ratios * sizes, 4], ratio by ratio."""
+    size, root = torch.tensor(sizes, dtype=torch.float32), torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
+    # multiplied and halved in the order in which MMDetection rounds
+    half_width, half_height = ((x.flatten() / 2) for x in (size * (1 / root)[:, None], size * root[:, None]))
+    return torch.stack((-half_width, -half_height, half_width, half_height), dim=1)

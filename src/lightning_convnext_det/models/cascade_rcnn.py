@@ -1,0 +1,160 @@
+"""Cascade R-CNN (arXiv:1712.00726) on a timm pyramid: Faster R-CNN with a second stage of several stages.
+
+Each stage is trained on the boxes of the one before, with a stricter idea of what is an object, so that the last one
+still has objects to learn from at an IoU of 0.7. The network and its training are those of the ConvNeXt authors'
+detectors (Cascade Mask R-CNN of MMDetection without the mask branch); with their weights it gives their boxes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_convnext_det.models.dialects import BoxLoss, Dialect
+from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.roi_heads import BoxHeadKind, BoxHeads, Samples
+from lightning_convnext_det.types import Detection, Target
+
+# arXiv:1712.00726, section 4.2, as rounded in the configurations of MMDetection; later stages move boxes less
+_STAGE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+
+
+class CascadeRCNN(FasterRCNN):
+    """Cascade R-CNN with a feature pyramid on any timm backbone.
+
+    Args:
+        num_classes: foreground classes; labels run from 0 to ``num_classes - 1``.
+        stage_iou_thresholds: IoU from which a box is an object, for each of up to three stages.
+        stage_loss_weights: factor of the losses of each stage.
+        box_head: ``four_conv`` with BatchNorm and one fully connected layer (synchronised between processes by the
+            trainer's ``sync_batchnorm``), or ``two_fc`` layers.
+        box_loss: ``giou`` of the moved boxes, ``l1`` or ``smooth_l1`` of the deltas.
+        box_loss_weight: its factor (default: 10 for ``giou``, as the ConvNeXt authors have it, else 1).
+        box_smooth_l1_beta: below this difference of deltas, ``smooth_l1`` is quadratic.
+        rpn_box_loss: ``smooth_l1`` or ``l1``, for proposals.
+        rpn_skip_crossing: leave anchors that cross the picture's border out of the training.
+        dialect: whose conventions to follow, ``mmdetection`` or ``torchvision``.
+        shared: the other arguments of `FasterRCNN`.
+
+    Reference:
+        Cai and Vasconcelos, "Cascade R-CNN", arXiv:1712.00726; Liu et al., "A ConvNet for the 2020s",
+        arXiv:2201.03545, whose detectors have these defaults.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        stage_iou_thresholds: Sequence[float] = (0.5, 0.6, 0.7),
+        stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25),
+        box_head: BoxHeadKind = "four_conv",
+        box_loss: BoxLoss = "giou",
+        box_loss_weight: float | None = None,
+        box_smooth_l1_beta: float = 1.0,
+        rpn_box_loss: BoxLoss = "smooth_l1",
+        rpn_skip_crossing: bool = True,
+        dialect: Dialect = "mmdetection",
+        **shared: Any,  # the keywords of FasterRCNN
+    ) -> None:
+        stages = len(stage_iou_thresholds)
+        if not 1 <= stages <= len(_STAGE_STDS) or len(stage_loss_weights) != stages:
+            raise ValueError(
+                f"stage_iou_thresholds has {stages} stages, stage_loss_weights {len(stage_loss_weights)}; "
+                f"expected the same, at most {len(_STAGE_STDS)}"
+            )
+        # create_roi_heads, which FasterRCNN calls, needs them
+        self.stage_iou_thresholds, self.stage_loss_weights = tuple(stage_iou_thresholds), tuple(stage_loss_weights)
+        super().__init__(
+            num_classes,
+            box_head=box_head,
+            box_loss=box_loss,
+            box_loss_weight=(10.0 if box_loss == "giou" else 1.0) if box_loss_weight is None else box_loss_weight,
+            box_smooth_l1_beta=box_smooth_l1_beta,
+            rpn_box_loss=rpn_box_loss,
+            rpn_skip_crossing=rpn_skip_crossing,
+            dialect=dialect,
+            **shared,
+        )
+
+    def create_roi_heads(self, create_stage: Callable[..., BoxHeads]) -> "CascadeHeads":
+        """Build the stages."""
+        stages = [
+            create_stage(fg_iou_threshold=iou, bg_iou_threshold=iou, stds=stds, match_own=False)
+            for iou, stds in zip(self.stage_iou_thresholds, _STAGE_STDS, strict=False)
+        ]
+        return CascadeHeads(stages, self.stage_loss_weights)
+
+
+class CascadeHeads(nn.Module):
+    """Stages of which each moves the boxes for the next.
+
+    Args:
+        stages: each a `BoxHeads`.
+        loss_weights: factor of the losses of each stage.
+    """
+
+    def __init__(self, stages: Sequence[BoxHeads], loss_weights: Sequence[float]) -> None:
+        super().__init__()
+        self.stages: Sequence[BoxHeads] = nn.ModuleList(stages)  # type: ignore[assignment]  # whose items are Modules
+        self.loss_weights = tuple(loss_weights)
+        for stage in stages:  # small boxes at first: untrained deltas would spoil the input of the next stage
+            nn.init.normal_(stage.box_predictor.cls_score.weight, std=0.01)
+            nn.init.normal_(stage.box_predictor.bbox_pred.weight, std=0.001)
+            nn.init.zeros_(stage.box_predictor.cls_score.bias)
+            nn.init.zeros_(stage.box_predictor.bbox_pred.bias)
+
+    @property
+    def last(self) -> BoxHeads:
+        """The stage whose boxes are the detections, and which chooses among them."""
+        return self.stages[-1]
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Sequence[Target] | None = None,
+    ) -> tuple[list[Detection], dict[str, Tensor]]:
+        """Compute the losses of all stages in training, with labels from 1; else detections, with labels from 1."""
+        if self.training:
+            assert targets is not None  # the detector has checked them
+            return [], self._compute_losses(features, proposals, image_shapes, targets)
+        votes = []
+        for i, stage in enumerate(self.stages):
+            logits, deltas = stage.predict(features, proposals, image_shapes)
+            votes.append(logits)
+            if i < len(self.stages) - 1:
+                proposals = stage.move(deltas, logits[:, 1:].argmax(dim=1) + 1, proposals, image_shapes)
+        return self.last.detect(torch.stack(votes).mean(dim=0), deltas, proposals, image_shapes), {}
+
+    def _compute_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Sequence[Target],
+    ) -> dict[str, Tensor]:
+        losses = {}
+        for i, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True), 1):
+            samples = stage.sample(proposals, targets)
+            boxes = [s.boxes for s in samples]
+            logits, deltas = stage.predict(features, boxes, image_shapes)
+            classifier, box_reg = stage.compute_losses(logits, deltas, samples)
+            losses[f"loss_classifier_{i}"], losses[f"loss_box_reg_{i}"] = weight * classifier, weight * box_reg
+            if i < len(self.stages):
+                proposals = _move_samples(stage, logits.detach(), deltas.detach(), samples, image_shapes)
+        return losses
+
+
+def _move_samples(
+    stage: BoxHeads,
+    logits: Tensor,
+    deltas: Tensor,
+    samples: Sequence[Samples],
+    image_shapes: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Move samples for the next stage, objects by the deltas of their class; the objects' own boxes are left out."""
+    labels = torch.cat([s.labels for s in samples])
+    labels = torch.where(labels > 0, labels, logits[:, 1:].argmax(dim=1) + 1)
+    moved = stage.move(deltas, labels, [s.boxes for s in samples], image_shapes)
+    return [boxes[~s.added] for boxes, s in zip(moved, samples, strict=True)]
