@@ -26,8 +26,22 @@ Pool = Callable[[Tensor], Tensor]
 def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--no-detector", action="store_true", help="leave Faster R-CNN out")
+    parser.add_argument(
+        "--detector-dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="what Faster R-CNN computes in; float32 on processors that only emulate bfloat16",
+    )
+    parser.add_argument("--only-detector", action="store_true", help="leave the operator out")
     options = parser.parse_args()
     print_header("RoIAlign", options, ("torchvision",))
+    if not options.only_detector:
+        time_operator(options)
+    if not options.no_detector:
+        time_detector(options)
+
+
+def time_operator(options: Namespace) -> None:
     torch.manual_seed(0)
     rois = torch.cat((torch.zeros(1000, 1), create_boxes(1000, 480, 640)), dim=1).to(options.device)
     for name, dtype, memory_format, ratio in (
@@ -43,8 +57,6 @@ def main() -> None:
         }
         time_forward_and_backward(name, poolers, features, options)
     time_pyramid(options)
-    if not options.no_detector:
-        time_detector(options)
 
 
 def create_boxes(count: int, height: int, width: int) -> Tensor:
@@ -82,7 +94,7 @@ def time_pyramid(options: Namespace) -> None:
 
 
 def time_detector(options: Namespace) -> None:
-    """Predict one picture and train on two with Faster R-CNN ConvNeXt-T, random weights, bfloat16 autocast."""
+    """Predict one picture and train on two with Faster R-CNN ConvNeXt-T, random weights."""
     torch.manual_seed(0)
     detector = create_detector("fasterrcnn_convnext_tiny_fpn", num_classes=80).to(options.device)
     images = [torch.rand(3, 480, 640, device=options.device) for _ in range(2)]
@@ -97,7 +109,7 @@ def time_detector(options: Namespace) -> None:
     def use(pooler: nn.Module, training: bool) -> None:
         detector.roi_heads.box_roi_pool = pooler
         detector.train(training)
-        with torch.autocast(options.device, torch.bfloat16):
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.detector_dtype == "bfloat16"):
             if not training:
                 with torch.no_grad():
                     detector(images[:1])
@@ -108,7 +120,7 @@ def time_detector(options: Namespace) -> None:
 
     for name, training in (("prediction", False), ("training step, batch 2", True)):
         contestants: Contestants = {who: lambda p=pooler, t=training: use(p, t) for who, pooler in poolers.items()}
-        compare(f"Faster R-CNN ConvNeXt-T, {name}", contestants, options)
+        compare(f"Faster R-CNN ConvNeXt-T, {options.detector_dtype}, {name}", contestants, options)
 
 
 if __name__ == "__main__":
