@@ -133,8 +133,8 @@ def test_predict__needs_only_a_checkpoint_and_pictures(run: Path, dataset: Path,
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["fit", "--data.root", "DATA", "--data.rot", "x"], 2, "did you mean '--data.root'"),
-        (["fit", "--data.root", "DATA", "--model.score_treshold=1"], 2, "did you mean 'score_threshold'"),
+        (["fit", "--data.root", "DATA", "--data.rot", "x"], 2, "did you mean --data.root"),
+        (["fit", "--data.root", "DATA", "--model.score_treshold=1"], 2, "did you mean --model.score_threshold"),
         (["fit", "--data.root", "DATA", "--model.backbone=convnext_tinny"], 2, "did you mean 'convnext_tiny'"),
         (["fit", "--data.root", "DATA", "--data.train_transforms=flipp"], 2, "flipp"),
         (["fit", "--data.root", "DATA/nowhere"], 3, "nowhere: there is no such folder"),

@@ -13,7 +13,11 @@ FORBIDDEN = {
         *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli", "predictor", "callbacks", "checkpoints")),
     ],
     "modules": [f"{PACKAGE}.{r}" for r in ("data", "cli", "predictor", "callbacks", "visualize")],
-    "data": ["timm", *(f"{PACKAGE}.{r}" for r in ("models", "modules", "ops", "cli", "predictor", "checkpoints"))],
+    "data": [
+        "timm.models",
+        "timm.create_model",
+        *(f"{PACKAGE}.{r}" for r in ("models", "modules", "ops", "cli", "predictor", "checkpoints")),
+    ],
     "predictor.py": ["lightning", f"{PACKAGE}.cli", f"{PACKAGE}.callbacks", f"{PACKAGE}.data.datamodule"],
     "visualize.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("models", "modules", "data", "cli"))],
     "import_report.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli"))],

@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_convnext_det.callbacks import PredictionWriter
     from lightning_convnext_det.data.datamodule import DetectionDataModule
+    from lightning_convnext_det.data.image_folder import ImageFolderDataModule
     from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
+    from lightning_convnext_det.models.classifier import (
+        Classifier,
+        classify,
+        create_classifier,
+        extract_features,
+        list_classifiers,
+    )
     from lightning_convnext_det.models.deformable_detr import DeformableDETR
     from lightning_convnext_det.models.faster_rcnn import FasterRCNN
     from lightning_convnext_det.models.zoo import create_detector, list_detectors
     from lightning_convnext_det.modules import (
         CascadeRCNNModule,
+        ClassifierModule,
         DeformableDETRModule,
         DetectionModule,
         FasterRCNNModule,
+        load_classifier,
         load_module,
     )
     from lightning_convnext_det.predictor import Predictor
@@ -26,32 +36,48 @@ __version__ = "0.1.0"
 __all__ = [
     "CascadeRCNN",
     "CascadeRCNNModule",
+    "Classifier",
+    "ClassifierModule",
     "DeformableDETR",
     "DeformableDETRModule",
     "DetectionDataModule",
     "DetectionModule",
     "FasterRCNN",
     "FasterRCNNModule",
+    "ImageFolderDataModule",
     "PredictionWriter",
     "Predictor",
+    "classify",
+    "create_classifier",
     "create_detector",
+    "extract_features",
+    "list_classifiers",
     "list_detectors",
+    "load_classifier",
     "load_module",
 ]
 
 _HOMES = {
     "CascadeRCNN": "models.cascade_rcnn",
     "CascadeRCNNModule": "modules",
+    "Classifier": "models.classifier",
+    "ClassifierModule": "modules",
     "DeformableDETR": "models.deformable_detr",
     "DeformableDETRModule": "modules",
     "DetectionDataModule": "data.datamodule",
     "DetectionModule": "modules",
     "FasterRCNN": "models.faster_rcnn",
     "FasterRCNNModule": "modules",
+    "ImageFolderDataModule": "data.image_folder",
     "PredictionWriter": "callbacks",
     "Predictor": "predictor",
+    "classify": "models.classifier",
+    "create_classifier": "models.classifier",
     "create_detector": "models.zoo",
+    "extract_features": "models.classifier",
+    "list_classifiers": "models.classifier",
     "list_detectors": "models.zoo",
+    "load_classifier": "modules",
     "load_module": "modules",
 }
 

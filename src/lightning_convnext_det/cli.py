@@ -1,41 +1,41 @@
 """The command ``convnext-det``: LightningCLI for fit, validate, test and predict, and tools beside it."""
 
-import argparse
+import difflib
 import inspect
 import logging
 import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, NoReturn, cast
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_convnext_det import __version__
-from lightning_convnext_det.callbacks import PredictionWriter
-from lightning_convnext_det.checkpoints import import_weights
-from lightning_convnext_det.data.check import check_dataset, print_report
+from lightning_convnext_det.callbacks import ClassificationWriter, PredictionWriter
 from lightning_convnext_det.data.datamodule import DetectionDataModule
-from lightning_convnext_det.data.pictures import Exif
-from lightning_convnext_det.data.records import BadRecords
-from lightning_convnext_det.demo import run_demo
+from lightning_convnext_det.data.image_folder import ImageFolderDataModule
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.suppression import Suppression
 from lightning_convnext_det.models.zoo import suggest
-from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint, save_module
+from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint
+from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
+from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
+from lightning_convnext_det.modules.optimization import OptimizedModule
+from lightning_convnext_det.tools import TOOLS
 
 EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
 6 checkpoint, 130 interrupted, 143 terminated"""
@@ -44,8 +44,17 @@ EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 diverg
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the data set answers
 
 
-_DETECTORS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR)
+_DETECTORS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR, ClassifierModule)
 _MODEL = [name for callee in _DETECTORS for name in inspect.signature(callee).parameters]
+
+_DATA = [name for kind in (DetectionDataModule, ImageFolderDataModule) for name in inspect.signature(kind).parameters]
+
+
+def _suggest_option(word: str) -> str:
+    """Say which argument of model or data a misspelt one may mean."""
+    options = {name: f"--model.{name}" for name in _MODEL} | {name: f"--data.{name}" for name in _DATA}
+    close = [options[name] for name in difflib.get_close_matches(word, options, n=2, cutoff=0.5)]
+    return f"did you mean {' or '.join(close)}?" if close else "see --model.help and --data.help"
 
 
 class _Parser(LightningArgumentParser):
@@ -58,24 +67,26 @@ class _Parser(LightningArgumentParser):
         if unknown := re.search(r"nrecognized arguments: (--[\w.]+)", text):
             text += f"; {suggest(unknown.group(1), known)}"
         elif unknown := re.search(r"Option '(\w+)' is not accepted", text):
-            text = f"--model.{unknown.group(1)} is not an argument of the model; {suggest(unknown.group(1), _MODEL)}"
+            text = f"'{unknown.group(1)}' is no argument of the model or the data; {_suggest_option(unknown.group(1))}"
         sys.stderr.write(f"error: {text}\n")
         raise SystemExit(2)
 
 
 class DetectionCLI(LightningCLI):
-    """LightningCLI for `DetectionModule` and `DetectionDataModule`, with defaults that need no configuration.
+    """LightningCLI for detectors and classifiers and their data, with defaults that need no configuration.
 
     The command line wins over configuration files, which win over the checkpoint given with ``--ckpt_path``.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._checkpoint = _named_checkpoint(arguments)
+        self._named_model = _option(arguments, ("--model", "--model.class_path")) or _configured_model(arguments)
         super().__init__(
-            DetectionModule,
-            DetectionDataModule,
+            OptimizedModule,
+            LightningDataModule,
             args=list(arguments),
             subclass_mode_model=True,
+            subclass_mode_data=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # no class paths in checkpoints: they would be imported on loading
             seed_everything_default=1,
@@ -106,19 +117,30 @@ class DetectionCLI(LightningCLI):
         )
         for name in _LINKED:  # a link makes it no required argument; the value is given in instantiate_classes
             parser.link_arguments("data", f"model.init_args.{name}", apply_on="instantiate")
-        parser.set_defaults({"model": self._default_model()})
+        parser.set_defaults({"model": self._default_model(), "data": {"class_path": self._default_data()}})
+
+    def _default_data(self) -> str:
+        """The data module that belongs to the model."""
+        module = self._checkpoint[FORMAT]["module"] if self._checkpoint else self._named_model
+        data = ImageFolderDataModule if "Classifier" in module else DetectionDataModule
+        return f"{data.__module__}.{data.__name__}"
 
     def _default_model(self) -> dict[str, Any]:
         if self._checkpoint is None:
-            return {"class_path": "lightning_convnext_det.modules.FasterRCNNModule"}
+            # the class that is asked for, or else arguments of the default class would leak into it
+            module = MODULES.get(self._named_model.rpartition(".")[2], FasterRCNNModule)
+            return {"class_path": f"{module.__module__}.{module.__name__}"}
         module = MODULES[self._checkpoint[FORMAT]["module"]]
         options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in _LINKED}
         return {"class_path": f"{module.__module__}.{module.__name__}", "init_args": options}
 
-    def _classes(self, name: str) -> int | list[int] | list[str]:
-        if self.subcommand == "predict" and self._checkpoint is not None:
-            value: int | list[int] | list[str] = self._checkpoint["hyper_parameters"][name]
+    def _classes(self, name: str, module: type[OptimizedModule]) -> int | list[int] | list[str] | None:
+        is_classifier = issubclass(module, ClassifierModule)
+        if self._checkpoint is not None and (self.subcommand == "predict" or is_classifier):
+            value: int | list[int] | list[str] | None = self._checkpoint["hyper_parameters"][name]
             return value
+        if is_classifier and self.subcommand != "fit":
+            return None  # those of the pretrained weights, among which the folder's are found
         return cast(int | list[int] | list[str], getattr(self.datamodule, name))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -129,7 +151,9 @@ class DetectionCLI(LightningCLI):
         """Leave the configuration as it is: the checkpoint's values are the parser's defaults already."""
         subcommand = self.config["subcommand"]
         if self._checkpoint is None:
-            if subcommand != "fit":
+            chosen = self.config[subcommand]["model"].get("init_args", {})
+            released = chosen.get("pretrained_backbone") or chosen.get("backbone_weights")
+            if subcommand != "fit" and not (released and "Classifier" in self._named_model):
                 raise CheckpointError(f"[LCD-K001] {subcommand} needs trained weights: add --ckpt_path FILE")
             return
         chosen = self.config[subcommand]["model"].get("init_args", {})
@@ -147,10 +171,10 @@ class DetectionCLI(LightningCLI):
         self.config_init = self.parser.instantiate(config)
         self.datamodule = self._get(self.config_init, "data")
         # not by the parser, which would wrap a constructor's error into a page about types
-        arguments = vars(model.init_args) | {name: self._classes(name) for name in _LINKED}
+        module = MODULES[model.class_path.rpartition(".")[2]]
+        arguments = vars(model.init_args) | {name: self._classes(name, module) for name in _LINKED}
         if nms := config[self.subcommand].nms:
             arguments["nms"] = nms
-        module = MODULES[model.class_path.rpartition(".")[2]]
         self.model = module(**arguments)
         self.trainer = self.instantiate_trainer()
 
@@ -161,6 +185,8 @@ class DetectionCLI(LightningCLI):
             config["precision"] = "32-true"
         kinds = (ModelCheckpoint,) if fit else (PredictionWriter,) if predict else ()
         own: list[Callback] = [c for c in callbacks if isinstance(c, kinds)]
+        if isinstance(self.model, ClassifierModule):
+            own = [ClassificationWriter(c.folder) if isinstance(c, PredictionWriter) else c for c in own]
         given = config.get("callbacks") or []
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             own.append(RichProgressBar())
@@ -173,6 +199,8 @@ class DetectionCLI(LightningCLI):
         for callback in own:
             if isinstance(callback, ModelCheckpoint) and config.get("limit_val_batches") == 0:
                 callback.monitor = None  # nothing is measured: the last checkpoint is the best one
+            elif isinstance(callback, ModelCheckpoint) and callback.monitor == OptimizedModule.monitor:
+                callback.monitor = cast(OptimizedModule, self.model).monitor
         return super()._instantiate_trainer(config, own)
 
 
@@ -209,6 +237,16 @@ def _named_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
     return read_checkpoint(path)
 
 
+def _configured_model(arguments: Sequence[str]) -> str:
+    """The class of the model that a configuration file names; empty if it names none."""
+    config = _option(arguments, ("--config", "-c"))
+    if config is None or not Path(config).is_file():
+        return ""
+    content = yaml.safe_load(Path(config).read_text())
+    model = content.get("model") if isinstance(content, dict) else None
+    return str(model.get("class_path", "")) if isinstance(model, dict) else ""
+
+
 def _option(arguments: Sequence[str], names: Sequence[str]) -> str | None:
     found = None
     for i, argument in enumerate(arguments):
@@ -220,69 +258,9 @@ def _option(arguments: Sequence[str], names: Sequence[str]) -> str | None:
     return found
 
 
-# ---- tools
-
-
-def _check(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("convnext-det check", description="List every bad record of a data set.")
-    parser.add_argument("root", help="folder with a COCO, VOC or YOLO data set")
-    parser.add_argument(
-        "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found by looking"
-    )
-    parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
-    parser.add_argument(
-        "--exif",
-        default="auto",
-        choices=get_args(Exif),
-        help="what boxes refer to in pictures with an EXIF orientation; default: their annotated size decides",
-    )
-    parser.add_argument("--class_names", nargs="+", metavar="NAME", help="the classes in order of label")
-    parser.add_argument(
-        "--bad_records",
-        default="auto",
-        choices=get_args(BadRecords),
-        help="what is to become of records that cannot be used; default: harmless ones are dropped, others refused",
-    )
-    options = vars(parser.parse_args(arguments))
-    report = check_dataset(options.pop("root"), **options)
-    print_report(report)
-    return 0 if report.clean else 3
-
-
-def _demo(arguments: Sequence[str]) -> int:
-    return run_demo(arguments, main)
-
-
-def _import_weights(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "convnext-det import-weights", description="Turn weights from elsewhere into a checkpoint of this package."
-    )
-    parser.add_argument(
-        "source",
-        help="Deformable DETR of birder, its authors or Hugging Face; Mask or Cascade Mask R-CNN of ConvNeXt's authors",
-    )
-    parser.add_argument("destination", help="checkpoint to write")
-    parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
-    options = parser.parse_args(arguments)
-    converted = import_weights(options.source, **({"backbone": options.backbone} if options.backbone else {}))
-    slots = converted.report.slots
-    names, ids = ([s.name for s in slots], [s.category_id for s in slots]) if slots else (None, None)
-    hyper_parameters: dict[str, Any] = {**converted.arguments}
-    module = MODULES[converted.module](class_names=names, category_ids=ids, **hyper_parameters)
-    module.detector.load_state_dict(converted.state_dict)
-    save_module(module, options.destination)
-    sys.stdout.write(f"{converted.report}\nwritten: {options.destination}\n")
-    return 0
-
-
-_TOOLS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "check": (_check, "list every bad record of a data set"),
-    "import-weights": (_import_weights, "turn weights from elsewhere into a checkpoint"),
-    "demo": (_demo, "train and look at a detector on pictures made up on the spot"),
-}
 _DESCRIPTION = (
     "Object detection on any timm backbone. Beside the commands of the trainer: "
-    + "; ".join(f"{name} - {text}" for name, (_, text) in _TOOLS.items())
+    + "; ".join(f"{name} - {text}" for name, (_, text) in TOOLS.items())
     + f". {EXIT_STATUS}"
 )
 
@@ -292,8 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _quieten()
     try:
-        if arguments and arguments[0] in _TOOLS:
-            return _TOOLS[arguments[0]][0](arguments[1:])
+        if arguments and arguments[0] in TOOLS:
+            return TOOLS[arguments[0]][0](arguments[1:], main)
         DetectionCLI(arguments)
     except KeyboardInterrupt:
         return 130
@@ -312,6 +290,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    own = logging.getLogger("lightning_convnext_det")
+    own.setLevel(logging.INFO)  # e.g. how many tensors of a file matched
+    own.handlers = [logging.StreamHandler(sys.stderr)]
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

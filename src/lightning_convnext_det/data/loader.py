@@ -27,6 +27,8 @@ class EvaluationLoader(DataLoader[object]):
     The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked.
     """
 
+    unpack = staticmethod(unpack)
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
         """Yield batches.
 
@@ -34,7 +36,7 @@ class EvaluationLoader(DataLoader[object]):
             DataError: if a picture cannot be read.
         """
         for batch in self._packed():
-            yield unpack(batch)
+            yield self.unpack(batch)
 
     def _packed(self) -> Iterator[PackedBatch]:
         try:

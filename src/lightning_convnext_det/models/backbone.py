@@ -182,7 +182,7 @@ def _create_features(
         need = ", ".join(str(s) for s in strides)
         raise ValueError(f"backbone '{name}' has strides {have}; a pyramid needs {need}, e.g. 'convnext_tiny'")
     if pretrained:
-        _check_fetchable(name)
+        check_fetchable(name)
     # the last map of a stride is the deepest one
     indices = [len(reductions) - 1 - reductions[::-1].index(s) for s in strides]
     options: dict[str, float] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
@@ -225,7 +225,7 @@ def _enable_checkpointing(net: nn.Module, name: str) -> None:
         raise ValueError(f"backbone '{name}' does not support gradient checkpointing") from None
 
 
-def _check_fetchable(name: str) -> None:
+def check_fetchable(name: str) -> None:
     """Raise a `WeightsError` at once where timm would retry for minutes."""
     from huggingface_hub import constants, get_session, try_to_load_from_cache
 
@@ -258,7 +258,8 @@ def _check_fetchable(name: str) -> None:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
 
-    Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``) are
+    Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``,
+    ``state_dict_ema``) are
     opened.
 
     Raises:
@@ -277,7 +278,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
         raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {_first_line(error)}") from None
-    for key in ("model_ema", "state_dict", "model", "module"):
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
@@ -292,28 +293,78 @@ def _first_line(error: Exception) -> str:
 
 
 def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:
-    """Fill a ``features_only`` network from a file that holds it or its classifier.
+    """Fill a ``features_only`` network from a file that holds it, its classifier or a detector on it.
 
-    Names are compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. The
-    classifier's head and final norm may be left over; every tensor of the network must be there with its shape.
+    The file may be a checkpoint of this package, a timm checkpoint, a plain state dict or safetensors. Names are
+    compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. What follows the
+    network in the file may be left over; every tensor of the network must be there with its shape.
 
     Raises:
         WeightsError: if the file cannot be read or a tensor is missing or has another shape; the first such is named.
     """
-    given = {_flat(key): value for key, value in read_state_dict(path).items()}
+    given = _by_flat_name(read_state_dict(path))
+    _fill(net, given, list(net.state_dict()), path, name)
+
+
+def load_classifier_weights(net: nn.Module, path: str | Path, name: str) -> None:
+    """Fill a timm classifier from a file, see `load_backbone_weights`; its last layer only if that has as many classes.
+
+    Raises:
+        WeightsError: if the file cannot be read or does not fit; the first misfit is named.
+    """
+    given, own = _by_flat_name(read_state_dict(path)), net.state_dict()
+    last = [key for key in own if key.startswith(last_layer(net))]
+    fits = all((found := given.get(_flat(key))) is not None and found.shape == own[key].shape for key in last)
+    _fill(net, given, [key for key in own if fits or key not in last], path, name)
+    if not fits:
+        _logger.info("%s: the last layer has other classes and starts from random weights", path)
+
+
+def last_layer(net: nn.Module) -> tuple[str, ...]:
+    """How the names of the parameters of a timm classifier's last layer begin."""
+    config: dict[str, str | tuple[str, ...]] = vars(net)["pretrained_cfg"]
+    heads = config.get("classifier") or ()
+    return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+
+
+def _fill(net: nn.Module, given: dict[str, Tensor], wanted: list[str], path: str | Path, name: str) -> None:
     own = net.state_dict()
-    for key, tensor in own.items():
-        found = given.get(_flat(key))
+    for key in wanted:
+        found, tensor = given.get(_flat(key)), own[key]
+        if found is None and key.endswith("num_batches_tracked"):  # frozen BatchNorms do not count
+            continue
         if found is None:
             raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': it has no '{key}'")
         if found.shape != tensor.shape:
             shapes = f"{list(found.shape)}, expected {list(tensor.shape)}"
             raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': '{key}' is {shapes}")
-    net.load_state_dict({key: given[_flat(key)] for key in own})
-    _logger.info("%s: %d tensors of '%s' loaded, %d left over", path, len(own), name, len(given) - len(own))
+        own[key] = found
+    net.load_state_dict(own)
+    _logger.info("%s: %d tensors of '%s' matched, %d left over", path, len(wanted), name, len(given) - len(wanted))
+
+
+def backbone_state_dict(pyramid: TimmPyramid) -> dict[str, Tensor]:
+    """The weights of a detector's backbone under the names of timm's classifier, which timm loads.
+
+    ``timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": FILE}, num_classes=N)`` and the same with
+    ``features_only=True`` take them from a file.
+    """
+    with torch.device("meta"):
+        classifier = timm.create_model(pyramid.name, in_chans=pyramid.in_chans)
+    names = {_flat(key): key for key in classifier.state_dict()}
+    tensors = pyramid.net.state_dict()
+    return {names.get(_flat(key), key): value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def _by_flat_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_flat(key): value for key, value in tensors.items()}
+
+
+# what training scripts and this package's own modules put before the names of a network
+_PREFIXES = ("module.", "model.", "detector.", "classifier.net.", "backbone.", "body.", "net.")
 
 
 def _flat(key: str) -> str:
-    for prefix in ("module.", "model.", "backbone.", "net."):
-        key = key.removeprefix(prefix)
+    while found := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), ""):
+        key = key.removeprefix(found)
     return key.replace(".", "_")

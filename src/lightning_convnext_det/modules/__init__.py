@@ -1,9 +1,18 @@
-"""LightningModules, one for each detector."""
+"""LightningModules, one for each detector, and one for classifiers."""
 
 from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
-from lightning_convnext_det.modules.checkpoint import load_module
+from lightning_convnext_det.modules.checkpoint import load_classifier, load_module
+from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 
-__all__ = ["CascadeRCNNModule", "DeformableDETRModule", "DetectionModule", "FasterRCNNModule", "load_module"]
+__all__ = [
+    "CascadeRCNNModule",
+    "ClassifierModule",
+    "DeformableDETRModule",
+    "DetectionModule",
+    "FasterRCNNModule",
+    "load_classifier",
+    "load_module",
+]

@@ -8,13 +8,15 @@ import torch
 
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
+from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 
-MODULES: dict[str, type[DetectionModule]] = {
+DETECTORS: dict[str, type[DetectionModule]] = {
     module.__name__: module for module in (FasterRCNNModule, CascadeRCNNModule, DeformableDETRModule)
 }
+MODULES: dict[str, type[DetectionModule] | type[ClassifierModule]] = {**DETECTORS, "ClassifierModule": ClassifierModule}
 
 
 # a checkpoint is a mapping of unrelated sections; the ones used here are checked before they are used
@@ -45,11 +47,31 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_module(path: str | Path) -> DetectionModule:
-    """Build the module that a checkpoint describes, in evaluation mode, without network or data set.
+    """Build the detector's module that a checkpoint describes, in evaluation mode, without network or data set.
 
     Raises:
-        CheckpointError: if the file is not a checkpoint of this package or its weights do not fit its description.
+        CheckpointError: if the file is not a checkpoint of this package, or of a classifier, or its weights do not fit
+            its description.
     """
+    module = _load(path)
+    if not isinstance(module, DetectionModule):
+        raise CheckpointError(f"[LCD-K013] {path} holds a classifier; load_classifier reads it")
+    return module
+
+
+def load_classifier(path: str | Path) -> ClassifierModule:
+    """Build the classifier's module that a checkpoint describes, in evaluation mode, without network or data set.
+
+    Raises:
+        CheckpointError: as for `load_module`.
+    """
+    module = _load(path)
+    if not isinstance(module, ClassifierModule):
+        raise CheckpointError(f"[LCD-K013] {path} holds a detector; load_module reads it")
+    return module
+
+
+def _load(path: str | Path) -> DetectionModule | ClassifierModule:
     content = read_checkpoint(path)
     parameters = {**content["hyper_parameters"], "pretrained_backbone": False, "backbone_weights": None}
     try:

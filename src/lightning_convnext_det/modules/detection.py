@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.errors import CheckpointError, DataError
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.evaluation import FIGURES, DetectionEvaluator
-from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule
+from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
 from lightning_convnext_det.types import Detection, Target
 
 _logger = logging.getLogger(__name__)
@@ -63,12 +63,7 @@ class DetectionModule(OptimizedModule):
         for name, values in (("class_names", class_names), ("category_ids", category_ids)):
             if values is not None and len(values) != num_classes:
                 raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
-        if schedule == "step" and not milestones:
-            raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
-        if layer_decay is not None and not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
-        if lr_batch_size is not None and lr_batch_size < 1:
-            raise ValueError(f"lr_batch_size is {lr_batch_size}; it counts pictures and must be at least 1")
+        check_rates(self.hparams)
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
         self.category_ids = list(category_ids) if category_ids is not None else list(range(num_classes))
@@ -93,7 +88,7 @@ class DetectionModule(OptimizedModule):
             if self.hparams.get("class_names") is None and len(names) == self.num_classes:
                 self._set_classes(names, ids)
             elif names != self.class_names:
-                raise DataError(f"[LCD-D120] {_difference(self.class_names, names)}")
+                raise DataError(f"[LCD-D120] {class_difference(self.class_names, names)}")
         transform = getattr(self.detector, "transform", None)
         if stage == "fit" and transform is not None:
             transform.resize_in_training = not getattr(data, "resizes", False)
@@ -184,10 +179,11 @@ class DetectionModule(OptimizedModule):
         """Refuse weights that were trained on other classes."""
         names = checkpoint.get("hyper_parameters", {}).get("class_names")
         if names is not None and list(names) != self.class_names:
-            raise CheckpointError(f"[LCD-D120] {_difference(list(names), self.class_names)}")
+            raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
 
 
-def _difference(trained: list[str], given: list[str]) -> str:
+def class_difference(trained: list[str], given: list[str]) -> str:
+    """Say how the classes of a data set differ from those of a network."""
     for i, (a, b) in enumerate(zip(trained, given, strict=False)):
         if a != b:
             return f"the network's class {i} is '{a}', the data set's is '{b}'; use the classes it was trained on"

@@ -1,7 +1,7 @@
 """Optimizer, parameter groups and schedule, the same for detectors and classifiers."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -31,6 +31,7 @@ class OptimizedModule(pl.LightningModule):
 
     default_backbone_lr_factor = 1.0
     default_gradient_clip: float | None = None
+    monitor = "val/map"  # the figure that makes a checkpoint the best one
     _layers: Layers | None = None
 
     @property
@@ -160,6 +161,21 @@ class OptimizedModule(pl.LightningModule):
             return 1.0
 
         return factor
+
+
+def check_rates(options: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters of the optimization that make no sense.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    layer_decay, lr_batch_size = options["layer_decay"], options["lr_batch_size"]
+    if options["schedule"] == "step" and not options["milestones"]:
+        raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
+    if lr_batch_size is not None and lr_batch_size < 1:
+        raise ValueError(f"lr_batch_size is {lr_batch_size}; it counts pictures and must be at least 1")
 
 
 def format_groups(groups: list[dict[str, Any]]) -> str:

@@ -1,0 +1,309 @@
+"""Pictures in one folder per class, for training and evaluating classifiers."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_convnext_det.data.dataset import find_pictures
+from lightning_convnext_det.data.images import read_image
+from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader
+from lightning_convnext_det.data.pictures import picture_names
+from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
+from lightning_convnext_det.data.transforms import seeded
+from lightning_convnext_det.errors import DataError
+
+Stage = Literal["train", "val", "test"]
+_SPLITS: dict[Stage, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test",),
+}
+
+
+class LabeledPicture(TypedDict, total=False):
+    """A picture and what it shows."""
+
+    image: Tensor
+    """uint8 [3, H, W]."""
+    label: int
+    file_name: str
+
+
+class ImageFolderDataset(Dataset[LabeledPicture | list[LabeledPicture]]):
+    """Pictures with labels, or without for prediction.
+
+    Indexed by a picture's number or by ``(epoch, number)``, or by a list of either. What the transform draws is a
+    function of seed, epoch and number.
+
+    Args:
+        files: the pictures; turned upright by their EXIF orientation.
+        labels: as many, or None.
+        transform: from a Pillow picture to uint8 [3, H, W].
+        seed: of the transform.
+    """
+
+    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, transform: Any, seed: int = 0) -> None:
+        self.files = np.array([str(file) for file in files])
+        self.labels = None if labels is None else np.array(labels)
+        self.transform = transform  # timm's transforms have no common type
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: int | Key | list[int] | list[Key]) -> LabeledPicture | list[LabeledPicture]:
+        """Read and transform a picture, or several.
+
+        Raises:
+            DataError: if a picture cannot be read.
+        """
+        if isinstance(key, list):
+            return [self[one] for one in key]  # type: ignore[misc]  # of one key comes one picture
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        file = str(self.files[index])
+        picture = Image.fromarray(read_image(file, upright=True).permute(1, 2, 0).contiguous().numpy())
+        with _seeded_everything(self.seed, epoch, index):
+            sample: LabeledPicture = {"image": self.transform(picture), "file_name": file}
+        if self.labels is not None:
+            sample["label"] = int(self.labels[index])
+        return sample
+
+
+class ImageFolderDataModule(LightningDataModule):
+    """Pictures in one folder per class for a ``Trainer``: ``ROOT/train/CLASS/*.jpg``, or ``ROOT/CLASS/*.jpg``.
+
+    Where there is no folder ``val``, a part of the training pictures is set aside. Testing uses ``test``, else
+    validation. Training pictures are changed by timm, and evaluation pictures cut as timm does.
+
+    Args:
+        root: folder of the data set.
+        train: folder of class folders to train on (default: found in ``root``).
+        val: folder of class folders to validate on (default: found in ``root``).
+        test: folder of class folders to test on (default: found in ``root``).
+        predict: pictures to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
+        image_size: side of the pictures in pixels.
+        batch_size: pictures per batch on each device.
+        num_workers: processes that read pictures; 0 reads in the training process.
+        scale: smallest and largest share of a training picture that is cut out.
+        ratio: narrowest and widest shape, width over height, of what is cut out.
+        horizontal_flip: share of the training pictures that are mirrored.
+        vertical_flip: share of the training pictures that are turned upside down.
+        color_jitter: change brightness, contrast and saturation of training pictures by up to this factor.
+        auto_augment: timm's name of an augmentation policy, e.g. 'rand-m9-mstd0.5-inc1' (default: none).
+        crop_pct: share of the resized picture that evaluation cuts out of its middle.
+        val_fraction: share of the training pictures to set aside where there is no validation split.
+        seed: of the order of the pictures, their random changes, and the pictures set aside.
+        drop_last: leave out the last batch of a training epoch if it is smaller than the others.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | list[str] | None = None,
+        image_size: int = 224,
+        batch_size: int = 32,
+        num_workers: int = 2,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (0.75, 4 / 3),
+        horizontal_flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        color_jitter: float = 0.4,
+        auto_augment: str | None = None,
+        crop_pct: float = 0.875,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or image_size < 1:
+            raise ValueError(f"batch_size is {batch_size} and image_size {image_size}; both must be at least 1")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
+        self.root, self.batch_size, self.num_workers, self.seed = root, batch_size, num_workers, seed
+        self.given: dict[Stage, str | None] = {"train": train, "val": val, "test": test}
+        self.predict = [predict] if isinstance(predict, str) else predict
+        self.val_fraction, self.drop_last = val_fraction, drop_last
+        self._changes = create_transform(
+            image_size, is_training=True, scale=scale, ratio=ratio, hflip=horizontal_flip, vflip=vertical_flip,
+            color_jitter=color_jitter, auto_augment=auto_augment, interpolation="random", normalize=False,
+        )  # fmt: skip
+        self._cut = create_transform(image_size, crop_pct=crop_pct, interpolation="bicubic", normalize=False)
+        self._splits: dict[Stage, tuple[list[Path], list[int]]] = {}
+        self._names: list[str] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the class folders, sorted."""
+        if self._names is None:
+            folder = self._folder("train") or self._folder("val") or self._folder("test")
+            if folder is None:
+                raise DataError("[LCD-D140] data.root is not given: name a folder with one folder per class")
+            self._names = _class_folders(folder)
+        return list(self._names)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The labels; folders have no ids of their own."""
+        return list(range(len(self.class_names)))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Batches by seed and epoch; their place in the epoch goes into Lightning's checkpoints."""
+        files, labels = self._split("train")
+        num_replicas, rank = self._replicas()
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        batches = TrainingBatches(
+            np.ones(len(files), dtype=np.bool_), self.batch_size, self.seed, shuffle, self.drop_last, num_replicas, rank
+        )
+        dataset = ImageFolderDataset(files, labels, self._changes, self.seed)
+        return _TrainingLoader(dataset, sampler=batches, batch_size=None, **self._options())
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        """Each validation picture once; an empty list if there are none."""
+        files, labels = self._split("val")
+        return self._evaluation_loader(files, labels) if files else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Each test picture once."""
+        return self._evaluation_loader(*self._split("test"))
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Pictures without labels.
+
+        Raises:
+            DataError: if no pictures are given or found.
+        """
+        if not self.predict:
+            raise DataError("[LCD-P001] data.predict is not given: name a picture, a folder or a pattern")
+        return self._evaluation_loader(find_pictures(self.predict), None)
+
+    def _evaluation_loader(self, files: list[Path], labels: list[int] | None) -> EvaluationLoader:
+        share = EvaluationShare(len(files), *self._replicas())
+        dataset = ImageFolderDataset(files, labels, self._cut)
+        return _EvaluationLoader(dataset, sampler=share, batch_size=self.batch_size, **self._options())
+
+    def _options(self) -> dict[str, Any]:  # of torch's DataLoader
+        return {
+            "collate_fn": _stack,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    def _replicas(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _folder(self, stage: Stage) -> Path | None:
+        if (given := self.given[stage]) is not None:
+            return _existing(Path(given))
+        if self.root is None:
+            return None
+        root = _existing(Path(self.root))
+        found = next((root / name for name in _SPLITS[stage] if (root / name).is_dir()), None)
+        if found is None and stage == "train" and not any((root / n).is_dir() for n in sum(_SPLITS.values(), ())):
+            return root
+        return found
+
+    def _split(self, stage: Stage) -> tuple[list[Path], list[int]]:
+        if stage not in self._splits:
+            folder = self._folder(stage)
+            if folder is not None:
+                self._splits[stage] = _read_folder(folder, self.class_names)
+                if stage == "train" and self._folder("val") is None:
+                    self._set_aside()
+            elif stage == "train":
+                raise DataError("[LCD-D140] data.root holds no folder 'train' with one folder per class")
+            elif stage == "val":
+                self._split("train")
+            else:
+                self._splits["test"] = self._split("val")
+        return self._splits[stage]
+
+    def _set_aside(self) -> None:
+        files, labels = self._splits["train"]
+        order = np.random.default_rng(self.seed).permutation(len(files))
+        count = round(self.val_fraction * len(files))
+        for stage, rows in (("val", sorted(order[:count])), ("train", sorted(order[count:]))):
+            self._splits[stage] = [files[i] for i in rows], [labels[i] for i in rows]  # type: ignore[index]
+
+
+class _EvaluationLoader(EvaluationLoader):
+    unpack = staticmethod(lambda batch: batch)  # stacked pictures need no unpacking
+
+
+class _TrainingLoader(TrainingLoader):
+    unpack = staticmethod(lambda batch: batch)
+
+
+def _stack(samples: Sequence[LabeledPicture]) -> dict[str, Tensor | list[str]]:
+    batch: dict[str, Tensor | list[str]] = {
+        "images": torch.stack([sample["image"] for sample in samples]),
+        "file_names": [sample["file_name"] for sample in samples],
+    }
+    if samples and "label" in samples[0]:
+        batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+    return batch
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"[LCD-D140] {folder}: there is no such folder")
+    return folder
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        found = ", ".join(names) or "none"
+        raise DataError(f"[LCD-D140] {folder} holds fewer than two class folders: {found}")
+    return names
+
+
+def _read_folder(folder: Path, class_names: list[str]) -> tuple[list[Path], list[int]]:
+    names = _class_folders(folder)
+    if unknown := [name for name in names if name not in class_names]:
+        raise DataError(f"[LCD-D140] {folder / unknown[0]} is no class of the training pictures")
+    files: list[Path] = []
+    labels: list[int] = []
+    for name in names:
+        found = [folder / name / picture for picture in picture_names(folder / name)]
+        if not found:
+            raise DataError(f"[LCD-D140] {folder / name} holds no pictures")
+        files += found
+        labels += [class_names.index(name)] * len(found)
+    return files, labels
+
+
+@contextmanager
+def _seeded_everything(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed torch, and Python's and numpy's generators, which timm's transforms draw from, and put them back."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the generator that timm uses
+    with seeded(seed, epoch, index):
+        number = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

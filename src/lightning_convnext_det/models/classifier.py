@@ -1,0 +1,218 @@
+"""Classifiers: any timm network, with its preprocessing and the names of its classes.
+
+A `Classifier` takes pictures as the detectors do, uint8 or floats in 0..1, and normalises them itself. `classify` and
+`extract_features` take a picture of any size and prepare it as timm does for evaluation.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from lightning_convnext_det.models.backbone import check_fetchable, load_classifier_weights
+
+
+class Classification(NamedTuple):
+    """A class and how sure the network is of it."""
+
+    name: str
+    score: float
+    """Softmax probability, 0 ... 1."""
+    label: int
+
+
+class Features(NamedTuple):
+    """What a network sees in a picture."""
+
+    maps: list[Tensor]
+    """One map [C, H, W] for each stage, the finest first; for ConvNeXt at strides 4, 8, 16 and 32."""
+    pooled: Tensor
+    """What the classifier's last layer sees, [C]."""
+
+
+class Classifier(nn.Module):
+    """A timm classifier that normalises its pictures and knows its classes.
+
+    Args:
+        name: timm name, e.g. ``convnext_tiny`` or ``convnext_tiny.in12k_ft_in1k``.
+        num_classes: classes; if not given, those of the pretrained weights, 1000 for most.
+        pretrained: fetch timm's pretrained weights, or take them from its cache.
+        weights: a local weight file instead: a checkpoint of this package, of timm, a state dict or safetensors. The
+            last layer is taken over if it has as many classes.
+        class_names: names in order of label (default: ImageNet's where the number of classes tells).
+        in_chans: channels of the pictures.
+        drop_rate: dropout before the last layer.
+        drop_path_rate: stochastic depth; 0 leaves the network's own default.
+        image_size: side in pixels that pictures are cut to in evaluation (default: as the weights were tested).
+        channels_last: memory format of the convolutions.
+
+    Raises:
+        ValueError: if the name is unknown or the names are not as many as the classes.
+        WeightsError: if weights cannot be fetched or read, or belong to another network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int | None = None,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        image_size: int | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_name(name)
+        if pretrained and weights is None:
+            check_fetchable(name)
+        options: dict[str, float] = {"in_chans": in_chans, "drop_rate": drop_rate}
+        options |= {} if num_classes is None else {"num_classes": num_classes}
+        options |= {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+        self.name = name
+        self.net: nn.Module = timm.create_model(name, pretrained=pretrained and weights is None, **options)
+        self.num_classes = int(self.net.num_classes)
+        if weights is not None:
+            load_classifier_weights(self.net, weights, name)
+        self.class_names = list(_names(self.net, self.num_classes) if class_names is None else class_names)
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names, but '{name}' has {self.num_classes} classes")
+        config = resolve_data_config({"img_size": image_size} if image_size else {}, model=self.net, use_test_size=True)
+        self.image_size: int = int(config["input_size"][-1])
+        self.image_mean, self.image_std = tuple(config["mean"]), tuple(config["std"])
+        self._prepare = create_transform(**{**config, "input_size": config["input_size"]}, normalize=False)
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits [B, num_classes] from pictures [B, C, H, W], uint8 or floats in 0..1."""
+        logits: Tensor = self.net(self.normalize(images))
+        return logits
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Shift and scale pictures [..., C, H, W], uint8 or floats in 0..1, as the weights expect."""
+        values = images.float() / 255 if images.dtype == torch.uint8 else images
+        mean, std = (values.new_tensor(x)[:, None, None] for x in (self.image_mean, self.image_std))
+        return (values - mean) / std
+
+    def prepare(self, image: Image.Image | Tensor) -> Tensor:
+        """Resize and cut a picture as timm does for evaluation.
+
+        Args:
+            image: a Pillow picture, or a tensor [3, H, W], uint8 or floats in 0..1.
+
+        Returns:
+            uint8 [3, image_size, image_size].
+        """
+        if isinstance(image, Tensor):
+            pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+            picture: Image.Image = F.to_pil_image(pixels.cpu())
+        else:
+            picture = image
+        prepared: Tensor = self._prepare(picture.convert("RGB"))
+        return prepared
+
+
+def list_classifiers(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """List timm's classifiers that match a shell pattern such as ``convnext*``; or the tags of pretrained weights."""
+    names = timm.list_models(pattern, pretrained=pretrained)
+    return list(names)
+
+
+def create_classifier(
+    name: str,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    *,
+    weights: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    drop_path_rate: float = 0.0,
+) -> Classifier:
+    """Build a classifier in evaluation mode, see `Classifier` for the arguments."""
+    classifier = Classifier(
+        name, num_classes, pretrained, weights=weights, class_names=class_names, drop_path_rate=drop_path_rate
+    )
+    return classifier.eval()
+
+
+@torch.no_grad()
+def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: int = 1) -> list[Classification]:
+    """Name what a picture shows.
+
+    Args:
+        model: in evaluation mode.
+        image: a file, a Pillow picture, or a tensor [3, H, W], uint8 or floats in 0..1, of any size.
+        top: how many classes to return.
+
+    Returns:
+        The most probable classes, the best first.
+    """
+    batch = model.prepare(_opened(image))[None].to(_device(model))
+    scores, labels = model(batch).float().softmax(-1)[0].topk(min(top, model.num_classes))
+    return [
+        Classification(model.class_names[label], score, label)
+        for score, label in zip(scores.tolist(), labels.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def extract_features(model: Classifier, image: Image.Image | Tensor | str | Path) -> Features:
+    """Compute the maps of every stage and the pooled vector of a picture.
+
+    Args:
+        model: in evaluation mode.
+        image: as for `classify`.
+
+    Raises:
+        ValueError: if the network is of a family that has no maps to show.
+    """
+    if not hasattr(model.net, "forward_intermediates"):
+        raise ValueError(f"'{model.name}' does not give its intermediate maps; ConvNeXt and ResNet do")
+    batch = model.normalize(model.prepare(_opened(image))[None].to(_device(model)))
+    final, maps = model.net.forward_intermediates(batch)  # type: ignore[operator]
+    pooled = model.net.forward_head(final, pre_logits=True)  # type: ignore[operator]
+    return Features([x[0] for x in maps], pooled[0])
+
+
+def _opened(image: Image.Image | Tensor | str | Path) -> Image.Image | Tensor:
+    if isinstance(image, str | Path):
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    return image
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_name(name: str) -> None:
+    architecture = name.split(".")[0]
+    if timm.is_model(architecture):
+        return
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "list_classifiers() lists them"
+    raise ValueError(f"classifier '{name}' is not a timm model; {hint}")
+
+
+def _names(net: nn.Module, num_classes: int) -> list[str]:
+    """ImageNet's names where the number of classes says which ImageNet it is, else numbers."""
+    subset = infer_imagenet_subset(net)
+    if subset is None:
+        return [str(i) for i in range(num_classes)]
+    info = ImageNetInfo(subset)
+    return [str(info.index_to_description(i)) for i in range(num_classes)]
+
+
+def imagenet_synsets(num_classes: int) -> list[str]:
+    """The names of ImageNet's folders in order of label, such as ``n01440764``; empty if it is not an ImageNet."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return [] if subset is None else list(ImageNetInfo(subset).label_names())
