@@ -98,7 +98,8 @@ def time_detector(options: Namespace) -> None:
     torch.manual_seed(0)
     detector = create_detector("fasterrcnn_convnext_tiny_fpn", num_classes=80).to(options.device)
     images = [torch.rand(3, 480, 640, device=options.device) for _ in range(2)]
-    boxes = create_boxes(10, 480, 640).clamp(0, 480).to(options.device)
+    boxes = torchvision.ops.clip_boxes_to_image(create_boxes(20, 480, 640), (480, 640))
+    boxes = boxes[torchvision.ops.remove_small_boxes(boxes, 8)][:10].to(options.device)
     targets = [{"boxes": boxes, "labels": torch.arange(10, device=options.device)} for _ in images]
     names = detector.roi_heads.box_roi_pool.featmap_names
     poolers: dict[str, nn.Module] = {
