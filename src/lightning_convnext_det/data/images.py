@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from lightning_convnext_det.data.png import check_chunks, find_late_exif
 from lightning_convnext_det.data.table import UnreadableError
 
 MAX_PIXELS = 89_478_485  # 256 MiB as RGB; equals Pillow's MAX_IMAGE_PIXELS
@@ -99,10 +100,12 @@ def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIX
         UnreadableError: a DataError, if the file is missing, damaged, no picture, too large, too narrow, or has pixels
             that are not colours, such as floats.
     """
-    with _opened(path, max_pixels) as (image, header):
+    with _opened(path, max_pixels) as (image, header, file):
         if header.animated:
             _warn_once("LCD-I014", path, "has several frames; the first is used")
         try:
+            if header.format == "PNG":
+                check_chunks(file)
             image.load()
         except MemoryError:
             raise
@@ -118,7 +121,7 @@ def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     Raises:
         UnreadableError: a DataError, if the file is missing, no picture, too large or too narrow.
     """
-    with _opened(path, max_pixels) as (_, header):
+    with _opened(path, max_pixels) as (_, header, _):
         return header
 
 
@@ -154,8 +157,8 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader]]:
-    """An identified picture whose size is acceptable."""
+def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader, BinaryIO]]:
+    """An identified picture whose size is acceptable, and its file."""
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the with below, apart from errors of the opening itself
     except FileNotFoundError as error:
@@ -167,7 +170,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, Im
         with image:
             _check_size(header.size, path, max_pixels)
             _check_mode(header.mode, path)
-            yield image, header
+            yield image, header, file
 
 
 def _identified(file: BinaryIO, path: str | Path) -> tuple[Image.Image, ImageHeader]:
@@ -261,8 +264,7 @@ def _oriented(pixels: Tensor, orientation: int) -> Tensor:
 def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
     """The orientation that a picture states, in EXIF or else in XMP, without Pillow's warnings about damaged blocks.
 
-    Pillow's own ``getexif`` decodes a whole PNG to look for a block behind the pixels; with ``file`` only the chunk
-    heads are read.
+    With ``file`` also a block behind the pixels of a PNG is found.
     """
     if image.format == "TIFF":  # Pillow's decoder turns it, and gives the size after that
         return 1
@@ -271,7 +273,7 @@ def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
         digits = "".join(str(image.info["Raw profile type exif"]).split("\n")[3:])
         exif = bytes.fromhex(digits) if re.fullmatch(r"(?:[0-9a-fA-F]{2}|\s)*", digits) else b""
     if not exif and image.format == "PNG" and file is not None:
-        exif = _late_png_exif(file)
+        exif = find_late_exif(file)
     orientation = _exif_orientation(exif) if isinstance(exif, bytes) else None
     if orientation is None:
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
@@ -298,23 +300,6 @@ def _exif_orientation(exif: bytes) -> int | None:
     except struct.error:
         return None
     return None
-
-
-def _late_png_exif(file: BinaryIO) -> bytes:
-    """The EXIF chunk that stands behind the pixels of a PNG; the position in the file is kept."""
-    position = file.tell()
-    try:
-        file.seek(8)
-        behind_pixels = False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            behind_pixels = behind_pixels or kind == b"IDAT"
-            if kind == b"eXIf" and behind_pixels:
-                return file.read(min(length, 1 << 20))
-            file.seek(length + 4, 1)  # content and checksum
-        return b""
-    finally:
-        file.seek(position)
 
 
 def _warn_once(code: str, name: str | Path, reason: str) -> None:
