@@ -228,23 +228,28 @@ def _plain(value: Any) -> Any:  # any value of a configuration
 def _named_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Read the checkpoint that the command line or a configuration file names."""
     path = _option(arguments, ("--ckpt_path",))
-    config = _option(arguments, ("--config", "-c"))
-    if path is None and config is not None and Path(config).is_file():
-        content = yaml.safe_load(Path(config).read_text())
-        path = content.get("ckpt_path") if isinstance(content, dict) else None
-    if path is None or path in ("null", "best", "last", "hpc", "registry"):  # Lightning's own words
+    path = _configuration(arguments).get("ckpt_path") if path is None else path
+    if not isinstance(path, str) or path in ("null", "best", "last", "hpc", "registry"):  # Lightning's own words
         return None
     return read_checkpoint(path)
 
 
 def _configured_model(arguments: Sequence[str]) -> str:
     """The class of the model that a configuration file names; empty if it names none."""
+    model = _configuration(arguments).get("model")
+    return str(model.get("class_path", "")) if isinstance(model, dict) else ""
+
+
+def _configuration(arguments: Sequence[str]) -> dict[str, Any]:
+    """The content of the configuration file given; empty if it cannot be read, of which the parser will say why."""
     config = _option(arguments, ("--config", "-c"))
     if config is None or not Path(config).is_file():
-        return ""
-    content = yaml.safe_load(Path(config).read_text())
-    model = content.get("model") if isinstance(content, dict) else None
-    return str(model.get("class_path", "")) if isinstance(model, dict) else ""
+        return {}
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _option(arguments: Sequence[str], names: Sequence[str]) -> str | None:

@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {reason}") from None
     section = content.get(FORMAT) if isinstance(content, dict) else None
-    if not isinstance(section, dict) or section.get("module") not in MODULES:
+    if not isinstance(section, dict) or str(section.get("module")) not in MODULES:
         raise CheckpointError(
             f"[LCD-K001] {path} is not a checkpoint of this package; "
             "weights from elsewhere need convnext-det import-weights"
@@ -46,14 +46,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def load_module(path: str | Path) -> DetectionModule:
+def load_module(path: str | Path, **options: Any) -> DetectionModule:
     """Build the detector's module that a checkpoint describes, in evaluation mode, without network or data set.
+
+    Args:
+        path: a local file.
+        options: arguments of the module that win over the checkpoint's.
 
     Raises:
         CheckpointError: if the file is not a checkpoint of this package, or of a classifier, or its weights do not fit
             its description.
     """
-    module = _load(path)
+    module = build_module(path, **options)
     if not isinstance(module, DetectionModule):
         raise CheckpointError(f"[LCD-K013] {path} holds a classifier; load_classifier reads it")
     return module
@@ -65,15 +69,16 @@ def load_classifier(path: str | Path) -> ClassifierModule:
     Raises:
         CheckpointError: as for `load_module`.
     """
-    module = _load(path)
+    module = build_module(path)
     if not isinstance(module, ClassifierModule):
         raise CheckpointError(f"[LCD-K013] {path} holds a detector; load_module reads it")
     return module
 
 
-def _load(path: str | Path) -> DetectionModule | ClassifierModule:
+def build_module(path: str | Path, **options: Any) -> DetectionModule | ClassifierModule:
+    """Build what a checkpoint describes, detector or classifier; see `load_module`."""
     content = read_checkpoint(path)
-    parameters = {**content["hyper_parameters"], "pretrained_backbone": False, "backbone_weights": None}
+    parameters = {**content["hyper_parameters"], **options, "pretrained_backbone": False, "backbone_weights": None}
     try:
         module = MODULES[content[FORMAT]["module"]](**parameters)
         module.load_state_dict(content["state_dict"])

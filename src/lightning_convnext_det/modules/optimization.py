@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from lightning_convnext_det.modules.layer_decay import Layers, find_layers
+from lightning_convnext_det.modules.loading import LoadableModule
 
 # beside all that has one dimension: norms, most layer scales, GRN
 _EXEMPT = re.compile(r"(\.bias|pos_embed|relative_position_bias_table|\.gamma|layer_scale\w*)$")
@@ -26,7 +26,7 @@ class Backbone(NamedTuple):
     """How the names of its parameters begin in the whole network, with a dot at the end or empty."""
 
 
-class OptimizedModule(pl.LightningModule):
+class OptimizedModule(LoadableModule):
     """A LightningModule whose hyper-parameters say how its network learns; the subclass says what network."""
 
     default_backbone_lr_factor = 1.0
