@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all test-xla lint types clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -16,12 +16,23 @@ demo: .venv/ready
 	$(BIN)/convnext-det demo
 
 test: lint types .venv/ready
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu and not xla"
 
 # also the slow tests, and live comparison with birder and transformers
 test-all: lint types .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,parity]'
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not xla"
+	$(MAKE) test-xla
+
+# torch_xla follows torch with a delay, so it gets an environment of its own: 8 GB; without a TPU it runs on the CPU
+.venv-xla/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/pip install --quiet --disable-pip-version-check "torch==2.9.*" "torchvision==0.24.*" "torch_xla==2.9.*"
+	.venv-xla/bin/pip install --quiet --disable-pip-version-check --editable . pytest hypothesis
+	touch $@
+
+test-xla: .venv-xla/ready
+	PJRT_DEVICE=$${PJRT_DEVICE:-CPU} .venv-xla/bin/pytest -m xla -s tests/test_xla.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -31,4 +42,4 @@ types: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-xla runs demo .pytest_cache .mypy_cache .ruff_cache

@@ -374,3 +374,11 @@ def test_two_processes__each_picture_once(coco: Path, tmp_path: Path) -> None:
     assert few["train0"] == few["train1"]
     assert few_second["train0"] == few_second["train1"]
     assert not set(ids(few, "train0")) & set(ids(few_second, "train0"))
+
+
+def test_transfer_batch_to_device__xla_gets_nothing_of_varying_size() -> None:
+    data = DetectionDataModule("anywhere")
+    batch = ([torch.zeros(3, 4, 5)], [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1, dtype=torch.int64)}])
+    (image,), (target,) = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert image.device.type == target["boxes"].device.type == "meta"
+    assert data.transfer_batch_to_device(batch, torch.device("xla"), 0) is batch

@@ -387,3 +387,49 @@ def test_deformable_detr__targets_are_checked() -> None:
         detector(pictures())
     with pytest.raises(DataError, match=r"LCD-D110\] label 3 in image 0"):
         detector(pictures()[:1], [target([[1, 1, 9, 9]], [3])])
+
+
+def test_deformable_detr__fixed_size_computes_what_padding_by_hand_does() -> None:
+    torch.manual_seed(0)
+    fixed = tiny(fixed_size=[160, 192], objects_multiple=5)
+    perturb(fixed)
+    free = tiny(independent_pictures=False)
+    free.load_state_dict(fixed.state_dict())
+    images = pictures()
+    batch, sizes, _ = fixed.transform(images)
+    assert batch.shape == (3, 3, 160, 192)
+    assert sizes == [(96, 129), (140, 96), (96, 96)]
+    # an empty picture of the fixed size beside the others makes the other network pad to it
+    frame = torch.zeros(3, 3, 160, 192)
+    frame[:] = batch
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fixed.predict(batch, sizes).decoder, free.predict(frame, sizes).decoder, atol=1e-5, rtol=0
+        )
+    ours, theirs = fixed.train()(images, targets()), free.train()(images, targets())
+    assert ours.keys() == theirs.keys()
+    assert all(loss.isfinite() for loss in ours.values())
+
+
+def test_deformable_detr__fixed_size_of_full_pictures_is_masked_all_the_same() -> None:
+    detector = tiny(fixed_size=[96, 96]).eval()
+    levels = detector.levels(detector.backbone, torch.rand(1, 3, 96, 96), [(96, 96)])
+    assert levels.padding is not None
+    assert not levels.padding.any()
+
+
+def test_deformable_detr__losses_do_not_depend_on_filling_up() -> None:
+    torch.manual_seed(0)
+    one, other = tiny(), tiny(objects_multiple=16)
+    perturb(one)
+    other.load_state_dict(one.state_dict())
+    images = pictures()
+    for place in (slice(None), slice(1, 2)):  # also a picture without objects
+        expected = one.train()(images[place], targets()[place])
+        found = other.train()(images[place], targets()[place])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_deformable_detr__fixed_size_must_suit_the_strides() -> None:
+    with pytest.raises(ValueError, match=r"fixed_size is \[100, 96\]; expected \(height, width\), multiples of 32"):
+        tiny(fixed_size=[100, 96])

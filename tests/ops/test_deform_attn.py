@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from lightning_convnext_det.ops import deform_attn
 from lightning_convnext_det.ops.deform_attn import attention_by_grid_sample, multi_scale_deformable_attention
 from lightning_convnext_det.ops.deform_attn_gather import attention_by_gather
+from lightning_convnext_det.ops.deform_attn_indexed import attention_by_indexing
 from tests.ops.samples import Arguments, attend_in_a_loop, attention_arguments
 
-PATHS = [attention_by_grid_sample, attention_by_gather]
+FAST = [attention_by_gather, attention_by_indexing]
+PATHS = [attention_by_grid_sample, *FAST]
 CASES = {
     "one level": {"shapes": [(5, 7)]},
     "four levels": {"shapes": [(16, 11), (8, 6), (4, 3), (2, 2)], "batch": 2, "heads": 3, "points": 4},
@@ -44,25 +46,27 @@ def test_multi_scale_deformable_attention__by_hand() -> None:
     torch.testing.assert_close(output.flatten(), torch.tensor([2.0, 5.0, 1.0, 0.0]))
 
 
+@pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_attention_by_gather__values_and_gradients_equal_the_reference(case: dict[str, object]) -> None:
+def test_multi_scale_deformable_attention__values_and_gradients_equal_the_reference(
+    case: dict[str, object], path: Callable[..., Tensor]
+) -> None:
     arguments = attention_arguments(**case)
     for ours, reference in zip(
-        _gradients(attention_by_gather, arguments), _gradients(attention_by_grid_sample, arguments), strict=True
+        _gradients(path, arguments), _gradients(attention_by_grid_sample, arguments), strict=True
     ):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5 * max(1.0, reference.abs().max().item()))
 
 
-def test_attention_by_gather__gradients_on_pixel_centres_and_edges() -> None:
+@pytest.mark.parametrize("path", FAST)
+def test_multi_scale_deformable_attention__gradients_on_pixel_centres_and_edges(path: Callable[..., Tensor]) -> None:
     # where the derivative jumps, and at the last place that still counts as inside
     x = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.5, 3.0, 3.5, 4.0]) / 4
     locations = torch.cartesian_prod(x, x).view(1, -1, 1, 1, 1, 2).requires_grad_()
     weights = torch.rand(1, 64, 1, 1, 1).requires_grad_()
     value = torch.randn(1, 16, 1, 3).requires_grad_()
     arguments: Arguments = value, [(4, 4)], locations, weights
-    torch.testing.assert_close(
-        _gradients(attention_by_gather, arguments), _gradients(attention_by_grid_sample, arguments)
-    )
+    torch.testing.assert_close(_gradients(path, arguments), _gradients(attention_by_grid_sample, arguments))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -4,13 +4,13 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset, Sampler
 
-from lightning_convnext_det.data.batch import pack
+from lightning_convnext_det.data.batch import Batch, pack
 from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
 from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader
 from lightning_convnext_det.data.pictures import Exif
@@ -221,6 +221,12 @@ class DetectionDataModule(LightningDataModule):
         files = find_pictures(self.predict)
         share = EvaluationShare(len(files), *self._replicas())
         return self._loader(PictureLoader, PictureDataset(files), share, self.batch_size)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch; not to an XLA device, which would compile anew for each picture's size: the detector does."""
+        if device.type == "xla":
+            return batch
+        return cast(Batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
     def _evaluation_loader(self, table: DetectionTable) -> EvaluationLoader:
         dataset = DetectionDataset(table, training=False)

@@ -32,7 +32,7 @@ class Predictions(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The objects of a batch, filled up to the largest number in a picture."""
+    """The objects of a batch, filled up to the same number for every picture."""
 
     boxes: Tensor
     """Boxes (centre x, centre y, width, height) in 0..1 of the picture, float32 [B, N, 4]."""
@@ -42,21 +42,33 @@ class Objects(NamedTuple):
     """How many of the N are real, per picture."""
 
     @classmethod
-    def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> "Objects":
-        """Put boxes [N, 4] (centre, size) and labels [N] of each picture into one tensor each."""
+    def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor], multiple: int = 1) -> "Objects":
+        """Put boxes [N, 4] (centre, size) and labels [N] of each picture into one tensor each.
+
+        Args:
+            boxes: of each picture.
+            labels: of each picture.
+            multiple: round the largest number of a picture up to a multiple of this, and to at least this if above 1.
+        """
         padded = nn.utils.rnn.pad_sequence([b.to(torch.float32) for b in boxes], batch_first=True, padding_value=0.5)
         indices = nn.utils.rnn.pad_sequence([x.to(torch.int64) for x in labels], batch_first=True)
-        return cls(padded, indices, [len(b) for b in boxes])
+        counts = [len(b) for b in boxes]
+        surplus = max(-max(counts) % multiple, multiple - max(counts) if multiple > 1 else 0)
+        padded, indices = F.pad(padded, (0, 0, 0, surplus), value=0.5), F.pad(indices, (0, surplus))
+        return cls(padded, indices, counts)
+
+    def to(self, device: torch.device) -> "Objects":
+        """Move the tensors."""
+        return Objects(self.boxes.to(device), self.labels.to(device), self.counts)
 
 
 class Matches(NamedTuple):
-    """Pairs of a prediction and an object, int64 [K] each."""
+    """The prediction that each object is matched with; of the same shape whatever is matched."""
 
-    layer: Tensor
-    picture: Tensor
     query: Tensor
-    target: Tensor
-    """Index of the object within its picture."""
+    """Int64 [layers, B, N], 0 where there is none."""
+    matched: Tensor
+    """Whether there is one, bool [layers, B, N]."""
 
 
 class SetCriterion(nn.Module):
@@ -140,10 +152,11 @@ class SetCriterion(nn.Module):
             _assign(part.reshape(cost.shape), objects.counts)
             for part, cost, (_, objects) in zip(np.split(packed, cut)[:-1], costs, sets, strict=True)
         ]
-        device = sets[0][0].logits.device
-        joined = torch.from_numpy(np.concatenate(pairs, 1)).to(device, non_blocking=True)
-        ends = np.cumsum([p.shape[1] for p in pairs])[:-1].tolist()
-        return [Matches(*part.unbind(0)) for part in joined.tensor_split(ends, 1)]
+        joined = np.concatenate([found.ravel() for found in pairs])
+        queries = torch.from_numpy(joined).to(sets[0][0].logits.device, non_blocking=True)
+        parts = torch.split(queries, [found.size for found in pairs])
+        shaped = [part.view(found.shape) for part, found in zip(parts, pairs, strict=True)]
+        return [Matches(query.clamp(min=0), query >= 0) for query in shaped]
 
     def matching_cost(self, predictions: Predictions, objects: Objects) -> Tensor:
         """Compute what it would cost to match every query with every object, float32 [layers, B, Q, N]."""
@@ -160,20 +173,14 @@ class SetCriterion(nn.Module):
 
     def _compare(self, predictions: Predictions, objects: Objects, pairs: Matches) -> dict[str, Tensor]:
         """Sum the losses of each layer over pictures, queries and classes, float32 [layers] each."""
-        layers = len(predictions.logits)
-        one_hot = torch.zeros_like(predictions.logits)
-        labels = objects.labels[pairs.picture, pairs.target]
-        one_hot[pairs.layer, pairs.picture, pairs.query, labels] = 1.0
-        focal = sigmoid_focal_loss(predictions.logits, one_hot, self.alpha, self.gamma)
-        boxes = predictions.boxes[pairs.layer, pairs.picture, pairs.query]  # [K, 4]
-        targets = objects.boxes[pairs.picture, pairs.target]
-        distance = (boxes - targets).abs().sum(1)
-        missed = 1 - generalized_iou(corners(boxes), corners(targets))
-        nothing = boxes.new_zeros(layers)
+        focal = sigmoid_focal_loss(predictions.logits, _one_hot(predictions, objects, pairs), self.alpha, self.gamma)
+        boxes = predictions.boxes.gather(2, pairs.query[..., None].expand(-1, -1, -1, 4))  # [layers, B, N, 4]
+        distance = (boxes - objects.boxes).abs().sum(-1)
+        missed = 1 - generalized_iou(corners(boxes), corners(objects.boxes))
         return {
             "classification": focal.flatten(1).sum(1),
-            "boxes": nothing.index_add(0, pairs.layer, distance),
-            "giou": nothing.index_add(0, pairs.layer, missed),
+            "boxes": (distance * pairs.matched).flatten(1).sum(1),
+            "giou": (missed * pairs.matched).flatten(1).sum(1),
         }
 
     def _warn_of_surplus(self, objects: Objects, num_queries: int) -> None:
@@ -213,14 +220,23 @@ def _area(sides: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
+def _one_hot(predictions: Predictions, objects: Objects, pairs: Matches) -> Tensor:
+    """1 for the class of the object that a query is matched with, else 0; float32 [layers, B, Q, C]."""
+    queries, classes = predictions.logits.shape[2:]
+    nowhere = queries * classes  # a place behind the last, for objects without a query: no shape depends on them
+    place = torch.where(pairs.matched, pairs.query * classes + objects.labels, nowhere)  # [layers, B, N]
+    flat = predictions.logits.new_zeros(*predictions.logits.shape[:2], nowhere + 1)
+    return flat.scatter(2, place, 1.0)[..., :-1].view(predictions.logits.shape)
+
+
 def _assign(cost: NDArray[np.float32], counts: list[int]) -> NDArray[np.int64]:
-    """Solve the assignment of every layer and picture. Rows layer, picture, query, object; int64 [4, K]."""
-    found = [np.empty((4, 0), np.int64)]
+    """Solve the assignment of every layer and picture: the query of each object, or -1; int64 [layers, B, N]."""
+    found = np.full((cost.shape[0], cost.shape[1], cost.shape[3]), -1, np.int64)
     for layer, per_picture in enumerate(cost):
         for picture, count in enumerate(counts):
             query, target = linear_sum_assignment(per_picture[picture, :, :count])
-            found.append(np.stack([np.full_like(query, layer), np.full_like(query, picture), query, target]))
-    return np.concatenate(found, 1)
+            found[layer, picture, target] = query
+    return found
 
 
 def _check_finite(flags: NDArray[np.float32], proposals: bool) -> None:
@@ -239,8 +255,8 @@ def _check_finite(flags: NDArray[np.float32], proposals: bool) -> None:
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """Average a number of objects over the ranks that train together; at least 1. Float32 scalar."""
-    total = torch.tensor(float(count), device=device)
+    """Average a number of objects over the ranks that train together; at least 1. Float32 [1]."""
+    total = torch.tensor([float(count)], device=device)  # XLA compiles anew for scalars that equal others in the graph
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()

@@ -73,6 +73,9 @@ class DeformableDETR(nn.Module):
         position_offset: 0.5 encodes the centre of every cell, as the paper's authors do; 0.0 its far edge, as birder.
         independent_pictures: keep a picture's result independent of its batch; else pad before the backbone, which is
             faster on GPUs where sizes differ.
+        fixed_size: (height, width) in pixels that every batch is padded to, after pictures are resized to fit into it:
+            for devices that compile anew for each shape, such as TPUs. Multiples of the largest stride.
+        objects_multiple: fill the objects of a picture up to a multiple of this, for the same devices.
         min_size: shorter side of the resized picture in pixels; of several, one is drawn per picture in training and
             the last is used in evaluation.
         max_size: limit of the longer side in pixels.
@@ -121,6 +124,8 @@ class DeformableDETR(nn.Module):
         auxiliary_losses: bool = True,
         position_offset: float = 0.5,
         independent_pictures: bool = True,
+        fixed_size: list[int] | None = None,
+        objects_multiple: int = 1,
         min_size: int | list[int] = 800,
         max_size: int = 1333,
         image_mean: Sequence[float] = IMAGENET_MEAN,
@@ -143,7 +148,10 @@ class DeformableDETR(nn.Module):
         self.nms, self.nms_threshold, self.soft_nms_sigma = nms, nms_threshold, soft_nms_sigma
         self.score_threshold = score_threshold
         self.detections_per_image = detections_per_image
-        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, size_divisible=max(strides))
+        self.objects_multiple = objects_multiple
+        self.transform = ImageTransform(
+            min_size, max_size, image_mean, image_std, size_divisible=max(strides), fixed_size=fixed_size
+        )
         self.backbone = TimmPyramid(
             backbone,
             pretrained=pretrained_backbone,
@@ -160,7 +168,12 @@ class DeformableDETR(nn.Module):
             _set_stem_eps(self.backbone, stem_eps)
         levels = len(self.backbone.channels) + extra_levels
         self.levels = PyramidLevels(
-            self.backbone.channels, extra_levels, hidden_dim, position_offset, independent_pictures
+            self.backbone.channels,
+            extra_levels,
+            hidden_dim,
+            position_offset,
+            independent_pictures=independent_pictures and not fixed_size,
+            always_masked=bool(fixed_size),
         ).to(memory_format=self.backbone.memory_format)
         encoder = (hidden_dim, num_heads, levels, encoder_points, feedforward_dim, dropout)
         decoder = (hidden_dim, num_heads, levels, decoder_points, feedforward_dim, dropout)
@@ -203,7 +216,8 @@ class DeformableDETR(nn.Module):
         """Compute the losses in training mode, the detections in evaluation mode.
 
         Args:
-            images: uint8 or float in 0..1, each [C, H, W] of its own size.
+            images: uint8 or float in 0..1, each [C, H, W] of its own size; resized where they are, then moved to the
+                device of the network. An XLA device would compile anew for each size: leave them on the CPU there.
             targets: the objects of each picture, in training.
 
         Returns:
@@ -214,17 +228,18 @@ class DeformableDETR(nn.Module):
             DataError: if a target has a box that is not finite or has no area, or a label out of range.
             DivergenceError: if logits or boxes are not finite.
         """
+        device = self.levels.embedding.device
         if not self.training:
             batch, sizes, _ = self.transform(images)
-            found = self.select(self.predict(batch, sizes), sizes)
+            found = self.select(self.predict(batch.to(device), sizes), sizes)
             return self._restore(found, sizes, images)
         if targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() to predict")
         check_targets(images, targets, self.num_classes)
         batch, sizes, moved = self.transform(images, targets)
-        outputs = self.predict(batch, sizes)
+        outputs = self.predict(batch.to(device), sizes)
         boxes = [_normalize(t["boxes"], size) for t, size in zip(moved, sizes, strict=True)]
-        objects = Objects.from_lists(boxes, [t["labels"] for t in moved])
+        objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple).to(device)
         decoder = outputs.decoder
         if not self.auxiliary_losses:
             decoder = Predictions(decoder.logits[-1:], decoder.boxes[-1:])
@@ -257,6 +272,8 @@ class DeformableDETR(nn.Module):
     def select(self, outputs: Outputs, sizes: list[tuple[int, int]]) -> list[Detection]:
         """Choose the best classes and boxes of the last layer, in pixels of pictures of ``sizes`` (height, width).
 
+        They are on the CPU where the network is on an XLA device.
+
         Raises:
             DivergenceError: if a score or box is not finite.
         """
@@ -264,6 +281,9 @@ class DeformableDETR(nn.Module):
         best = min(self.detections_per_image, logits[0].numel())
         scores, index = logits.sigmoid().flatten(1).topk(best)  # [B, best]
         boxes = corners(boxes).gather(1, (index // self.num_classes)[:, :, None].expand(-1, -1, 4))
+        if boxes.device.type == "xla":  # what follows has as many boxes as are found: not for a device of fixed shapes
+            packed = torch.cat([boxes, scores[..., None], index[..., None].to(boxes.dtype)], -1).cpu()
+            boxes, scores, index = packed[..., :4], packed[..., 4], packed[..., 5].to(torch.int64)
         boxes = boxes * boxes.new_tensor([[w, h, w, h] for h, w in sizes])[:, None]
         for name, values in (("scores", scores), ("boxes", boxes)):
             if not bool(values.isfinite().all()):

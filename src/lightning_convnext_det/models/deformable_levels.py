@@ -52,6 +52,7 @@ class PyramidLevels(nn.Module):
         position_offset: as `flatten_levels` takes it.
         independent_pictures: run backbone and projections, whose norms look at whole maps, on every picture without
             the padding that its neighbours need; else on the padded batch.
+        always_masked: mask padding also where there is none, so that all batches of a size are computed alike.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PyramidLevels(nn.Module):
         hidden_dim: int,
         position_offset: float,
         independent_pictures: bool,
+        always_masked: bool = False,
     ) -> None:
         super().__init__()
         layers = [nn.Conv2d(c, hidden_dim, 1) for c in channels]
@@ -70,6 +72,7 @@ class PyramidLevels(nn.Module):
         self.embedding = nn.Parameter(torch.empty(len(layers), hidden_dim))
         self.position_offset = position_offset
         self.independent_pictures = independent_pictures
+        self.always_masked = always_masked
         nn.init.normal_(self.embedding)
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -91,7 +94,8 @@ class PyramidLevels(nn.Module):
         by_level = zip(*seen.values(), strict=True)
         maps = [_assemble(list(parts), list(groups.values())) for parts in by_level]
         valid = None
-        if len(groups) > 1 or any(size != frame for size, frame in zip(sizes, frames, strict=True)):
+        padded = len(groups) > 1 or any(size != frame for size, frame in zip(sizes, frames, strict=True))
+        if padded or self.always_masked:
             valid = [[_fill(s, f, x) for x in seen[f]] for s, f in zip(sizes, frames, strict=True)]
         return flatten_levels(maps, valid, self.embedding, self.position_offset)
 

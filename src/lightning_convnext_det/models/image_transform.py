@@ -33,6 +33,7 @@ class ImageTransform(nn.Module):
         size_divisible: pad both sides to a multiple of this.
         resize: ``torchvision`` interpolates normalised pictures, ``opencv`` 8-bit ones to the same bits as OpenCV;
             floating point pictures are then rounded to 8 bits first.
+        fixed_size: (height, width) that every batch is padded to, after pictures are resized to fit into it.
 
     Attributes:
         resize_in_training: False when the data loader has chosen the sizes already (multi-scale crops, jitter).
@@ -46,6 +47,7 @@ class ImageTransform(nn.Module):
         image_std: Sequence[float] = IMAGENET_STD,
         size_divisible: int = 32,
         resize: Resize = "torchvision",
+        fixed_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -54,6 +56,11 @@ class ImageTransform(nn.Module):
             raise ValueError(f"min_size and max_size must be at least 1 pixel, got {min_size} and {max_size}")
         if len(image_mean) != len(image_std):
             raise ValueError(f"image_mean has {len(image_mean)} channels, image_std has {len(image_std)}")
+        if fixed_size and (len(fixed_size) != 2 or any(side < 1 or side % size_divisible for side in fixed_size)):
+            raise ValueError(
+                f"fixed_size is {list(fixed_size)}; expected (height, width), multiples of {size_divisible}"
+            )
+        self.fixed_size = tuple(fixed_size) if fixed_size else None
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.size_divisible = size_divisible
@@ -129,16 +136,21 @@ class ImageTransform(nn.Module):
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
         """Choose height and width that a picture of these sides is resized to; drawn, in training with several."""
-        if self.training and not self.resize_in_training:
+        if self.training and not self.resize_in_training and not self.fixed_size:
             return height, width
         choice = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
         scale = min(self.min_sizes[choice] / min(height, width), self.max_size / max(height, width))
+        if self.training and not self.resize_in_training:
+            scale = 1.0
+        if self.fixed_size:
+            scale = min(scale, self.fixed_size[0] / height, self.fixed_size[1] / width)
         rounding = 0.5 if self.resize == "opencv" else 0.0
         return max(1, int(height * scale + rounding)), max(1, int(width * scale + rounding))
 
     def _batch(self, images: list[Tensor]) -> Tensor:
         height = _round_up(max(x.shape[-2] for x in images), self.size_divisible)
         width = _round_up(max(x.shape[-1] for x in images), self.size_divisible)
+        height, width = self.fixed_size or (height, width)
         batch = images[0].new_zeros(len(images), len(self.image_mean), height, width)
         for slot, image in zip(batch, images, strict=True):
             slot[:, : image.shape[-2], : image.shape[-1]] = image

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159, equation 3) without a compile step.
 
-Three implementations with one meaning: `attention_by_grid_sample`, the plain reference, which every device, exporter
+Four implementations with one meaning: `attention_by_grid_sample`, the plain reference, which every device, exporter
 and tracer understands; the weighted gather of ``deform_attn_gather``, several times faster on a CPU, forward and
-backward; and the Triton kernel of ``deform_attn_triton`` for CUDA. `multi_scale_deformable_attention` takes the fastest
-that applies.
+backward; the Triton kernel of ``deform_attn_triton`` for CUDA; and ``deform_attn_indexed`` for XLA devices, which have
+no ``grid_sample``. `multi_scale_deformable_attention` takes the fastest that applies.
 
 Positions are those of ``grid_sample(align_corners=False, padding_mode="zeros")``: 0 and 1 are the outer edges of the
 map, the centre of pixel i lies at (i + 0.5) / width, and what lies outside reads as zero.
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_convnext_det.ops.deform_attn_gather import attention_by_gather
+from lightning_convnext_det.ops.deform_attn_indexed import attention_by_indexing
 
 
 def multi_scale_deformable_attention(
@@ -49,6 +50,8 @@ def multi_scale_deformable_attention(
     if torch.compiler.is_exporting() or torch._C._is_tracing():
         return attention_by_grid_sample(value, spatial_shapes, sampling_locations, attention_weights)
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    if value.device.type == "xla":
+        return attention_by_indexing(value, spatial_shapes, sampling_locations, attention_weights)
     if os.environ.get("DISABLE_CUSTOM_KERNELS") != "1":
         has_four_corners = min(min(shape) for shape in spatial_shapes) > 1
         if value.device.type == "cpu" and has_four_corners:
