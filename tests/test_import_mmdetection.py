@@ -11,10 +11,12 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from lightning_convnext_det.checkpoints import import_weights
 from lightning_convnext_det.cli import main
+from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.import_mmdetection import convert_mmdetection
 from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
-from lightning_convnext_det.modules import load_module
+from lightning_convnext_det.modules import load_module, start_module
+from lightning_convnext_det.modules.checkpoint import DETECTORS, save_module
 from lightning_convnext_det.predictor import Predictor
 
 from .models.goldens import GOLDENS, load_case, load_state_dict, needs_goldens
@@ -134,6 +136,50 @@ def test_import_weights__from_the_published_file_to_boxes(
     found = Predictor(module.detector, module.class_names)(case.image)
     torch.testing.assert_close(found["boxes"], case.golden["boxes"], atol=0.02, rtol=0)
     assert isinstance(module.detector, CascadeRCNN) == model.startswith("cascade")
+
+
+@pytest.mark.parametrize(
+    ("model", "stages"),
+    [("mask_rcnn_convnext_mini", [""]), ("cascade_rcnn_convnext_mini", [".stages.0", ".stages.1", ".stages.2"])],
+)
+def test_start_module__other_classes_keep_all_but_the_two_last_layers(
+    model: str, stages: list[str], tmp_path: Path
+) -> None:
+    converted = convert_mmdetection(load_state_dict(model), **MINI)
+    module = DETECTORS[converted.module](**converted.arguments)
+    module.detector.load_state_dict(converted.state_dict)
+    save_module(module, tmp_path / "imported.ckpt")
+    tuned = start_module(tmp_path / "imported.ckpt", 3, ["a", "b", "c"], lr=1e-3)
+    layers = [f"detector.roi_heads{s}.box_predictor.{x}." for s in stages for x in ("cls_score", "bbox_pred")]
+    for name, tensor in tuned.state_dict().items():
+        if name.startswith(tuple(layers)):
+            assert len(tensor) in (4, 16)
+        else:
+            assert torch.equal(tensor, module.state_dict()[name]), name
+    assert tuned.hparams["dialect"] == "mmdetection"
+    assert tuned.hparams["lr"] == 1e-3
+    assert tuned.training
+    again = start_module(tmp_path / "imported.ckpt", 80, module.class_names)
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())
+    # as many classes, but others
+    renamed_classes = start_module(tmp_path / "imported.ckpt", 80, [f"cell {i}" for i in range(80)]).state_dict()
+    assert not torch.equal(renamed_classes[f"{layers[0]}weight"], module.state_dict()[f"{layers[0]}weight"])
+
+
+def test_fit__starts_from_imported_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(load_state_dict("mask_rcnn_convnext_mini"), tmp_path / "published.pth")
+    destination = str(tmp_path / "imported.ckpt")
+    assert main(["import-weights", str(tmp_path / "published.pth"), destination, f"--backbone={MINI['backbone']}"]) == 0
+    data = write_synthetic_coco(tmp_path / "data", 2, 2)
+    small = ["--model.min_size=64", "--model.max_size=96", "--trainer.accelerator=cpu", "--data.num_workers=0"]
+    fit = ["fit", f"--data.root={data}", f"--start_from={destination}", "--trainer.fast_dev_run=true", *small]
+    assert main(fit) == 0
+    printed = capsys.readouterr().err
+    assert "imported.ckpt: 95 tensors kept, 4 begin anew for other classes" in printed
+    assert main(["test", *fit[1:]]) == 2
+    assert "--start_from begins the training of a detector" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"LCD-K002.*'detector.backbone.fpn.inner_blocks.0.0.weight' is missing"):
+        start_module(destination, 3, fpn_channels=16)
 
 
 def test_import_weights__other_detectors_of_mmdetection_are_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         FasterRCNNModule,
         load_classifier,
         load_module,
+        start_module,
     )
     from lightning_convnext_det.predictor import Predictor
 
@@ -55,6 +56,7 @@ __all__ = [
     "list_detectors",
     "load_classifier",
     "load_module",
+    "start_module",
 ]
 
 _HOMES = {
@@ -79,6 +81,7 @@ _HOMES = {
     "list_detectors": "models.zoo",
     "load_classifier": "modules",
     "load_module": "modules",
+    "start_module": "modules",
 }
 
 

@@ -30,7 +30,7 @@ from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.suppression import Suppression
 from lightning_convnext_det.models.zoo import suggest
-from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint
+from lightning_convnext_det.modules.checkpoint import MODULES, read_checkpoint, take_weights
 from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
@@ -79,7 +79,8 @@ class DetectionCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._checkpoint = _named_checkpoint(arguments)
+        self._start = _option(arguments, ("--start_from",))
+        self._checkpoint = _named_checkpoint(arguments) if self._start is None else read_checkpoint(self._start)
         self._named_model = _option(arguments, ("--model", "--model.class_path")) or _configured_model(arguments)
         super().__init__(
             OptimizedModule,
@@ -114,6 +115,12 @@ class DetectionCLI(LightningCLI):
             type=Suppression | None,
             default=None,
             help="what happens to overlapping detections of a class (default: as the model or its checkpoint says)",
+        )
+        parser.add_argument(
+            "--start_from",
+            type=str | None,
+            default=None,
+            help="fit: begin with the network and the weights of this checkpoint, whatever its classes",
         )
         for name in _LINKED:  # a link makes it no required argument; the value is given in instantiate_classes
             parser.link_arguments("data", f"model.init_args.{name}", apply_on="instantiate")
@@ -150,6 +157,12 @@ class DetectionCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it is: the checkpoint's values are the parser's defaults already."""
         subcommand = self.config["subcommand"]
+        if self._start is not None and (
+            subcommand != "fit"
+            or self.config[subcommand].get("ckpt_path")
+            or "Classifier" in str(self._default_model())
+        ):
+            raise ValueError("--start_from begins the training of a detector: it is for fit, without --ckpt_path")
         if self._checkpoint is None:
             chosen = self.config[subcommand]["model"].get("init_args", {})
             released = chosen.get("pretrained_backbone") or chosen.get("backbone_weights")
@@ -176,6 +189,10 @@ class DetectionCLI(LightningCLI):
         if nms := config[self.subcommand].nms:
             arguments["nms"] = nms
         self.model = module(**arguments)
+        if self._start is not None and self._checkpoint is not None and isinstance(self.model, DetectionModule):
+            new = take_weights(self.model, self._checkpoint, self._start)
+            kept = len(self.model.state_dict()) - len(new)
+            sys.stderr.write(f"{self._start}: {kept} tensors kept, {len(new)} begin anew for other classes\n")
         self.trainer = self.instantiate_trainer()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -192,7 +192,8 @@ class BoxHeads(RoIHeads):
     ) -> list[Detection]:
         """Choose the detections of each picture from the scores and boxes of all classes."""
         counts = [len(p) for p in proposals]
-        all_boxes = torch.split(self.box_coder.decode(deltas, proposals), counts)  # [R, classes + 1, 4]
+        moved = self.box_coder.decode_single(deltas, torch.cat(proposals))
+        all_boxes = torch.split(_by_class(moved), counts)  # [R, classes + 1, 4]
         all_scores = torch.split(logits.softmax(-1), counts)  # [R, classes + 1]
         found = []
         for boxes, scores, shape in zip(all_boxes, all_scores, image_shapes, strict=True):

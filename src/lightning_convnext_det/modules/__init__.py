@@ -1,7 +1,7 @@
 """LightningModules, one for each detector, and one for classifiers."""
 
 from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
-from lightning_convnext_det.modules.checkpoint import load_classifier, load_module
+from lightning_convnext_det.modules.checkpoint import load_classifier, load_module, start_module
 from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import DetectionModule
@@ -15,4 +15,5 @@ __all__ = [
     "FasterRCNNModule",
     "load_classifier",
     "load_module",
+    "start_module",
 ]

@@ -88,6 +88,68 @@ def build_module(path: str | Path, **options: Any) -> DetectionModule | Classifi
     return module.eval()
 
 
+def start_module(
+    path: str | Path,
+    num_classes: int,
+    class_names: list[str] | None = None,
+    category_ids: list[int] | None = None,
+    **changes: Any,  # the keywords of the module that the checkpoint holds
+) -> DetectionModule:
+    """Build the module that a checkpoint describes for training on other data, and start it from the weights.
+
+    Args:
+        path: a checkpoint of this package, e.g. of imported weights.
+        num_classes: foreground classes of the new data.
+        class_names: their names in order of label.
+        category_ids: the data set's own ids of the classes.
+        changes: arguments of the module that shall not be as in the checkpoint.
+
+    Raises:
+        CheckpointError: if the file is not a checkpoint of this package or its weights do not fit.
+    """
+    content = read_checkpoint(path)
+    classes = {"num_classes": num_classes, "class_names": class_names, "category_ids": category_ids}
+    trained = {**content["hyper_parameters"], "pretrained_backbone": False, "backbone_weights": None}
+    if content[FORMAT]["module"] not in DETECTORS:
+        raise CheckpointError(f"[LCD-K013] {path} holds a classifier; give it as backbone_weights of a detector")
+    module = DETECTORS[content[FORMAT]["module"]](**{**trained, **changes, **classes})
+    take_weights(module, content, path)
+    return module
+
+
+# the checkpoint is what read_checkpoint returns
+def take_weights(module: DetectionModule, content: dict[str, Any], path: str | Path) -> list[str]:
+    """Fill a module with the weights of a checkpoint; layers of other classes stay as they are.
+
+    Returns:
+        Names of the tensors that are left to be trained from the start: those whose shape depends on the number of
+        classes, if the classes are others.
+
+    Raises:
+        CheckpointError: if another tensor is missing or has another shape; the first such is named.
+    """
+    given, own = content["state_dict"], module.state_dict()
+    names = content["hyper_parameters"].get("class_names")
+    same = names is not None and list(names) == module.class_names
+    new = [] if same else sorted(_depends_on_classes(module))
+    for name, tensor in own.items():
+        if name not in new and (name not in given or given[name].shape != tensor.shape):
+            raise CheckpointError(
+                f"[LCD-K002] {path} does not fit the network: '{name}' is missing or of another shape"
+            )
+    module.load_state_dict({**given, **{name: own[name] for name in new}})
+    return new
+
+
+def _depends_on_classes(module: DetectionModule) -> set[str]:
+    """Names of the tensors that would have another shape with one more class."""
+    classes = {"num_classes": module.num_classes + 1, "class_names": None, "category_ids": None}
+    parameters = {**module.hparams, "pretrained_backbone": False, "backbone_weights": None, **classes}
+    with torch.device("meta"):
+        other = type(module)(**parameters).state_dict()
+    return {name for name, tensor in module.state_dict().items() if other[name].shape != tensor.shape}
+
+
 def save_module(module: DetectionModule, path: str | Path) -> None:
     """Write a checkpoint of a module that no trainer has trained here, e.g. with weights from elsewhere."""
     content = {
