@@ -8,6 +8,7 @@ from PIL import Image
 from lightning_convnext_det.cli import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules import load_module
+from lightning_convnext_det.tools import TOOLS
 
 from .test_cli import SMALL
 
@@ -57,7 +58,7 @@ def test_readme__every_command_exists() -> None:
         if words[0] == "make":
             assert f"\n{words[1]}: " in makefile
         else:
-            assert words[1] in ("fit", "predict", "import-weights")
+            assert words[1] in (*TOOLS, "fit", "validate", "test", "predict")
 
 
 def test_readme__files_it_names_exist() -> None:

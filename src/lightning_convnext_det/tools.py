@@ -14,6 +14,7 @@ from lightning_convnext_det.data.records import BadRecords
 from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.backbone import TimmPyramid, backbone_state_dict
+from lightning_convnext_det.models.facts import list_facts
 from lightning_convnext_det.modules.checkpoint import DETECTORS, load_module, save_module
 
 Command = Callable[[Sequence[str]], int]
@@ -99,8 +100,28 @@ def export_backbone(arguments: Sequence[str], run: Command) -> int:
     return 0
 
 
+def models(arguments: Sequence[str], run: Command) -> int:
+    """Print what backbones and detectors cost and how well they classify."""
+    parser = argparse.ArgumentParser(
+        "convnext-det models",
+        description="Print parameters (M), multiply-adds (G; backbones at 224x224, detectors at 800x1333), channels, "
+        "strides and published ImageNet-1k top-1 of backbones and detectors.",
+    )
+    parser.add_argument("pattern", nargs="?", default="*", help="such as '*convnext_tiny*'; also any timm name")
+    options = parser.parse_args(arguments)
+    line = "{:<44} {:>9} {:>8}  {:<20} {:<12} {:>5}  {}\n"
+    sys.stdout.write(line.format("model", "params M", "GFLOPs", "channels", "strides", "top-1", "weights"))
+    for facts in list_facts(options.pattern):
+        channels, strides = (" ".join(map(str, values)) for values in (facts.channels, facts.strides))
+        numbers = f"{facts.parameters / 1e6:.2f}", f"{facts.gflops:.2f}"
+        top1 = "-" if facts.top1 is None else f"{facts.top1:.1f}"
+        sys.stdout.write(line.format(facts.name, *numbers, channels, strides, top1, facts.weights or "-"))
+    return 0
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str], Command], int], str]] = {
     "check": (check, "list every bad record of a data set"),
+    "models": (models, "print what backbones and detectors cost"),
     "import-weights": (import_weights_tool, "turn weights from elsewhere into a checkpoint"),
     "export-backbone": (export_backbone, "save a detector's backbone for timm"),
     "demo": (demo, "train and look at a detector on pictures made up on the spot"),

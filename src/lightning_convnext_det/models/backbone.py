@@ -87,9 +87,14 @@ class TimmPyramid(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self.memory_format)
         if frozen_stages:
-            self._freeze(frozen_stages)
+            self.freeze(frozen_stages)
 
-    def _freeze(self, stages: int) -> None:
+    def freeze(self, stages: int) -> None:
+        """Freeze all parameters that the first maps depend on.
+
+        Args:
+            stages: how many maps, from the finest.
+        """
         if not 0 < stages <= len(self.strides):
             raise ValueError(
                 f"frozen_stages is {stages}, but the pyramid of '{self.name}' has {len(self.strides)} levels"

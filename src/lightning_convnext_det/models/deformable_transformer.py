@@ -25,7 +25,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 def apply_in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
     """Run a head in the precision of its weights under autocast: bfloat16 steps are 4 pixels wide above 512."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # torch has no autocast for meta
         y: Tensor = head(x.to(next(head.parameters()).dtype))
     return y
 

@@ -46,6 +46,11 @@ def list_detectors(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_DETECTORS, pattern))
 
 
+def backbone_of(name: str) -> str | None:
+    """The timm name of a named detector's backbone; None if the caller names it."""
+    return _DETECTORS[name][1]
+
+
 # the overrides are the keywords of whichever detector is named; an unknown one is refused below
 def create_detector(name: str, num_classes: int, pretrained_backbone: bool = False, **overrides: Any) -> nn.Module:
     """Build a named detector.

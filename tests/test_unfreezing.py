@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from lightning_convnext_det.unfreezing import StageUnfreezing
+
+from .modules.conftest import create_batches, create_module, create_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+
+class _Recorder(Callback):
+    """Which stages of the backbone moved in an epoch."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+        self._before: dict[str, torch.Tensor] = {}
+
+    def on_train_epoch_start(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
+        self._before = {n: p.detach().clone() for n, p in module.detector.backbone.body.net.named_parameters()}
+
+    def on_train_epoch_end(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
+        now = dict(module.detector.backbone.body.net.named_parameters())
+        self.moved.append({n.split(".")[0] for n, p in self._before.items() if not torch.equal(p, now[n])})
+
+
+def test_stage_unfreezing__the_deepest_first(tmp_path: Path) -> None:
+    module, recorder = create_module(lr=1e-3, warmup_steps=0, layer_decay=0.9), _Recorder()
+    trainer = create_trainer(
+        tmp_path, max_epochs=4, enable_checkpointing=False, callbacks=[StageUnfreezing([1, 2, 3]), recorder]
+    )
+    trainer.fit(module, DataLoader(create_batches(1), batch_size=None))
+    assert recorder.moved[0] == set()
+    assert recorder.moved[1] == {"stages_3"}
+    assert recorder.moved[2] == {"stages_2", "stages_3"}
+    assert recorder.moved[3] == {"stages_1", "stages_2", "stages_3"}
+
+
+def test_stage_unfreezing__wrong_epochs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rising, the deepest stage's first"):
+        StageUnfreezing([3, 1])
+    trainer = create_trainer(tmp_path, enable_checkpointing=False, callbacks=[StageUnfreezing([0, 1, 2, 3, 4])])
+    with pytest.raises(ValueError, match="but the backbone has 4 stages"):
+        trainer.fit(create_module(), DataLoader(create_batches(1), batch_size=None))
