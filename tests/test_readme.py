@@ -44,7 +44,10 @@ def test_readme__python_runs(block: str, place: Path) -> None:
 
 
 def test_readme__the_two_commands_of_ones_own_data(place: Path) -> None:
-    fit, predict = (shlex.split(c)[1:] for c in COMMANDS if c.startswith(("convnext-det fit", "convnext-det predict")))
+    fit, predict = (
+        next(shlex.split(command)[1:] for command in COMMANDS if command.startswith(f"convnext-det {name}"))
+        for name in ("fit", "predict")
+    )
     assert main([*fit, *SMALL, "--trainer.max_epochs=1"]) == 0
     assert main([*predict, *SMALL[-3:]]) == 0
     assert (place / "predictions" / "predictions.json").is_file()
