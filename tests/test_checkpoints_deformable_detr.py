@@ -582,3 +582,17 @@ def test_import_weights__names_the_file(tmp_path: Path) -> None:
     save_file({"head.fc.weight": torch.zeros(2)}, tmp_path / "net.safetensors")
     with pytest.raises(CheckpointError, match=r"^\[LCD-K010\] .*net.safetensors: expected a Deformable DETR"):
         import_weights(tmp_path / "net.safetensors")
+
+
+def test_read_source__notes_in_the_metadata_may_be_anything(tmp_path: Path) -> None:
+    notes = {"format": "pt", "author": "", "remark": "[draft] of {today}", "class_to_idx": '{"cat": 1}'}
+    save_file({"x": torch.zeros(1)}, tmp_path / "net.safetensors", metadata=notes)
+    assert [slot.name for slot in read_source(tmp_path / "net.safetensors").slots] == ["cat"]
+
+
+def test_read_source__damaged_configuration(tmp_path: Path) -> None:
+    names = "model.encoder.layers.0.self_attn.sampling_offsets.weight", "model.level_embed"
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"encoder_attention_heads": 8,')
+    with pytest.raises(CheckpointError, match=r"LCD-K012\] .*config.json cannot be read: Expecting"):
+        read_source(tmp_path)

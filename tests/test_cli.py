@@ -121,13 +121,31 @@ def test_predict__needs_only_a_checkpoint_and_pictures(run: Path, dataset: Path,
     assert main(["predict", *arguments, *QUIET, "--trainer.default_root_dir", str(tmp_path)]) == 0
     results = json.loads((output / "predictions.json").read_text())
     assert {r["category_id"] for r in results} <= {1, 2, 3, 4, 5}
-    assert {r["file_name"] for r in results} <= {str(p) for p in (dataset / "test").iterdir()} | {
-        p.name for p in (dataset / "test").iterdir()
-    }
+    assert {r["file_name"] for r in results} == {str(p) for p in (dataset / "test").iterdir()}
     assert len(list(output.glob("*.jpg"))) == 6
-    # with the ids of the pictures, pycocotools reads it
+    # with the data set's ids of the pictures, pycocotools reads it
     truth = COCO(str(dataset / "annotations" / "instances_test.json"))
-    assert truth.loadRes([r for r in results if r["image_id"] in truth.imgs])
+    id_of = {image["file_name"]: image["id"] for image in truth.imgs.values()}
+    own = [{**r, "image_id": id_of[Path(r["file_name"]).name]} for r in results]
+    assert len(truth.loadRes(own).anns) == len(results)
+
+
+def test_test__weights_of_another_network_end_in_one_line(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["test", *root, *QUIET, f"--ckpt_path={checkpoint}", "--model.fpn_channels=32"]) == 6
+    assert "error: [LCD-K014] the checkpoint does not fit the network" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_fit__without_validation_the_last_checkpoint_is_the_best(tmp_path: Path) -> None:
+    write_synthetic_coco(tmp_path / "data", 3, 2)
+    (tmp_path / "data" / "annotations" / "instances_val.json").unlink()
+    root = ["--data.root", str(tmp_path / "data"), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", *root, "--data.val_fraction=0", "--trainer.max_epochs=1", *SMALL]) == 0
+    assert (tmp_path / "version_0" / "checkpoints" / "best.ckpt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,7 @@ def test_main__import_weights_writes_a_checkpoint_that_predicts(
 ) -> None:
     state = original_state(num_classes=3)
     torch.save({"model": state}, tmp_path / "theirs.pth")
-    source, written = str(tmp_path / "theirs.pth"), tmp_path / "ours.ckpt"
+    source, written = str(tmp_path / "theirs.pth"), tmp_path / "new" / "ours.ckpt"
     assert main(["import-weights", source, str(written)]) == 0
     assert "0 missing" in capsys.readouterr().out
     assert load_module(written).num_classes == 3

@@ -9,6 +9,7 @@ import argparse
 import json
 import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +169,11 @@ def read_source(path: Path) -> Source:
     tensors, extras = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     config = path.with_name("config.json")
     if deformable_detr_weights.detect_origin(tensors) == "huggingface" and config.is_file():
-        return _describe_huggingface(tensors, json.loads(config.read_text(encoding="utf-8")))
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"[LCD-K012] {config} cannot be read: {_first_line(error)}") from None
+        return _describe_huggingface(tensors, content)
     if mmdetection_weights.detect(tensors):
         return Source(tensors, class_names=tuple(read_class_names(extras)))
     if "class_to_idx" in extras:
@@ -184,7 +189,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"[LCD-K012] {path} cannot be read: {_first_line(error)}") from None
-    return tensors, {k: json.loads(v) for k, v in metadata.items() if v[:1] in "{["}
+    extras = {}
+    for key, text in metadata.items():
+        with suppress(json.JSONDecodeError):  # a note may be anything
+            extras[key] = json.loads(text)
+    return tensors, extras
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -214,11 +214,16 @@ class DetectionCLI(LightningCLI):
         if fit and config["logger"] and not config.get("fast_dev_run"):
             own.append(LearningRateMonitor("step"))
         for callback in own:
-            if isinstance(callback, ModelCheckpoint) and config.get("limit_val_batches") == 0:
+            if isinstance(callback, ModelCheckpoint) and not self._validates(config):
                 callback.monitor = None  # nothing is measured: the last checkpoint is the best one
             elif isinstance(callback, ModelCheckpoint) and callback.monitor == OptimizedModule.monitor:
                 callback.monitor = cast(OptimizedModule, self.model).monitor
         return super()._instantiate_trainer(config, own)
+
+    def _validates(self, config: dict[str, Any]) -> bool:
+        if isinstance(self.datamodule, DetectionDataModule) and self.datamodule.table("val") is None:
+            return False
+        return config.get("limit_val_batches") != 0
 
 
 def _emulates_bfloat16(accelerator: str) -> bool:

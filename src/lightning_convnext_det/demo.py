@@ -30,7 +30,6 @@ TRAINING = [
     "--data.batch_size=4",
     "--data.vertical_flip=true",
     "--trainer.gradient_clip_val=5",
-    "--trainer.check_val_every_n_epoch=3",
 ]
 
 
@@ -58,6 +57,7 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
     data = f"--data.root={folder / 'data'}"
     runs = ["--trainer.default_root_dir", str(folder / "runs"), "--trainer.precision=bf16-mixed"]
     fit = [f"--trainer.max_epochs={options.epochs}", f"--checkpoint.dirpath={checkpoint.parent}"]
+    fit.append(f"--trainer.check_val_every_n_epoch={max(1, min(3, options.epochs))}")  # at least once: best.ckpt
     trained = f"--ckpt_path={checkpoint}"
     pictures, output = f"--data.predict={folder / 'data' / 'test'}", f"--output.folder={folder / 'predictions'}"
     commands = [

@@ -227,6 +227,25 @@ def test_train__annotation_files_in_place_of_splits(coco: Path, tmp_path: Path) 
     assert Path(targets[0]["file_name"]).parent == tmp_path / "pictures"
 
 
+def test_train__path_and_pictures_below_the_root(coco: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(coco, tmp_path / "root")
+    (root / "train").rename(root / "shots")
+    data = data_module(root, train="annotations/instances_train.json", train_images="shots")
+    assert data.table("train").path(0).parent == root / "shots"
+
+
+def test_train_images__without_a_path_in_train(coco: Path) -> None:
+    with pytest.raises(DataError, match=r"LCD-D132.*data.train_images is given without a path in data.train"):
+        data_module(coco, train_images=str(coco / "train")).table("train")
+
+
+def test_setup__validation_of_nothing(coco: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(coco, tmp_path / "root")
+    (root / "annotations" / "instances_val.json").unlink()
+    with pytest.raises(DataError, match=r"LCD-D131.*no validation split.*set data.val"):
+        data_module(root, val_fraction=0.0).setup("validate")
+
+
 def test_classes__chosen_in_order(coco: Path) -> None:
     data, everything = data_module(coco, classes=["star", "disc"]), data_module(coco)
     assert data.class_names == ["star", "disc"]

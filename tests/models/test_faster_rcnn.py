@@ -174,8 +174,8 @@ def test_faster_rcnn__soft_nms_lowers_scores_instead(photos: list[Tensor]) -> No
             boxes, scores = boxes[scores > 1e-3], scores[scores > 1e-3]
     expected.sort(reverse=True)
     assert len(expected) > 100
-    torch.testing.assert_close(
-        soft["scores"], torch.tensor([s for s, _ in expected[: len(soft["scores"])]]), atol=1e-5, rtol=0
-    )
+    # a score that has been lowered below the threshold is dropped as any other
+    torch.testing.assert_close(soft["scores"], torch.tensor([s for s, _ in expected if s > 0.3]), atol=1e-5, rtol=0)
+    assert 0 < len(soft["scores"]) < len(expected)
     with pytest.raises(ValueError, match="nms is 'gentle'; choose one of hard, soft, none"):
         detector.nms = "gentle"

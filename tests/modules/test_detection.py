@@ -216,3 +216,20 @@ def test_setup__takes_or_checks_the_classes_of_the_data(monkeypatch: pytest.Monk
     assert not unnamed.detector.transform.resize_in_training
     with pytest.raises(DataError, match=r"LCD-D120.*class 0 is 'b', the data set's is 'a'"):
         named.setup("test")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_setup__precision_without_float32(tmp_path: Path, loader: DataLoader[Batch], precision: str) -> None:
+    trainer = create_trainer(tmp_path, precision=precision, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=f"precision is '{precision}'.*use '32-true', 'bf16-mixed'"):
+        trainer.fit(create_module(), loader)
+
+
+def test_on_load_checkpoint__of_another_network() -> None:
+    checkpoint = {"state_dict": create_module().state_dict()}
+    create_module().on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=r"LCD-K014.*'detector.backbone.fpn.*' is \[32, .*expected \[16, "):
+        create_module(fpn_channels=16).on_load_checkpoint(checkpoint)
+    del checkpoint["state_dict"]["detector.rpn.head.cls_logits.bias"]
+    with pytest.raises(CheckpointError, match=r"cls_logits.bias' is missing, expected \[3\]"):
+        create_module().on_load_checkpoint(checkpoint)

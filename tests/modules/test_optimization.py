@@ -93,3 +93,14 @@ def test_layer_decay__groups_are_said_when_training_begins(
     create_trainer(tmp_path, enable_checkpointing=False, max_steps=1).fit(module, loader)
     table = next(r.getMessage() for r in caplog.records if "learning rate  weight decay" in r.getMessage())
     assert "layer 0, lr x0.007812, decay" in table
+
+
+@pytest.mark.parametrize("max_epochs", [10, -1])
+def test_milestones__count_whole_epochs_however_early_the_training_stops(
+    tmp_path: Path, loader: DataLoader[Batch], max_epochs: int
+) -> None:
+    module = create_module(schedule="step", milestones=[1], warmup_steps=0)
+    trainer = create_trainer(tmp_path, enable_checkpointing=False, max_epochs=max_epochs, max_steps=1)
+    trainer.fit(module, loader)
+    factor = module.lr_schedulers().lr_lambdas[0]
+    assert [factor(step) for step in (0, 2, 3)] == pytest.approx([1, 1, 0.1])  # 3 batches per epoch

@@ -177,7 +177,8 @@ class DetectionDataModule(LightningDataModule):
             if val is not None:
                 warn_of_shared_pictures(train, val)
         elif stage == "validate":
-            self.table("val")
+            if self.table("val") is None:
+                raise DataError("[LCD-D131] there is no validation split, and val_fraction is 0; set data.val")
         elif stage == "test":
             self.table("test")
 

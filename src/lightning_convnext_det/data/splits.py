@@ -159,9 +159,12 @@ class SplitReader:
         """Where the files of a stage are; None if the usual names are not there."""
         wanted = self.wanted[stage]
         if wanted is not None and (wanted.endswith(".json") or os.sep in wanted):
-            path = Path(wanted)
-            return make_split(
-                path if path.exists() or not self.root else Path(self.root, path), self.pictures[stage], stage
+            pictures = self.pictures[stage]
+            return make_split(self._path(wanted), None if pictures is None else self._path(pictures), stage)
+        if self.pictures[stage] is not None:
+            raise DataError(
+                f"[LCD-D132] data.{stage}_images is given without a path in data.{stage}; "
+                "name the COCO file or the folder of VOC's XML there"
             )
         if wanted is None and self.root is None:
             return None
@@ -175,6 +178,11 @@ class SplitReader:
         close = get_close_matches(wanted, found, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise DataError(f"[LCD-D131] data.{stage}: there is no split '{wanted}': {self._place()}{hint}")
+
+    def _path(self, stated: str) -> Path:
+        """A path as it is, or below the root where only that exists."""
+        path = Path(stated)
+        return path if path.exists() or not self.root else Path(self.root, path)
 
     def _splits(self) -> dict[str, Split]:
         """The splits below the root."""

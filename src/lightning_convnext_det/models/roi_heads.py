@@ -209,7 +209,8 @@ class BoxHeads(RoIHeads):
                 self.soft_nms_sigma,
                 self.conventions.nms_separation,
             )
-            boxes, scores, labels = (values[: self.detections_per_img] for values in each)
+            high = each[1] > self.score_thresh  # soft suppression lowers scores
+            boxes, scores, labels = (values[high][: self.detections_per_img] for values in each)
             found.append(Detection(boxes=boxes, labels=labels, scores=scores))
         return found
 

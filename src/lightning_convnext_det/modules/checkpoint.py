@@ -159,4 +159,5 @@ def save_module(module: DetectionModule, path: str | Path) -> None:
         "pytorch-lightning_version": lightning.__version__,
     }
     module.on_save_checkpoint(content)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)

@@ -81,7 +81,18 @@ class DetectionModule(OptimizedModule):
     # ---- data
 
     def setup(self, stage: str) -> None:
-        """Take the classes of the data, or check that they are those of the network."""
+        """Take the classes of the data, or check that they are those of the network.
+
+        Raises:
+            DataError: if the classes differ.
+            ValueError: if the trainer's precision leaves no float32 for boxes and scores.
+        """
+        precision = str(getattr(self.trainer, "precision", "32-true"))
+        if precision.endswith("-true") and precision != "32-true":
+            raise ValueError(
+                f"trainer.precision is '{precision}', but boxes and scores need float32; "
+                "use '32-true', 'bf16-mixed' or '16-mixed'"
+            )
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and data is not None and hasattr(data, "class_names"):
             names, ids = list(data.class_names), list(data.category_ids)
@@ -176,10 +187,20 @@ class DetectionModule(OptimizedModule):
         checkpoint[FORMAT] = {"format": 1, "module": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that were trained on other classes."""
+        """Refuse weights that were trained on other classes, or belong to another network."""
         names = checkpoint.get("hyper_parameters", {}).get("class_names")
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
+        own, given = self.state_dict(), checkpoint.get("state_dict", {})
+        if given and (unlike := [k for k in own | given if _shape(own, k) != _shape(given, k)]):
+            raise CheckpointError(
+                f"[LCD-K014] the checkpoint does not fit the network: '{unlike[0]}' is {_shape(given, unlike[0])}, "
+                f"expected {_shape(own, unlike[0])}; leave out --model arguments that make it another network"
+            )
+
+
+def _shape(state: dict[str, Tensor], name: str) -> list[int] | str:
+    return list(state[name].shape) if name in state else "missing"
 
 
 def class_difference(trained: list[str], given: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Optimizer, parameter groups and schedule, the same for detectors and classifiers."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -142,12 +143,19 @@ class OptimizedModule(LoadableModule):
         )
         return float(total / reference)
 
+    def _steps_per_epoch(self) -> float:
+        """Count the optimizer steps of a whole epoch, however early the trainer is to stop."""
+        if self.trainer.train_dataloader is None:
+            self.trainer.fit_loop.setup_data()  # the trainer's own estimate does so, but not for endless training
+        batches = self.trainer.num_training_batches
+        return batches if batches == float("inf") else math.ceil(batches / self.trainer.accumulate_grad_batches)
+
     def _learning_rate_factor(self) -> Callable[[int], float]:
         options: dict[str, Any] = dict(self.hparams)
         total = self.trainer.estimated_stepping_batches
-        epochs = self.trainer.max_epochs or 0
-        steps_per_epoch = total / epochs if epochs > 0 else float("inf")
-        drops = [epoch * steps_per_epoch for epoch in options["milestones"] or []]
+        milestones = options["milestones"] or []
+        steps_per_epoch = self._steps_per_epoch() if milestones else 0
+        drops = [epoch * steps_per_epoch for epoch in milestones]
         warmup = min(options["warmup_steps"], total / 10)
 
         def factor(step: int) -> float:
