@@ -8,6 +8,7 @@ Reference:
     https://www.w3.org/TR/png-3/#5Chunk-layout
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -53,10 +54,13 @@ def find_late_exif(file: BinaryIO) -> bytes:
 
 
 def _chunk_heads(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Kind and length of each chunk; whoever asks for the next one must have passed over content and checksum."""
+    """Kind and length of each chunk that is there as a whole; who asks for the next must have passed over this one."""
+    end = file.seek(0, os.SEEK_END)
     file.seek(_SIGNATURE_BYTES)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
+        if length > end - file.tell():  # reading 4 GB of a file of 400 bytes would ask for 4 GB first
+            return
         yield kind, length
 
 
