@@ -21,6 +21,8 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from lightning_convnext_det.errors import DivergenceError
 
+_PAIRS = 2**22  # of queries and objects compared at a time: about a gigabyte for what the costs hold meanwhile
+
 
 class Predictions(NamedTuple):
     """What the heads of several layers predict, before any choice among them."""
@@ -160,6 +162,13 @@ class SetCriterion(nn.Module):
 
     def matching_cost(self, predictions: Predictions, objects: Objects) -> Tensor:
         """Compute what it would cost to match every query with every object, float32 [layers, B, Q, N]."""
+        layers, batch, _, _ = predictions.boxes.shape
+        step = max(1, _PAIRS // max(1, layers * batch * objects.labels.shape[1]))
+        logits, boxes = torch.split(predictions.logits, step, 2), torch.split(predictions.boxes, step, 2)
+        parts = [self._cost(Predictions(*part), objects) for part in zip(logits, boxes, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _cost(self, predictions: Predictions, objects: Objects) -> Tensor:
         boxes, targets = predictions.boxes, objects.boxes
         layers, _, queries, _ = boxes.shape
         index = objects.labels[None, :, None].expand(layers, -1, queries, -1)

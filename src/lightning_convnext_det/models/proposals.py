@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import clip_boxes_to_image
@@ -13,7 +14,7 @@ from torchvision.ops import clip_boxes_to_image
 from lightning_convnext_det.models.anchors import PyramidAnchors
 from lightning_convnext_det.models.box_coder import create_box_coder
 from lightning_convnext_det.models.dialects import Conventions
-from lightning_convnext_det.models.matching import OwnMatcher, count_samples
+from lightning_convnext_det.models.matching import BoundedMatcher, OwnMatcher, Pairs, count_samples
 from lightning_convnext_det.models.suppression import grouped_nms
 from lightning_convnext_det.types import Target
 
@@ -45,8 +46,11 @@ class ProposalNetwork(RegionProposalNetwork):
         self.conventions = conventions
         self.skip_crossing = skip_crossing
         self.box_coder = create_box_coder((1.0, 1.0, 1.0, 1.0), conventions.box_coding)
+        thresholds = options["fg_iou_thresh"], options["bg_iou_thresh"]
+        matcher = Matcher(*thresholds, allow_low_quality_matches=True)  # as torchvision's constructor makes it
         if conventions.matching == "mmdetection":
-            self.proposal_matcher = OwnMatcher(options["fg_iou_thresh"], options["bg_iou_thresh"], _MIN_MATCH_IOU)
+            matcher = OwnMatcher(*thresholds, _MIN_MATCH_IOU)
+        self.box_similarity, self.proposal_matcher = Pairs, BoundedMatcher(matcher)
         self._shapes: list[tuple[int, int]] = []
 
     def forward(
