@@ -1,9 +1,6 @@
 """Files that try to run code, to import modules or to reach the network when they are read. None may."""
 
-import inspect
 import threading
-import types
-import typing
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -232,22 +229,3 @@ def test_yaml__aliases_that_multiply(tmp_path: Path) -> None:
     (problem,) = check_dataset(tmp_path).problems
     assert (problem.code, problem.action) == ("LCD-D008", "refused")
     assert len(problem.reason) < 500
-
-
-def opens_the_door(hint: object) -> bool:
-    """Whether a configuration could name anything to import or call for a parameter of this type."""
-    if hint in (Any, Callable, typing.Callable, object, type, types.ModuleType):
-        return True
-    if typing.get_origin(hint) is Callable:
-        return True
-    return any(opens_the_door(part) for part in typing.get_args(hint))
-
-
-@pytest.mark.parametrize("name", [name for name in package.__all__ if isinstance(getattr(package, name), type)])
-def test_public_classes__no_parameter_takes_anything(name: str) -> None:
-    """What a configuration may name for a parameter typed Any or Callable is imported and called."""
-    constructor = getattr(package, name).__init__
-    hints = typing.get_type_hints(constructor)
-    named = inspect.signature(constructor).parameters.values()
-    open_ = [p.name for p in named if p.kind is not p.VAR_KEYWORD and opens_the_door(hints.get(p.name))]
-    assert open_ == []

@@ -67,3 +67,11 @@ def test_readme__every_command_exists() -> None:
 def test_readme__files_it_names_exist() -> None:
     for path in re.findall(r"`((?:configs|benchmarks|notebooks)/[\w./]+)`", README):
         assert (Path(__file__).parents[1] / path).is_file(), path
+
+
+def test_readme__tests_that_keep_the_promises_exist() -> None:
+    root = Path(__file__).parents[1]
+    promises = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    assert len(promises) > 10
+    for path, name in promises:
+        assert f"def {name}(" in (root / path).read_text(), f"{path}::{name}"

@@ -2,8 +2,8 @@
 """Inputs that a reader of data sets must accept, mend aloud, or refuse: one row each, numbered as in the promises.
 
 An outcome is the set of codes that a full check of the data set reports, each with what becomes of the record, or the
-code of the error that ends it. Rows 28 and 29 are about checkpoints and row 18 also about training; the tests in
-``tests/test_promises.py`` and ``tests/models`` add what a table of files cannot say.
+code of the error that ends it. Rows 28 and 29, classes that differ from a checkpoint's or stand in another order, are in
+``tests/modules/test_detection.py``; that 2000 objects (row 18) also train is in ``tests/models/test_bounded_memory.py``.
 """
 
 import json
@@ -281,7 +281,7 @@ def test_check_dataset__acceptance(tmp_path: Path, write_xml: WriteXml, row: Row
 
 def test_check_dataset__acceptance_rows_are_complete() -> None:
     numbers = {int("".join(filter(str.isdigit, row.number.split()[0]))) for row in ROWS}
-    assert numbers == set(range(1, 77)) - {28, 29}  # these two: tests/test_promises.py
+    assert numbers == set(range(1, 77)) - {28, 29}  # these two: tests/modules/test_detection.py
 
 
 def test_read_split__what_a_refusal_says(tmp_path: Path, write_xml: WriteXml) -> None:
