@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,13 @@ def test_classes__chosen_in_order(coco: Path) -> None:
         assert len(table) == len(full)
         assert (table.labels == 0).sum() == (full.labels == 4).sum()
         assert (table.labels == 1).sum() == (full.labels == 0).sum()
+
+
+def test_class_names__a_class_that_the_data_set_lacks_keeps_its_label(flat: Path, write_xml: Callable) -> None:
+    write_xml(flat / "a.xml", [("dog", 5, 5, 30, 30)], name="a.png")
+    data = data_module(flat, val_fraction=0.0, class_names=["cat", "dog"])
+    assert data.class_names == ["cat", "dog"]
+    assert data.table("train").labels.tolist() == [1]
 
 
 def test_predict__numbers_pictures_and_leaves_out_the_unreadable(coco: Path, tmp_path: Path) -> None:

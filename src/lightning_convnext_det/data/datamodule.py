@@ -58,6 +58,8 @@ class DetectionDataModule(LightningDataModule):
         color_jitter: change brightness, contrast and saturation of training pictures by up to this factor.
         val_fraction: share of the training pictures to set aside where there is no validation split; 0 for none.
         seed: of the order of the pictures, their random changes, and the pictures set aside.
+        class_names: names of the classes in order of label, where the data set does not tell them, or where some
+            classes of a trained model do not occur in it (default: those of the data set).
         classes: names of the classes to use, in order of label (default: all).
         bad_records: records that cannot be used: ``auto`` leaves out those that are harmless to lose and refuses the
             others; ``drop`` leaves all out; ``refuse`` refuses all.
@@ -93,6 +95,7 @@ class DetectionDataModule(LightningDataModule):
         color_jitter: float = 0.0,
         val_fraction: float = 0.1,
         seed: int = 0,
+        class_names: list[str] | None = None,
         classes: list[str] | None = None,
         bad_records: BadRecords = "auto",
         exif: Exif = "auto",
@@ -129,6 +132,7 @@ class DetectionDataModule(LightningDataModule):
             pictures={"train": train_images, "val": val_images, "test": test_images},
             val_fraction=val_fraction,
             seed=seed,
+            class_names=class_names,
             classes=classes,
             bad_records=bad_records,
             exif=exif,

@@ -39,6 +39,7 @@ class SplitReader:
         pictures: for each stage the folder of the pictures that go with such a path, or None to look around it.
         val_fraction: share of the training pictures to set aside; 0 for no validation.
         seed: of that choice.
+        class_names: the names of the classes in order of label; None for those of the data set.
         classes: train on and evaluate these only, in this order; None for all.
         bad_records: what becomes of records that cannot be used.
         exif: whether boxes refer to upright pictures.
@@ -53,6 +54,7 @@ class SplitReader:
         pictures: Mapping[Stage, str | None],
         val_fraction: float,
         seed: int,
+        class_names: Sequence[str] | None,
         classes: Sequence[str] | None,
         bad_records: BadRecords,
         exif: Exif,
@@ -64,6 +66,7 @@ class SplitReader:
         self.pictures = pictures
         self.val_fraction = val_fraction
         self.seed = seed
+        self.class_names = class_names
         self.classes = classes
         self.bad_records = bad_records
         self.exif = exif
@@ -143,7 +146,7 @@ class SplitReader:
         """Read a split, say what was left out, and select the classes."""
         table = read_split(
             split,
-            class_names=self._first[1].class_names if self._first else None,
+            class_names=self._first[1].class_names if self._first else self.class_names,
             bad_records=self.bad_records,
             train_on_difficult=training and self.train_on_difficult,
             exif=self.exif,
