@@ -84,7 +84,7 @@ class FasterRCNN(nn.Module):
         nms: what happens to overlapping detections of a class: ``hard`` drops the weaker, ``soft`` lowers its score,
             ``none`` keeps all.
         nms_threshold: IoU above which ``hard`` drops the weaker of two detections of a class.
-        soft_nms_sigma: width of the Gaussian in IoU by which ``soft`` lowers scores; smaller suppresses more.
+        soft_nms_sigma: width of the Gaussian, in squared IoU, by which ``soft`` lowers scores; smaller suppresses more.
         detections_per_image: how many detections are kept per picture.
         in_chans: channels of the pictures.
         dialect: whose conventions to follow, ``torchvision`` or ``mmdetection``; weights trained under one give other

@@ -28,7 +28,7 @@ def suppress(
         labels: classes, int64 [N].
         method: ``hard`` drops the weaker of two, ``soft`` lowers its score by a Gaussian, ``none`` keeps all.
         iou_threshold: IoU above which ``hard`` drops.
-        sigma: width of the Gaussian of ``soft`` in IoU.
+        sigma: width of the Gaussian of ``soft`` in squared IoU.
         separation: how ``hard`` keeps the classes apart, see `grouped_nms`.
 
     Returns:
