@@ -3,7 +3,8 @@
 Compared with torchvision's plain ``CocoDetection`` on the same files, each in a process of its own. Memory is
 proportional (PSS): a page that several processes share counts once in all.
 
-    python benchmarks/coco_scale.py [--pictures 118000] [--boxes 860000] [--folder FOLDER] [--only ours|torchvision]
+    python benchmarks/coco_scale.py [--pictures 118000] [--boxes 860000] [--folder FOLDER] [--batches 0]
+        [--only ours|torchvision]
 """
 
 import argparse
@@ -74,7 +75,7 @@ def children() -> list[int]:
     return found
 
 
-def measure(what: str, root: Path) -> dict[str, float]:
+def measure(what: str, root: Path, batches: int) -> dict[str, float]:
     """Read the data set and pass through an epoch with two workers; seconds and megabytes."""
     import torch
     from torch.utils.data import DataLoader
@@ -104,7 +105,7 @@ def measure(what: str, root: Path) -> dict[str, float]:
     found["seconds to read"] = time.perf_counter() - start
     found["MB of the process before that"] = before
     found["MB of the data set, one process"] = proportional_megabytes([os.getpid()]) - before
-    most = 0.0
+    most, last = 0.0, min(len(loader), batches or len(loader)) - 3  # the workers end with the last batches
     for number, _ in enumerate(loader):
         if number == 0:
             found["seconds to the first batch"] = time.perf_counter() - start
@@ -112,9 +113,9 @@ def measure(what: str, root: Path) -> dict[str, float]:
             found["MB of all processes, first batch"] = proportional_megabytes([os.getpid(), *workers])
         if number % 500 == 0:
             most = max(most, proportional_megabytes([os.getpid(), *workers]))
-        last = number
-        if last == len(loader) - 3:
+        if number == last:
             found["MB of all processes, end of the epoch"] = proportional_megabytes([os.getpid(), *workers])
+            break
     found["MB of all processes, at most"] = max(most, found["MB of all processes, end of the epoch"])
     found["seconds of the epoch"] = time.perf_counter() - start - found["seconds to the first batch"]
     with open("/proc/self/status") as status:
@@ -131,8 +132,8 @@ def seconds_to_check(root: Path) -> float:
     return time.perf_counter() - start
 
 
-def run(what: str, root: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", what, "--folder", str(root)]
+def run(what: str, root: Path, batches: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", what, "--folder", str(root), "--batches", str(batches)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     line = result.stdout.splitlines()[-1]
     print(f"{what}: {line}", file=sys.stderr, flush=True)
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=118_000)
     parser.add_argument("--boxes", type=int, default=860_000)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--batches", type=int, default=0, help="end the epoch after so many of 16 pictures")
     parser.add_argument("--only", choices=("ours", "torchvision"))
     parser.add_argument("--measure", choices=("ours", "torchvision", "check"))
     options = parser.parse_args()
@@ -151,7 +153,7 @@ def main() -> None:
         print(json.dumps({"seconds to check": seconds_to_check(options.folder)}))
         return
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder)))
+        print(json.dumps(measure(options.measure, options.folder, options.batches)))
         return
     with tempfile.TemporaryDirectory() as folder:
         root = options.folder or Path(folder) / "set"
@@ -164,7 +166,9 @@ def main() -> None:
         print(f"{time.strftime('%Y-%m-%d')}, {machine}")
         print(f"{options.pictures:,} pictures, {options.boxes:,} boxes, {path.stat().st_size / 2**20:.0f} MB of JSON\n")
         names = [options.only] if options.only else ["ours", "torchvision"]
-        results = {name: run(name, root) | (run("check", root) if name == "ours" else {}) for name in names}
+        results = {
+            name: run(name, root, options.batches) | (run("check", root, 0) if name == "ours" else {}) for name in names
+        }
         print("| |" + "|".join(names) + "|\n|---|" + "---|" * len(names))
         for key in dict.fromkeys(key for found in results.values() for key in found):
             print(

@@ -229,3 +229,19 @@ def test_yaml__aliases_that_multiply(tmp_path: Path) -> None:
     (problem,) = check_dataset(tmp_path).problems
     assert (problem.code, problem.action) == ("LCD-D008", "refused")
     assert len(problem.reason) < 500
+
+
+EXTRAS: dict[str, dict[str, object]] = {
+    "classes are no table": {"class_to_idx": 3},
+    "classes are not numbered": {"class_to_idx": {"cat": "one"}},
+    "no mean": {"class_to_idx": {}, "rgb_stats": {}},
+    "no inputs": {"class_to_idx": {}, "signature": {"inputs": []}},
+    "text": {"class_to_idx": {}, "signature": "text"},
+}
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_read_source__malformed_notes_beside_the_tensors(tmp_path: Path, extras: dict[str, object]) -> None:
+    torch.save({"state": {"a": torch.zeros(1)}, **extras}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"\[LCD-K012\] .*a.pt: what it says beside its tensors is malformed"):
+        import_weights(tmp_path / "a.pt")

@@ -167,6 +167,17 @@ def read_source(path: Path) -> Source:
     if not path.is_file():
         raise CheckpointError(f"[LCD-K012] {path}: no such file; give a local weight file or a Hugging Face folder")
     tensors, extras = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    try:
+        return _describe(path, tensors, extras)
+    except CheckpointError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"what it says beside its tensors is malformed ({_first_line(error)})"
+        raise CheckpointError(f"[LCD-K012] {path}: {reason}") from None
+
+
+# extras are whatever JSON or pickled plain data lies beside the tensors
+def _describe(path: Path, tensors: dict[str, Tensor], extras: dict[str, Any]) -> Source:
     config = path.with_name("config.json")
     if deformable_detr_weights.detect_origin(tensors) == "huggingface" and config.is_file():
         try:
@@ -181,7 +192,6 @@ def read_source(path: Path) -> Source:
     return _describe_original(tensors, extras)
 
 
-# extras are whatever JSON or pickled plain data lies beside the tensors
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -205,7 +215,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"[LCD-K012] {path} holds more than weights and is refused: {_first_line(error)}"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged or crafted file makes the reader raise almost anything
         raise CheckpointError(f"[LCD-K012] {path} cannot be read: {_first_line(error)}") from None
     extras = content if isinstance(content, dict) else {}
     for key in ("state", "model", "state_dict"):
