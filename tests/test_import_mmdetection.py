@@ -31,7 +31,7 @@ PUBLISHED = {  # millions of parameters with the mask branch, backbone, box head
     "cascade_mask_rcnn_convnext_xlarge_22k_3x": (406.88, "convnext_xlarge", "four_conv"),
 }
 COCO = tuple(n for n in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:] if n != "N/A")
-MINI = {"backbone": "golden_convnext"}
+MINI = {"backbone": "convnext_golden"}
 
 pytestmark = needs_goldens
 

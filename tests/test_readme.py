@@ -1,15 +1,22 @@
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lightning_convnext_det.cli import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.import_mmdetection import convert_mmdetection
+from lightning_convnext_det.models.deformable_detr_weights import CONVNEXT_SIZES
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.tools import TOOLS
 
+from .models.goldens import GOLDENS, load_state_dict, needs_goldens
 from .test_cli import SMALL
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -52,6 +59,26 @@ def test_readme__the_two_commands_of_ones_own_data(place: Path) -> None:
     assert main([*predict, *SMALL[-3:]]) == 0
     assert (place / "predictions" / "predictions.json").is_file()
     assert len(list((place / "predictions").glob("*.jpg"))) == 3
+
+
+@needs_goldens
+def test_readme__from_a_published_checkpoint_to_boxes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a network of the published names, so small that its size has no name
+    monkeypatch.setitem(CONVNEXT_SIZES, (16, 2), "golden")
+    model = "cascade_rcnn_convnext_mini"
+    torch.save({"state_dict": load_state_dict(model)}, place / "cascade_mask_rcnn_convnext_base_22k_3x.pth")
+    shutil.copy(GOLDENS / "images" / "photo.png", place / "photo.jpg")
+    commands = [shlex.split(c)[1:] for c in COMMANDS if "cascade.ckpt" in c]
+    assert [c[0] for c in commands] == ["import-weights", "predict"]
+    assert main(commands[0]) == 0
+    assert main([*commands[1], *SMALL[-3:]]) == 0
+    found = json.loads((place / "predictions" / "predictions.json").read_text())
+    golden = load_file(GOLDENS / model / "photo_1333x800.safetensors")
+    boxes = torch.tensor([f["bbox"] for f in found])
+    boxes[:, 2:] += boxes[:, :2]
+    torch.testing.assert_close(boxes, golden["boxes"], atol=0.06, rtol=0)  # written with two decimals
+    ids = [s.category_id for s in convert_mmdetection(load_state_dict(model)).report.slots]
+    assert [f["category_id"] for f in found] == [ids[label] for label in golden["labels"]]
 
 
 def test_readme__every_command_exists() -> None:

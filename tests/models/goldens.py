@@ -34,12 +34,12 @@ class Case(NamedTuple):
 
 
 @register_model
-def golden_convnext(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
+def convnext_golden(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
     """Build the backbone of the small models, which is no size of the family."""
     kwargs.pop("pretrained_cfg", None)
     config = {"url": "", "num_classes": 1000, "input_size": (3, 224, 224)}
     sizes = {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128)}
-    return _create_convnext("golden_convnext", pretrained, pretrained_cfg=config, **sizes, **kwargs)
+    return _create_convnext("convnext_golden", pretrained, pretrained_cfg=config, **sizes, **kwargs)
 
 
 def load_goldens_module(name: str) -> ModuleType:
@@ -70,7 +70,7 @@ def load_state_dict(model: str) -> dict[str, Tensor]:
 @lru_cache(maxsize=2)
 def build_detector(model: str) -> FasterRCNN:
     """Import the weights of a model into our detector, in evaluation mode."""
-    arguments = {"backbone": "golden_convnext"} if model.endswith("mini") else {}
+    arguments = {"backbone": "convnext_golden"} if model.endswith("mini") else {}
     converted = convert_mmdetection(load_state_dict(model), **arguments)
     detector = (CascadeRCNN if converted.module == "CascadeRCNNModule" else FasterRCNN)(**converted.arguments)
     detector.load_state_dict(converted.state_dict)

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,18 @@ def test_cascade_rcnn__suppression_can_be_changed() -> None:
         hard = detector([image])[0]
         detector.nms = "none"
         assert len(detector([image])[0]["boxes"]) > len(hard["boxes"])
+
+
+def test_cascade_rcnn__its_defaults_are_its_own_where_the_command_line_hands_on_those_of_faster_rcnn() -> None:
+    faster, cascade = (inspect.signature(callee).parameters for callee in (FasterRCNN, CascadeRCNN))
+    shared = set(faster) & set(cascade) - {"self", "num_classes"}
+    assert {name: faster[name].default for name in shared} == {name: cascade[name].default for name in shared}
+    detector = tiny()
+    stage = detector.roi_heads.stages[0]
+    assert stage.conventions.box_loss == "giou"
+    assert stage.box_loss_weight == 10
+    assert stage.conventions.roi_aligned
+    assert detector.rpn.skip_crossing
 
 
 def test_cascade_rcnn__mistakes() -> None:

@@ -27,14 +27,14 @@ class CascadeRCNN(FasterRCNN):
         num_classes: foreground classes; labels run from 0 to ``num_classes - 1``.
         stage_iou_thresholds: IoU from which a box is an object, for each of up to three stages.
         stage_loss_weights: factor of the losses of each stage.
-        box_head: ``four_conv`` with BatchNorm and one fully connected layer (synchronised between processes by the
-            trainer's ``sync_batchnorm``), or ``two_fc`` layers.
-        box_loss: ``giou`` of the moved boxes, ``l1`` or ``smooth_l1`` of the deltas.
+        box_head: ``four_conv`` (default) with BatchNorm and one fully connected layer (synchronised between processes
+            by the trainer's ``sync_batchnorm``), or ``two_fc`` layers.
+        box_loss: ``giou`` of the moved boxes (default), ``l1`` or ``smooth_l1`` of the deltas.
         box_loss_weight: its factor (default: 10 for ``giou``, as the ConvNeXt authors have it, else 1).
-        box_smooth_l1_beta: below this difference of deltas, ``smooth_l1`` is quadratic.
-        rpn_box_loss: ``smooth_l1`` or ``l1``, for proposals.
-        rpn_skip_crossing: leave anchors that cross the picture's border out of the training.
-        dialect: whose conventions to follow, ``mmdetection`` or ``torchvision``.
+        box_smooth_l1_beta: below this difference of deltas, ``smooth_l1`` is quadratic (default: 1).
+        rpn_box_loss: ``smooth_l1`` (default) or ``l1``, for proposals.
+        rpn_skip_crossing: leave anchors that cross the picture's border out of the training (default: yes).
+        dialect: whose conventions to follow, ``mmdetection`` (default) or ``torchvision``.
         shared: the other arguments of `FasterRCNN`.
 
     Reference:
@@ -47,15 +47,17 @@ class CascadeRCNN(FasterRCNN):
         num_classes: int,
         stage_iou_thresholds: Sequence[float] = (0.5, 0.6, 0.7),
         stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25),
-        box_head: BoxHeadKind = "four_conv",
-        box_loss: BoxLoss = "giou",
+        box_head: BoxHeadKind | None = None,
+        box_loss: BoxLoss | None = None,
         box_loss_weight: float | None = None,
-        box_smooth_l1_beta: float = 1.0,
-        rpn_box_loss: BoxLoss = "smooth_l1",
-        rpn_skip_crossing: bool = True,
-        dialect: Dialect = "mmdetection",
+        box_smooth_l1_beta: float | None = None,
+        rpn_box_loss: BoxLoss | None = None,
+        rpn_skip_crossing: bool | None = None,
+        dialect: Dialect | None = None,
         **shared: Any,  # the keywords of FasterRCNN
     ) -> None:
+        # None here as in FasterRCNN: the command line hands on the defaults of one detector to the other
+        box_loss = box_loss or "giou"
         stages = len(stage_iou_thresholds)
         if not 1 <= stages <= len(_STAGE_STDS) or len(stage_loss_weights) != stages:
             raise ValueError(
@@ -66,13 +68,13 @@ class CascadeRCNN(FasterRCNN):
         self.stage_iou_thresholds, self.stage_loss_weights = tuple(stage_iou_thresholds), tuple(stage_loss_weights)
         super().__init__(
             num_classes,
-            box_head=box_head,
+            box_head=box_head or "four_conv",
             box_loss=box_loss,
             box_loss_weight=(10.0 if box_loss == "giou" else 1.0) if box_loss_weight is None else box_loss_weight,
-            box_smooth_l1_beta=box_smooth_l1_beta,
-            rpn_box_loss=rpn_box_loss,
-            rpn_skip_crossing=rpn_skip_crossing,
-            dialect=dialect,
+            box_smooth_l1_beta=1.0 if box_smooth_l1_beta is None else box_smooth_l1_beta,
+            rpn_box_loss=rpn_box_loss or "smooth_l1",
+            rpn_skip_crossing=True if rpn_skip_crossing is None else rpn_skip_crossing,
+            dialect=dialect or "mmdetection",
             **shared,
         )
 

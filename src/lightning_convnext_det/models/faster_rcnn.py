@@ -74,7 +74,7 @@ class FasterRCNN(nn.Module):
         roi_output_size: bins along each side of a pooled box.
         roi_sampling_ratio: sampling points along each side of a bin; 0 takes as many as a bin has pixels, rounded up
             (default: 2 for torchvision, 0 for mmdetection).
-        box_head: ``two_fc`` layers, or ``four_conv`` with BatchNorm and one fully connected layer.
+        box_head: ``two_fc`` layers (default), or ``four_conv`` with BatchNorm and one fully connected layer.
         box_head_features: width of the fully connected layers.
         box_fg_iou_threshold: IoU from which a proposal is an object.
         box_bg_iou_threshold: IoU below which a proposal is background.
@@ -87,8 +87,8 @@ class FasterRCNN(nn.Module):
         soft_nms_sigma: width of the Gaussian, in squared IoU, by which ``soft`` lowers scores; smaller suppresses more.
         detections_per_image: how many detections are kept per picture.
         in_chans: channels of the pictures.
-        dialect: whose conventions to follow, ``torchvision`` or ``mmdetection``; weights trained under one give other
-            boxes under the other. The arguments below change single points of it.
+        dialect: whose conventions to follow, ``torchvision`` (default) or ``mmdetection``; weights trained under one
+            give other boxes under the other. The arguments below change single points of it.
         resize: ``torchvision``, or ``opencv`` as mmdetection does; see `ImageTransform`.
         anchor_rounding: round anchors to whole pixels (default: only torchvision).
         fixed_strides: take the strides of the pyramid for anchors and RoIAlign (mmdetection), instead of deriving them
@@ -103,11 +103,11 @@ class FasterRCNN(nn.Module):
         nms_separation: how suppression keeps classes and levels apart: as ``torchvision``, or by an ``offset``.
         matching: whose rules to match boxes with objects in training; see `OwnMatcher`.
         rpn_box_loss: ``smooth_l1`` (torchvision) or ``l1``, for proposals.
-        rpn_skip_crossing: leave anchors that cross the picture's border out of the training; only with matching
-            ``mmdetection``.
+        rpn_skip_crossing: leave anchors that cross the picture's border out of the training (default: no); only with
+            matching ``mmdetection``.
         box_loss: ``smooth_l1`` (torchvision), ``l1`` or ``giou``, for detections.
-        box_loss_weight: factor of the loss of detections' boxes.
-        box_smooth_l1_beta: below this difference of deltas, their ``smooth_l1`` is quadratic.
+        box_loss_weight: factor of the loss of detections' boxes (default: 1).
+        box_smooth_l1_beta: below this difference of deltas, their ``smooth_l1`` is quadratic (default: 1/9).
 
     Reference:
         Ren et al., "Faster R-CNN", arXiv:1506.01497; parts and defaults are torchvision's.
@@ -144,7 +144,7 @@ class FasterRCNN(nn.Module):
         rpn_positive_fraction: float = 0.5,
         roi_output_size: int = 7,
         roi_sampling_ratio: int | None = None,
-        box_head: BoxHeadKind = "two_fc",
+        box_head: BoxHeadKind | None = None,
         box_head_features: int = 1024,
         box_fg_iou_threshold: float = 0.5,
         box_bg_iou_threshold: float = 0.5,
@@ -156,7 +156,7 @@ class FasterRCNN(nn.Module):
         soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
         in_chans: int = 3,
-        dialect: Dialect = "torchvision",
+        dialect: Dialect | None = None,
         resize: Resize | None = None,
         anchor_rounding: bool | None = None,
         fixed_strides: bool | None = None,
@@ -168,17 +168,17 @@ class FasterRCNN(nn.Module):
         nms_separation: Separation | None = None,
         matching: Matching | None = None,
         rpn_box_loss: BoxLoss | None = None,
-        rpn_skip_crossing: bool = False,
+        rpn_skip_crossing: bool | None = None,
         box_loss: BoxLoss | None = None,
-        box_loss_weight: float = 1.0,
-        box_smooth_l1_beta: float = 1 / 9,
+        box_loss_weight: float | None = None,
+        box_smooth_l1_beta: float | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
         self.num_classes = num_classes
         chosen = conventions(
-            dialect,
+            dialect or "torchvision",
             resize=resize,
             anchor_rounding=anchor_rounding,
             fixed_strides=fixed_strides,
@@ -213,7 +213,7 @@ class FasterRCNN(nn.Module):
             aspect_ratios,
             fpn_channels,
             chosen,
-            rpn_skip_crossing,
+            bool(rpn_skip_crossing),
             fg_iou_thresh=rpn_fg_iou_threshold,
             bg_iou_thresh=rpn_bg_iou_threshold,
             batch_size_per_image=rpn_batch_size_per_image,
@@ -231,13 +231,13 @@ class FasterRCNN(nn.Module):
                 "bg_iou_threshold": box_bg_iou_threshold,
                 "batch_size_per_image": box_batch_size_per_image,
                 "positive_fraction": box_positive_fraction,
-                "box_loss_weight": box_loss_weight,
-                "smooth_l1_beta": box_smooth_l1_beta,
+                "box_loss_weight": 1.0 if box_loss_weight is None else box_loss_weight,
+                "smooth_l1_beta": 1 / 9 if box_smooth_l1_beta is None else box_smooth_l1_beta,
                 "score_threshold": score_threshold,
                 "nms_threshold": nms_threshold,
                 "detections_per_image": detections_per_image,
             }
-            head = create_box_head(box_head, fpn_channels, roi_output_size, box_head_features)
+            head = create_box_head(box_head or "two_fc", fpn_channels, roi_output_size, box_head_features)
             predictor = BoxPredictor(box_head_features, num_classes + 1)  # torchvision's background is class 0
             return BoxHeads(pooler, head, predictor, chosen, **{**options, **changes})
 
