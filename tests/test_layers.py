@@ -24,6 +24,7 @@ FORBIDDEN = {
     "import_mmdetection.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli"))],
     "checkpoints.py": ["lightning", *(f"{PACKAGE}.{r}" for r in ("modules", "data", "cli"))],
     "callbacks.py": [f"{PACKAGE}.cli", f"{PACKAGE}.models"],
+    "best_checkpoint.py": [f"{PACKAGE}.cli", f"{PACKAGE}.models", f"{PACKAGE}.data"],
 }
 
 

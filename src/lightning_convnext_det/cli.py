@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_convnext_det import __version__
+from lightning_convnext_det.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks import ClassificationWriter, PredictionWriter
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
@@ -40,6 +41,8 @@ from lightning_convnext_det.tools import TOOLS
 EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
 6 checkpoint, 130 interrupted, 143 terminated"""
 
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the data set answers
 
@@ -98,7 +101,7 @@ class DetectionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add checkpointing and output, link the classes of the data to the model, and set the defaults."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/map",
@@ -194,6 +197,13 @@ class DetectionCLI(LightningCLI):
             kept = len(self.model.state_dict()) - len(new)
             sys.stderr.write(f"{self._start}: {kept} tensors kept, {len(new)} begin anew for other classes\n")
         self.trainer = self.instantiate_trainer()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """The arguments of the trainer's method; predictions are written as they come, not kept in memory."""
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if "return_predictions" in arguments and arguments["return_predictions"] is None:
+            arguments["return_predictions"] = False
+        return arguments
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit, predict = self.subcommand == "fit", self.subcommand == "predict"
@@ -301,7 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return TOOLS[arguments[0]][0](arguments[1:], main)
         DetectionCLI(arguments)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # for which Lightning 2.6 ends with status 1
+            return INTERRUPTED
+        raise
     except Exception as error:
         cause = _cause(error)
         line = user_message(cause)

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_convnext_det.data.dataset import find_pictures
 from lightning_convnext_det.data.images import read_image
@@ -249,6 +249,9 @@ class ImageFolderDataModule(LightningDataModule):
 
 class _EvaluationLoader(EvaluationLoader):
     unpack = staticmethod(lambda batch: batch)  # stacked pictures need no unpacking
+
+    def __len__(self) -> int:
+        return DataLoader.__len__(self)  # there is no batch without pictures
 
 
 class _TrainingLoader(TrainingLoader):

@@ -24,10 +24,16 @@ class LoaderState(TypedDict):
 class EvaluationLoader(DataLoader[object]):
     """A loader whose data errors read the same with workers as without: one line, no traceback of another process.
 
-    The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked.
+    The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked. Where there are fewer pictures
+    than processes, a process without any has one batch without pictures: Lightning would leave it out of the validation
+    altogether, and the others would wait for it.
     """
 
     unpack = staticmethod(unpack)
+
+    def __len__(self) -> int:
+        """Number of batches, at least 1."""
+        return max(1, super().__len__())
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
         """Yield batches.
@@ -35,6 +41,9 @@ class EvaluationLoader(DataLoader[object]):
         Raises:
             DataError: if a picture cannot be read.
         """
+        if len(self) > super().__len__():
+            yield [], []
+            return
         for batch in self._packed():
             yield self.unpack(batch)
 
@@ -78,6 +87,10 @@ class PictureLoader(EvaluationLoader):
 
     A batch of which nothing is left is not yielded.
     """
+
+    def __len__(self) -> int:
+        """Number of batches; 0 on a process without pictures."""
+        return DataLoader.__len__(self)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
         """Yield batches of pictures and targets.

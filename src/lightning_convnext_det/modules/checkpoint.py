@@ -8,6 +8,7 @@ import torch
 
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
+from lightning_convnext_det.modules.checkpoint_file import read_checkpoint_file, write_checkpoint_file
 from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import FORMAT, DetectionModule
@@ -26,15 +27,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is an address, is missing or damaged, or was not written by this package.
     """
-    if "://" in str(path):
-        raise CheckpointError(f"[LCD-S010] {path} is an address; fetch the file and give its local path")
-    if not Path(path).is_file():
-        raise CheckpointError(f"[LCD-K001] {path}: no such checkpoint file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or crafted file makes the reader raise almost anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {reason}") from None
+    content = read_checkpoint_file(path)
     section = content.get(FORMAT) if isinstance(content, dict) else None
     if not isinstance(section, dict) or str(section.get("module")) not in MODULES:
         raise CheckpointError(
@@ -159,5 +152,4 @@ def save_module(module: DetectionModule, path: str | Path) -> None:
         "pytorch-lightning_version": lightning.__version__,
     }
     module.on_save_checkpoint(content)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    write_checkpoint_file(content, path)

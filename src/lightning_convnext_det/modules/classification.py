@@ -145,6 +145,7 @@ class ClassifierModule(OptimizedModule):
         Raises:
             DataError: if a class of the data is not one of the network's.
         """
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or data is None or not hasattr(data, "class_names"):
             return
@@ -214,6 +215,7 @@ class ClassifierModule(OptimizedModule):
         parameters |= {"num_classes": self.num_classes, "class_names": self.class_names, "category_ids": None}
         parameters |= {"pretrained_backbone": False, "backbone_weights": None}
         checkpoint["hyper_parameters"] = parameters
+        super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT] = {"format": 1, "module": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -221,6 +223,7 @@ class ClassifierModule(OptimizedModule):
         names = checkpoint.get("hyper_parameters", {}).get("class_names")
         if names is not None and len(names) != self.num_classes:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
+        super().on_load_checkpoint(checkpoint)
 
 
 def _create_mixup(mixup: float, cutmix: float, probability: float, smoothing: float, num_classes: int) -> Mixup | None:

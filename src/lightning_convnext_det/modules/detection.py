@@ -1,12 +1,12 @@
 """The training, evaluation and prediction of any detector, as a LightningModule."""
 
 import logging
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.errors import CheckpointError, DataError
+from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.evaluation import FIGURES, DetectionEvaluator
 from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
@@ -15,6 +15,18 @@ from lightning_convnext_det.types import Detection, Target
 _logger = logging.getLogger(__name__)
 
 Batch = tuple[list[Tensor], list[Target]]
+
+
+class Outcome(TypedDict):
+    """What a training step hands to the trainer and its callbacks."""
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    """Its parts by name, without gradients."""
+    reason: str | None
+    """What the detector says of numbers that are not finite."""
+
+
 FORMAT = "lightning_convnext_det"  # the checkpoint's own section
 
 
@@ -93,6 +105,7 @@ class DetectionModule(OptimizedModule):
                 f"trainer.precision is '{precision}', but boxes and scores need float32; "
                 "use '32-true', 'bf16-mixed' or '16-mixed'"
             )
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and data is not None and hasattr(data, "class_names"):
             names, ids = list(data.class_names), list(data.category_ids)
@@ -111,14 +124,22 @@ class DetectionModule(OptimizedModule):
 
     # ---- steps
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Outcome:
         """Compute the sum of the detector's weighted losses; each is logged as ``train/<name>``."""
         images, targets = batch
-        losses: dict[str, Tensor] = self.detector(images, targets)
+        reason = None
+        try:
+            losses: dict[str, Tensor] = self.detector(images, targets)
+        except DivergenceError as error:
+            # not here, where other processes would wait for this one: RunGuard ends all of them after the step
+            reason = str(error)
+            losses = {
+                "loss_total": torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * torch.nan
+            }
         loss = torch.stack(list(losses.values())).sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": x.detach() for name, x in losses.items()}, batch_size=len(images))
-        return loss
+        return {"loss": loss, "losses": {name: x.detach() for name, x in losses.items()}, "reason": reason}
 
     def on_validation_epoch_start(self) -> None:
         """Forget the pictures of the epoch before, or of the sanity check."""
@@ -126,7 +147,7 @@ class DetectionModule(OptimizedModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect detections; nothing is communicated between processes here."""
-        self.evaluator.update(self.detector(batch[0]), batch[1])
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/map`` ... once for the pictures of all processes."""
@@ -139,20 +160,26 @@ class DetectionModule(OptimizedModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect detections."""
-        self.evaluator.update(self.detector(batch[0]), batch[1])
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/map`` ...."""
         self._log_figures("test")
 
+    def _evaluate(self, batch: Batch) -> None:
+        if batch[0]:  # a process without pictures has one batch without pictures, see EvaluationLoader
+            self.evaluator.update(self.detector(batch[0]), batch[1])
+
     def _log_figures(self, stage: str) -> None:
         figures = self.evaluator.compute()
         self.evaluator.reset()
-        # every process holds the same numbers already
+        if self.evaluator.undefined and self.trainer.is_global_zero:
+            _logger.warning("[LCD-E001] %s/map is undefined: %s", stage, self.evaluator.undefined)
+        # every process holds the same numbers already; they are no means over batches
         shown = {f"{stage}/{name}": figures.pop(name) for name in FIGURES}
-        self.log_dict({k: v for k, v in shown.items() if k.endswith(("/map", "/map_50"))}, prog_bar=True)
-        self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))})
-        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
+        self.log_dict({k: v for k, v in shown.items() if k.endswith(("/map", "/map_50"))}, prog_bar=True, batch_size=1)
+        self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))}, batch_size=1)
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, batch_size=1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Detection]:
         """Find objects; boxes are in pixels of the pictures given."""
@@ -184,6 +211,7 @@ class DetectionModule(OptimizedModule):
         parameters |= {"class_names": self.class_names, "category_ids": self.category_ids}
         parameters |= {"pretrained_backbone": False, "backbone_weights": None}
         checkpoint["hyper_parameters"] = parameters
+        super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT] = {"format": 1, "module": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,16 +219,7 @@ class DetectionModule(OptimizedModule):
         names = checkpoint.get("hyper_parameters", {}).get("class_names")
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
-        own, given = self.state_dict(), checkpoint.get("state_dict", {})
-        if given and (unlike := [k for k in own | given if _shape(own, k) != _shape(given, k)]):
-            raise CheckpointError(
-                f"[LCD-K014] the checkpoint does not fit the network: '{unlike[0]}' is {_shape(given, unlike[0])}, "
-                f"expected {_shape(own, unlike[0])}; leave out --model arguments that make it another network"
-            )
-
-
-def _shape(state: dict[str, Tensor], name: str) -> list[int] | str:
-    return list(state[name].shape) if name in state else "missing"
+        super().on_load_checkpoint(checkpoint)
 
 
 def class_difference(trained: list[str], given: list[str]) -> str:

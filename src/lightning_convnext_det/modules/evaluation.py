@@ -49,10 +49,14 @@ class DetectionEvaluator:
 
     Args:
         class_names: in order of label; the per-class figures are named after them.
+
+    Attributes:
+        undefined: why the figures computed last are nan; None if ``map`` is a number.
     """
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
+        self.undefined: str | None = None
         self._records: dict[int, _Record] = {}
 
     def reset(self) -> None:
@@ -86,11 +90,15 @@ class DetectionEvaluator:
             ``map`` ... ``mar_large`` and ``map/<class name>``; nan where there is nothing to measure.
         """
         records = _gather(self._records)
-        figures: list[dict[str, float] | None] = [self._evaluate(records) if records is not None else None]
+        outcome: list[tuple[dict[str, float], str | None] | None] = [None]
+        if records is not None:
+            figures = self._evaluate(records)
+            outcome = [(figures, _why_undefined(records) if math.isnan(figures["map"]) else None)]
         if _world_size() > 1:
-            dist.broadcast_object_list(figures, src=0)
-        assert figures[0] is not None  # rank 0 has evaluated
-        return figures[0]
+            dist.broadcast_object_list(outcome, src=0)
+        assert outcome[0] is not None  # rank 0 has evaluated
+        figures, self.undefined = outcome[0]
+        return figures
 
     def _evaluate(self, records: dict[int, _Record]) -> dict[str, float]:
         metric = MeanAveragePrecision(
@@ -98,6 +106,7 @@ class DetectionEvaluator:
             rec_thresholds=_RECALL_THRESHOLDS,
             backend="faster_coco_eval",
             extended_summary=True,
+            sync_on_compute=False,  # it runs on one process, which holds everything; the others are not asked
         )
         metric.warn_on_many_detections = False  # COCO's rule is the first hundred by score; no need to say it again
         # equal scores are ranked by the order of pictures, so the order is fixed: by picture
@@ -138,6 +147,14 @@ def _cpu_target(target: Target) -> dict[str, Tensor]:
 
 def _defined(value: float) -> float:
     return math.nan if value == -1 else value  # COCO's -1 says that there is nothing to measure
+
+
+def _why_undefined(records: dict[int, _Record]) -> str:
+    if not records:
+        return "no picture was evaluated"
+    boxes = sum(len(record.target["boxes"]) for record in records.values())
+    what = "are crowd regions" if boxes else "no boxes"
+    return f"the {len(records)} pictures have " + (f"{boxes} boxes, which all {what}" if boxes else what)
 
 
 def _rank() -> int:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from lightning_convnext_det.modules.layer_decay import Layers, find_layers
-from lightning_convnext_det.modules.loading import LoadableModule
+from lightning_convnext_det.modules.reliable import ReliableModule
 
 # beside all that has one dimension: norms, most layer scales, GRN
 _EXEMPT = re.compile(r"(\.bias|pos_embed|relative_position_bias_table|\.gamma|layer_scale\w*)$")
@@ -27,7 +27,7 @@ class Backbone(NamedTuple):
     """How the names of its parameters begin in the whole network, with a dot at the end or empty."""
 
 
-class OptimizedModule(LoadableModule):
+class OptimizedModule(ReliableModule):
     """A LightningModule whose hyper-parameters say how its network learns; the subclass says what network."""
 
     default_backbone_lr_factor = 1.0

@@ -1,0 +1,98 @@
+"""Finding the loss or weight that is not finite, and naming it."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_convnext_det.errors import DivergenceError
+
+REMEDY = "lower the learning rate, clip gradients, or train in bf16 or float32"
+
+
+class _Step(NamedTuple):
+    epoch: int
+    step: int
+    losses: dict[str, Tensor]
+    pictures: list[str]
+    reason: str | None
+    """What the network has said itself."""
+
+
+class LossWatch:
+    """The losses of the last steps, which are read from the device together, for reading makes the processor wait.
+
+    Args:
+        patience: how many steps in a row may have a loss that is not finite. More than 0 is of use where a scaler of
+            gradients leaves out such steps, which it needs to find its scale.
+    """
+
+    def __init__(self, patience: int = 0) -> None:
+        self.patience = patience
+        self._steps: list[_Step] = []
+        self._bad_in_a_row = 0
+
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        pictures: Sequence[str],
+        epoch: int,
+        step: int,
+        reason: str | None = None,
+    ) -> None:
+        """Take the losses of a step, without reading them.
+
+        Args:
+            losses: scalars by name.
+            pictures: names of the step's pictures.
+            epoch: counts from 0.
+            step: of the optimizer, counts from 0.
+            reason: why the losses are known not to be finite.
+        """
+        self._steps.append(_Step(epoch, step, {k: v.detach() for k, v in losses.items()}, list(pictures), reason))
+
+    def read(self, process: int = 0) -> str | None:
+        """Read the losses taken since the last time; a line about the first that is not finite, None if all are.
+
+        Args:
+            process: which one this is, for the line.
+        """
+        steps, self._steps = self._steps, []
+        if not steps:
+            return None
+        values = torch.cat([torch.stack([x.float().reshape(()) for x in s.losses.values()]) for s in steps]).tolist()
+        for step in steps:
+            own, values = values[: len(step.losses)], values[len(step.losses) :]
+            named = dict(zip(step.losses, own, strict=True))
+            bad = [f"{name} is {value}" for name, value in named.items() if not abs(value) < float("inf")]
+            self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
+            if self._bad_in_a_row > self.patience:
+                what = step.reason.removeprefix("[LCD-N001] ").partition(";")[0] if step.reason else ", ".join(bad)
+                where = f"epoch {step.epoch}, step {step.step}, process {process}"
+                return f"[LCD-N001] {what} at {where}, pictures {', '.join(step.pictures)}"
+        return None
+
+
+def find_non_finite(state: Mapping[str, object]) -> str | None:
+    """The name of the first tensor of a state dict that holds a number that is not finite; None if there is none."""
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()}
+    if not tensors:
+        return None
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
+    return next((name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite), None)
+
+
+def check_weights(state: Mapping[str, object], when: str) -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        state: of a module.
+        when: what is about to be done with them, for the message.
+
+    Raises:
+        DivergenceError: if a weight is not finite.
+    """
+    name = find_non_finite(state)
+    if name is not None:
+        raise DivergenceError(f"[LCD-N002] {when}: weight '{name}' is not finite; {REMEDY}")
