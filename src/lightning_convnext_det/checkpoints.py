@@ -21,6 +21,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.import_mmdetection import convert_mmdetection, read_class_names
 from lightning_convnext_det.import_report import Converted, ImportReport, Slot, fit_tensors
+from lightning_convnext_det.import_torchvision import convert_torchvision, is_torchvision
 from lightning_convnext_det.models import deformable_detr_weights, mmdetection_weights
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.deformable_detr_weights import Argument
@@ -43,7 +44,8 @@ def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: 
 
     Args:
         path: Deformable DETR of birder (``.pt``, ``.safetensors``), of its authors (``.pth``) or of Hugging Face
-            (folder or weight file); Mask R-CNN or Cascade Mask R-CNN of the ConvNeXt authors (``.pth``).
+            (folder or weight file); Mask R-CNN or Cascade Mask R-CNN of the ConvNeXt authors (``.pth``);
+            ``fasterrcnn_resnet50_fpn`` of torchvision (``.pth``).
         keep_unused: keep rows of Deformable DETR's class heads that stand for no class.
         arguments: arguments of the detector that neither the tensors nor the file show, e.g. ``backbone``.
 
@@ -55,6 +57,8 @@ def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: 
     try:
         if mmdetection_weights.detect(source.state_dict):
             return convert_mmdetection(source.state_dict, class_names=source.class_names, **arguments)
+        if is_torchvision(source.state_dict):
+            return convert_torchvision(source.state_dict, **arguments)
         return convert_deformable_detr(
             source.state_dict, slots=source.slots, keep_unused=keep_unused, **{**source.arguments, **arguments}
         )
@@ -131,7 +135,7 @@ _OTHER_FAMILIES = {
     "backbone.body.net.": "a detector of this package already",
     "rpn_head.": "another R-CNN of MMDetection",
     "bbox_head.": "a detector of MMDetection",
-    "rpn.head.": "a Faster R-CNN of torchvision",
+    "rpn.head.": "another R-CNN of torchvision",
     "model.enc_score_head.": "an RT-DETR of Hugging Face",
     "transformer.encoder.layers.0.self_attn.in_proj_weight": "a DETR without deformable attention",
     "model.encoder.layers.0.self_attn.q_proj.": "a DETR of Hugging Face without deformable attention",

@@ -60,7 +60,8 @@ def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
     )
     parser.add_argument(
         "source",
-        help="Deformable DETR of birder, its authors or Hugging Face; Mask or Cascade Mask R-CNN of ConvNeXt's authors",
+        help="Deformable DETR of birder, its authors or Hugging Face; Mask or Cascade Mask R-CNN of ConvNeXt's "
+        "authors; Faster R-CNN of torchvision",
     )
     parser.add_argument("destination", help="checkpoint to write")
     parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
