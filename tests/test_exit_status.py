@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
 
 from lightning_convnext_det import errors
-from lightning_convnext_det.cli import EXIT_STATUS, main
+from lightning_convnext_det.cli import EXIT_STATUS, DetectionCLI, main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules import FasterRCNNModule
 from lightning_convnext_det.modules.checkpoint_file import read_checkpoint_file
@@ -106,7 +105,7 @@ def test_fit__the_command_line_wins_over_the_configuration_which_wins_over_the_c
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(Trainer, "fit", lambda self, model, **_: seen.append(dict(model.hparams)))
+    monkeypatch.setattr(DetectionCLI, "_run_subcommand", lambda self, _: seen.append(dict(self.model.hparams)))
     (tmp_path / "c.yaml").write_text(
         "model:\n  class_path: FasterRCNNModule\n  init_args: {lr: 0.3, weight_decay: 0.7}\n"
     )
@@ -125,7 +124,8 @@ def test_predict__predictions_are_not_kept_in_memory(
     run: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(Trainer, "predict", lambda self, model, **options: seen.append(options))
+    kept = DetectionCLI._prepare_subcommand_kwargs
+    monkeypatch.setattr(DetectionCLI, "_run_subcommand", lambda self, name: seen.append(kept(self, name)))
     checkpoint = f"--ckpt_path={run / 'version_0' / 'checkpoints' / 'best.ckpt'}"
     arguments = ["predict", f"--data.predict={dataset / 'test'}", f"--output.folder={tmp_path}", checkpoint, *QUIET]
     assert main(arguments) == 0
