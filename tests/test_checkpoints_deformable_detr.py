@@ -455,7 +455,7 @@ def test_convert_deformable_detr__mismatch_is_an_error(
     ("keys", "family"),
     [
         (["levels.embedding"], "a Deformable DETR of this package already"),
-        (["backbone.body.conv1.weight", "rpn.head.cls_logits.weight"], "a Faster R-CNN of torchvision"),
+        (["backbone.body.conv1.weight", "rpn.head.cls_logits.weight"], "another R-CNN of torchvision"),
         (["backbone.conv1.weight", "rpn_head.rpn_conv.weight"], "another R-CNN of MMDetection"),
         (["backbone.conv1.weight", "bbox_head.cls_branches.0.weight"], "a detector of MMDetection"),
         (["transformer.encoder.layers.0.self_attn.in_proj_weight"], "a DETR without deformable attention"),

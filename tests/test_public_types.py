@@ -27,6 +27,7 @@ FORWARDED = {
     "CascadeRCNN": "shared",
     "create_detector": "overrides",
     "load_module": "options",
+    "start_module": "changes",
 }
 
 

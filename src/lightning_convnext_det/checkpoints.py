@@ -151,8 +151,8 @@ def _detect_origin(state_dict: Mapping[str, Tensor]) -> str:
         known = (what for start, what in _OTHER_FAMILIES.items() if any(k.startswith(start) for k in state_dict))
         what = next(known, f"of no known family; its first tensor is '{next(iter(state_dict), 'none')}'")
         raise CheckpointError(
-            "[LCD-K010] expected a Deformable DETR of birder, its authors or Hugging Face, or an R-CNN of the ConvNeXt "
-            f"authors, got {what}"
+            "[LCD-K010] expected a Deformable DETR of birder, its authors or Hugging Face, an R-CNN of the ConvNeXt "
+            f"authors, or a Faster R-CNN of torchvision, got {what}"
         )
     return origin
 
