@@ -28,6 +28,7 @@ FORWARDED = {
     "create_detector": "overrides",
     "load_module": "options",
     "start_module": "changes",
+    "start_module": "changes",
 }
 
 
