@@ -28,7 +28,6 @@ FORWARDED = {
     "create_detector": "overrides",
     "load_module": "options",
     "start_module": "changes",
-    "start_module": "changes",
 }
 
 
