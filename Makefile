@@ -16,12 +16,12 @@ demo: .venv/ready
 	$(BIN)/convnext-det demo
 
 test: lint types .venv/ready
-	$(BIN)/pytest -m "not slow and not gpu and not xla"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu and not xla"
 
 # also the slow tests, and live comparison with birder and transformers
 test-all: lint types .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,parity]'
-	$(BIN)/pytest -m "not gpu and not xla"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not xla"
 	$(MAKE) test-xla
 
 # torch_xla follows torch with a delay, so it gets an environment of its own: 8 GB; without a TPU it runs on the CPU
