@@ -7,9 +7,10 @@ ConvNeXt authors' of four convolutions. On a GPU, ``--device cuda`` prints its p
 """
 
 import multiprocessing
-import resource
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,17 @@ def _predict(detector: nn.Module, images: list[Tensor], targets: list[Target]) -
 def _peak(queue: "multiprocessing.Queue[float]", *arguments: object) -> None:
     torch.set_num_threads(1)
     step = create_step(*arguments)  # type: ignore[arg-type]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far becomes the present size; man 5 proc
+    before = _resident_peak()
     step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(_resident_peak() - before)
+
+
+def _resident_peak() -> float:
+    """MB that this process has had at most in memory. The peak of ``getrusage`` is the parent's, if that is larger."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, "no VmHWM in /proc/self/status"
+    return int(found.group(1)) / 1024
 
 
 def print_memory(chosen: list[str], backbone: str, sides: list[int]) -> None:
@@ -82,7 +91,7 @@ def main() -> None:
     for name, training in (("prediction", False), ("training step", True)):
         steps = {c: create_step(training, c, options.backbone, options.sides, options.device) for c in chosen}
         compare(name, steps, options)
-    if options.device == "cpu":
+    if options.device == "cpu" and Path("/proc/self/clear_refs").exists():
         print_memory(chosen, options.backbone, options.sides)
 
 
