@@ -1,5 +1,6 @@
 import functools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -241,9 +242,8 @@ def test_main__help_names_tools_and_exit_statuses(capsys: pytest.CaptureFixture[
 
 
 def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert __version__ in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"convnext-det {__version__}\n"
 
 
 def test_user_message__defects_keep_their_traceback() -> None:
@@ -261,14 +261,33 @@ def test_main__interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_convnext_det.cli.DetectionCLI", interrupt)
+    monkeypatch.setattr("lightning_convnext_det.detection_cli.DetectionCLI", interrupt)
     assert main(["fit"]) == 130
 
 
 def test_main__module_is_the_command() -> None:
-    import subprocess
-
     result = subprocess.run(
         [sys.executable, "-m", "lightning_convnext_det", "--version"], capture_output=True, text=True, check=True
     )
     assert __version__ in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left_out"),
+    [
+        (["--version"], ["torch", "numpy"]),
+        (["check", "DATA"], ["torch", "scipy", "matplotlib"]),
+        (["models", "resnet18"], ["lightning", "torchmetrics"]),
+        (["import-weights", "--help"], ["torch"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_main__imports_only_what_a_command_needs(arguments: list[str], left_out: list[str], dataset: Path) -> None:
+    arguments = [argument.replace("DATA", str(dataset)) for argument in arguments]
+    script = (
+        "import sys; from lightning_convnext_det.cli import main\n"
+        f"try: main({arguments})\n"
+        f"finally: print('imported:', [name for name in {left_out} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "imported: []"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lightning_convnext_det import errors
-from lightning_convnext_det.cli import EXIT_STATUS, DetectionCLI, main
+from lightning_convnext_det.cli import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.detection_cli import EXIT_STATUS, DetectionCLI
 from lightning_convnext_det.modules import FasterRCNNModule
 from lightning_convnext_det.modules.checkpoint_file import read_checkpoint_file
 from lightning_convnext_det.modules.divergence import find_non_finite
@@ -62,7 +63,7 @@ def test_fit__divergence_is_4_and_what_is_on_disk_is_finite(
 
 
 def test_fit__an_interrupt_is_130(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setattr(FasterRCNNModule, "training_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         assert main(fit(dataset, tmp_path)) == 130

@@ -1,21 +1,14 @@
-"""The tools of the command beside the trainer's: check, models, import-weights, export-backbone, demo."""
+"""The tools of the command beside the trainer's: check, models, import-weights, export-backbone, demo.
+
+Each imports what it needs when it runs: checking a folder takes no torch.
+"""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from safetensors.torch import save_file
-
-from lightning_convnext_det.checkpoints import import_weights
-from lightning_convnext_det.data.check import check_dataset, print_report
-from lightning_convnext_det.data.pictures import Exif
-from lightning_convnext_det.data.records import BadRecords
-from lightning_convnext_det.demo import run_demo
 from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.models.backbone import TimmPyramid, backbone_state_dict
-from lightning_convnext_det.models.facts import list_facts
-from lightning_convnext_det.modules.checkpoint import DETECTORS, load_module, save_module
 
 Command = Callable[[Sequence[str]], int]
 """Takes the arguments of a command line, returns its exit status."""
@@ -23,6 +16,10 @@ Command = Callable[[Sequence[str]], int]
 
 def check(arguments: Sequence[str], run: Command) -> int:
     """List every bad record of a data set."""
+    from lightning_convnext_det.data.check import check_dataset, print_report
+    from lightning_convnext_det.data.pictures import Exif
+    from lightning_convnext_det.data.records import BadRecords
+
     parser = argparse.ArgumentParser("convnext-det check", description="List every bad record of a data set.")
     parser.add_argument("root", help="folder with a COCO, VOC or YOLO data set")
     parser.add_argument(
@@ -50,6 +47,8 @@ def check(arguments: Sequence[str], run: Command) -> int:
 
 def demo(arguments: Sequence[str], run: Command) -> int:
     """Train and look at a detector on pictures made up on the spot."""
+    from lightning_convnext_det.demo import run_demo
+
     return run_demo(arguments, run)
 
 
@@ -66,6 +65,9 @@ def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
     parser.add_argument("destination", help="checkpoint to write")
     parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
     options = parser.parse_args(arguments)
+    from lightning_convnext_det.checkpoints import import_weights
+    from lightning_convnext_det.modules.checkpoint import DETECTORS, save_module
+
     converted = import_weights(options.source, **({"backbone": options.backbone} if options.backbone else {}))
     slots = converted.report.slots
     names, ids = ([s.name for s in slots], [s.category_id for s in slots]) if slots else (None, None)
@@ -87,6 +89,11 @@ def export_backbone(arguments: Sequence[str], run: Command) -> int:
     options = parser.parse_args(arguments)
     if not options.destination.endswith(".safetensors"):
         raise ValueError(f"'{options.destination}' must end in .safetensors")
+    from safetensors.torch import save_file
+
+    from lightning_convnext_det.models.backbone import TimmPyramid, backbone_state_dict
+    from lightning_convnext_det.modules.checkpoint import load_module
+
     module = load_module(options.checkpoint)
     pyramid = next((part for part in module.detector.modules() if isinstance(part, TimmPyramid)), None)
     if pyramid is None:
@@ -110,6 +117,8 @@ def models(arguments: Sequence[str], run: Command) -> int:
     )
     parser.add_argument("pattern", nargs="?", default="*", help="such as '*convnext_tiny*'; also any timm name")
     options = parser.parse_args(arguments)
+    from lightning_convnext_det.models.facts import list_facts
+
     line = "{:<44} {:>9} {:>8}  {:<20} {:<12} {:>5}  {}\n"
     sys.stdout.write(line.format("model", "params M", "GFLOPs", "channels", "strides", "top-1", "weights"))
     for facts in list_facts(options.pattern):

@@ -12,15 +12,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from lightning_convnext_det.data.png import check_chunks, find_late_exif
 from lightning_convnext_det.data.table import UnreadableError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where pixels become tensors: headers are read without torch's two seconds
 
 MAX_PIXELS = 89_478_485  # 256 MiB as RGB; equals Pillow's MAX_IMAGE_PIXELS
 MAX_ASPECT = 200.0  # longer pictures shrink to nothing on one side when resized
@@ -85,7 +86,7 @@ class ImageHeader(NamedTuple):
         return suffix.lower() in _SUFFIXES.get(self.format, ())
 
 
-def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> "Tensor":
     """Decode a picture.
 
     Args:
@@ -134,7 +135,7 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSize:
     return read_header(path, max_pixels).size
 
 
-def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture") -> Tensor:
+def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture") -> "Tensor":
     """Convert a picture in memory.
 
     Args:
@@ -233,8 +234,10 @@ def _check_mode(mode: str, name: str | Path) -> None:
         raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the picture as 8-bit RGB or grey")
 
 
-def _rgb_pixels(image: Image.Image, name: str | Path) -> Tensor:
+def _rgb_pixels(image: Image.Image, name: str | Path) -> "Tensor":
     """The pixels of a loaded picture as stored, uint8 [3, H, W]; not contiguous."""
+    import torch
+
     if image.mode.startswith("I"):
         grey = torch.from_numpy(_eight_bits(np.asarray(image), image.mode, name))
         return grey.expand(3, -1, -1)
@@ -254,7 +257,7 @@ def _eight_bits(pixels: np.ndarray, mode: str, name: str | Path) -> np.ndarray:
     return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _oriented(pixels: Tensor, orientation: int) -> Tensor:
+def _oriented(pixels: "Tensor", orientation: int) -> "Tensor":
     """Pixels [3, H, W] turned upright, contiguous."""
     swap, flips = _ORIENTATIONS.get(orientation, (False, ()))
     pixels = pixels.mT if swap else pixels
