@@ -36,7 +36,7 @@ from lightning_convnext_det.data.dataset import DetectionDataset
 from lightning_convnext_det.data.layouts import find_splits, read_split
 from lightning_convnext_det.data.table import DetectionTable, Problem
 from lightning_convnext_det.errors import CheckpointError, DataError, WeightsError
-from lightning_convnext_det.models.backbone import load_backbone_weights
+from lightning_convnext_det.models.backbone_weights import load_backbone_weights
 from lightning_convnext_det.modules import FasterRCNNModule
 from lightning_convnext_det.modules.checkpoint import load_module, save_module
 

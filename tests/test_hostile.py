@@ -16,7 +16,8 @@ from lightning_convnext_det.cli import main
 from lightning_convnext_det.data.check import check_dataset
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import CheckpointError, DataError, WeightsError
-from lightning_convnext_det.models.backbone import TimmPyramid, read_state_dict
+from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.models.backbone_weights import read_state_dict
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module
 from lightning_convnext_det.modules.checkpoint import read_checkpoint, save_module
 from lightning_convnext_det.predictor import Predictor

@@ -6,25 +6,20 @@ detector takes as its backbone.
 """
 
 import difflib
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Literal
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import Format, LayerNorm2d, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from lightning_convnext_det.errors import WeightsError
-
-_logger = logging.getLogger(__name__)
+from lightning_convnext_det.models.backbone_weights import fetching, flat_name, load_backbone_weights
 
 
 class TimmPyramid(nn.Module):
@@ -72,7 +67,9 @@ class TimmPyramid(nn.Module):
         super().__init__()
         self.name = name
         self.strides = list(strides)
-        _check_pyramid(name, self.strides)
+        check_name(name, "backbone")
+        if self.strides != sorted(set(self.strides)):
+            raise ValueError(f"strides must rise, got {self.strides}")
         self.net = _create_features(name, self.strides, pretrained and weights is None, in_chans, drop_path_rate)
         if weights is not None:
             load_backbone_weights(self.net, weights, name)
@@ -167,14 +164,14 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, pad_width, 0, pad_height)) if pad_height or pad_width else images
 
 
-def _check_pyramid(name: str, strides: list[int]) -> None:
+def check_name(name: str, role: Literal["backbone", "classifier"]) -> None:
+    """Refuse a name of no timm network, with those that may be meant."""
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "timm.list_models() lists them"
-        raise ValueError(f"backbone '{name}' is not a timm model; {hint}")
-    if strides != sorted(set(strides)):
-        raise ValueError(f"strides must rise, got {strides}")
+    if timm.is_model(architecture):
+        return
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "timm.list_models() lists them"
+    raise ValueError(f"{role} '{name}' is not a timm model; {hint}")
 
 
 def _create_features(
@@ -186,13 +183,12 @@ def _create_features(
         have = ", ".join(str(r) for r in reductions) or "none"
         need = ", ".join(str(s) for s in strides)
         raise ValueError(f"backbone '{name}' has strides {have}; a pyramid needs {need}, e.g. 'convnext_tiny'")
-    if pretrained:
-        check_fetchable(name)
     # the last map of a stride is the deepest one
     indices = [len(reductions) - 1 - reductions[::-1].index(s) for s in strides]
     options: dict[str, float] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     try:
-        return _create(name, pretrained=pretrained, in_chans=in_chans, out_indices=indices, **options)
+        with fetching(name) if pretrained else nullcontext():
+            return _create(name, pretrained=pretrained, in_chans=in_chans, out_indices=indices, **options)
     except TypeError as error:
         if "drop_path_rate" in str(error):
             raise ValueError(f"backbone '{name}' has no stochastic depth; leave drop_path_rate at 0") from None
@@ -230,124 +226,6 @@ def _enable_checkpointing(net: nn.Module, name: str) -> None:
         raise ValueError(f"backbone '{name}' does not support gradient checkpointing") from None
 
 
-def check_fetchable(name: str) -> None:
-    """Raise a `WeightsError` at once where timm would retry for minutes."""
-    from huggingface_hub import constants, get_session, try_to_load_from_cache
-
-    config = timm.get_pretrained_cfg(name)
-    ways_out = (
-        "run once where there is a network, give a local file as backbone weights, or switch pretrained weights off"
-    )
-    if config is None or not config.has_weights:
-        tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")[:5]) or "none"
-        raise WeightsError(f"[LCD-W002] timm has no pretrained weights for '{name}'; it has: {tags}")
-    if config.file or not config.hf_hub_id:
-        return
-    files = ["model.safetensors", "pytorch_model.bin", config.hf_hub_filename]
-    if any(isinstance(try_to_load_from_cache(config.hf_hub_id, f), str) for f in files if f):
-        return
-    reason = "offline mode is on" if constants.HF_HUB_OFFLINE else None
-    if reason is None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=5.0)
-        except Exception as error:  # the hub's client may be requests or httpx, which share no base class
-            reason = str(error).splitlines()[0][:120] or type(error).__name__
-    if reason:
-        cache = constants.HF_HUB_CACHE
-        raise WeightsError(
-            f"[LCD-W001] the weights of '{name}' are not in the cache ({cache}) and cannot be fetched ({reason}): "
-            + ways_out
-        )
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
-
-    Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``,
-    ``state_dict_ema``) are
-    opened.
-
-    Raises:
-        WeightsError: if the file is missing, damaged, or holds anything but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"[LCD-W003] {path}: no such file; give a local .safetensors or .pth file")
-    try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
-        raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
-        raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {_first_line(error)}") from None
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not tensors:
-        raise WeightsError(f"[LCD-W003] {path} holds no tensors")
-    return tensors
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
-
-
-def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:
-    """Fill a ``features_only`` network from a file that holds it, its classifier or a detector on it.
-
-    The file may be a checkpoint of this package, a timm checkpoint, a plain state dict or safetensors. Names are
-    compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. What follows the
-    network in the file may be left over; every tensor of the network must be there with its shape.
-
-    Raises:
-        WeightsError: if the file cannot be read or a tensor is missing or has another shape; the first such is named.
-    """
-    given = _by_flat_name(read_state_dict(path))
-    _fill(net, given, list(net.state_dict()), path, name)
-
-
-def load_classifier_weights(net: nn.Module, path: str | Path, name: str) -> None:
-    """Fill a timm classifier from a file, see `load_backbone_weights`; its last layer only if that has as many classes.
-
-    Raises:
-        WeightsError: if the file cannot be read or does not fit; the first misfit is named.
-    """
-    given, own = _by_flat_name(read_state_dict(path)), net.state_dict()
-    last = [key for key in own if key.startswith(last_layer(net))]
-    fits = all((found := given.get(_flat(key))) is not None and found.shape == own[key].shape for key in last)
-    _fill(net, given, [key for key in own if fits or key not in last], path, name)
-    if not fits:
-        _logger.info("%s: the last layer has other classes and starts from random weights", path)
-
-
-def last_layer(net: nn.Module) -> tuple[str, ...]:
-    """How the names of the parameters of a timm classifier's last layer begin."""
-    config: dict[str, str | tuple[str, ...]] = vars(net)["pretrained_cfg"]
-    heads = config.get("classifier") or ()
-    return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-
-
-def _fill(net: nn.Module, given: dict[str, Tensor], wanted: list[str], path: str | Path, name: str) -> None:
-    own = net.state_dict()
-    for key in wanted:
-        found, tensor = given.get(_flat(key)), own[key]
-        if found is None and key.endswith("num_batches_tracked"):  # frozen BatchNorms do not count
-            continue
-        if found is None:
-            raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': it has no '{key}'")
-        if found.shape != tensor.shape:
-            shapes = f"{list(found.shape)}, expected {list(tensor.shape)}"
-            raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': '{key}' is {shapes}")
-        own[key] = found
-    net.load_state_dict(own)
-    _logger.info("%s: %d tensors of '%s' matched, %d left over", path, len(wanted), name, len(given) - len(wanted))
-
-
 def backbone_state_dict(pyramid: TimmPyramid) -> dict[str, Tensor]:
     """The weights of a detector's backbone under the names of timm's classifier, which timm loads.
 
@@ -356,20 +234,6 @@ def backbone_state_dict(pyramid: TimmPyramid) -> dict[str, Tensor]:
     """
     with torch.device("meta"):
         classifier = timm.create_model(pyramid.name, in_chans=pyramid.in_chans)
-    names = {_flat(key): key for key in classifier.state_dict()}
+    names = {flat_name(key): key for key in classifier.state_dict()}
     tensors = pyramid.net.state_dict()
-    return {names.get(_flat(key), key): value.detach().cpu().contiguous() for key, value in tensors.items()}
-
-
-def _by_flat_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {_flat(key): value for key, value in tensors.items()}
-
-
-# what training scripts and this package's own modules put before the names of a network
-_PREFIXES = ("module.", "model.", "detector.", "classifier.net.", "backbone.", "body.", "net.")
-
-
-def _flat(key: str) -> str:
-    while found := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), ""):
-        key = key.removeprefix(found)
-    return key.replace(".", "_")
+    return {names.get(flat_name(key), key): value.detach().cpu().contiguous() for key, value in tensors.items()}

@@ -4,8 +4,8 @@ A `Classifier` takes pictures as the detectors do, uint8 or floats in 0..1, and 
 `extract_features` take a picture of any size and prepare it as timm does for evaluation.
 """
 
-import difflib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from lightning_convnext_det.models.backbone import check_fetchable, load_classifier_weights
+from lightning_convnext_det.models.backbone import check_name
+from lightning_convnext_det.models.backbone_weights import fetching, load_classifier_weights
 
 
 class Classification(NamedTuple):
@@ -72,14 +73,14 @@ class Classifier(nn.Module):
         channels_last: bool = True,
     ) -> None:
         super().__init__()
-        _check_name(name)
-        if pretrained and weights is None:
-            check_fetchable(name)
+        check_name(name, "classifier")
         options: dict[str, float] = {"in_chans": in_chans, "drop_rate": drop_rate}
         options |= {} if num_classes is None else {"num_classes": num_classes}
         options |= {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
         self.name = name
-        self.net: nn.Module = timm.create_model(name, pretrained=pretrained and weights is None, **options)
+        fetched = pretrained and weights is None
+        with fetching(name) if fetched else nullcontext():
+            self.net: nn.Module = timm.create_model(name, pretrained=fetched, **options)
         self.num_classes = int(self.net.num_classes)
         if weights is not None:
             load_classifier_weights(self.net, weights, name)
@@ -192,15 +193,6 @@ def _opened(image: Image.Image | Tensor | str | Path) -> Image.Image | Tensor:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _check_name(name: str) -> None:
-    architecture = name.split(".")[0]
-    if timm.is_model(architecture):
-        return
-    close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
-    hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "list_classifiers() lists them"
-    raise ValueError(f"classifier '{name}' is not a timm model; {hint}")
 
 
 def _names(net: nn.Module, num_classes: int) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_convnext_det.errors import CheckpointError, DataError
-from lightning_convnext_det.models.backbone import last_layer
+from lightning_convnext_det.models.backbone_weights import last_layer
 from lightning_convnext_det.models.classifier import Classifier, imagenet_synsets
 from lightning_convnext_det.modules.detection import FORMAT, class_difference
 from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates

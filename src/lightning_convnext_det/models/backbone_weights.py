@@ -1,0 +1,194 @@
+"""Weights of timm networks: fetched by timm, or read from files of timm, of this package and of others."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from lightning_convnext_det.errors import WeightsError
+
+_logger = logging.getLogger(__name__)
+
+_PATIENCE = 5.0  # seconds that the hub has to answer
+
+# what training scripts and this package's own modules put before the names of a network
+_PREFIXES = ("module.", "model.", "detector.", "classifier.net.", "backbone.", "body.", "net.")
+
+
+@contextmanager
+def fetching(name: str) -> Iterator[None]:
+    """Surround timm's fetching of the pretrained weights of ``name``, and end it early where they cannot be had.
+
+    Raises:
+        WeightsError: at once where timm has no such weights; within seconds where the hub does not answer, which timm
+            would ask for minutes; and for whatever goes wrong on the way.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # the hub's client is requests, httpx or a successor; its errors are no OSErrors in all of them
+    client_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")[:5]) or "none"
+        raise WeightsError(f"[LCD-W002] timm has no pretrained weights for '{name}'; it has: {tags}")
+    if reason := _missing_network(config):
+        raise _unfetchable(name, reason)
+    try:
+        yield
+    except (OSError, client_error) as error:
+        raise _unfetchable(name, _first_line(error)) from error
+
+
+def _unfetchable(name: str, reason: str) -> WeightsError:
+    from huggingface_hub import constants
+
+    return WeightsError(
+        f"[LCD-W001] the weights of '{name}' are not in the cache ({constants.HF_HUB_CACHE}) and cannot be fetched "
+        f"({reason}): run once where there is a network, give a local file as backbone weights, or switch pretrained "
+        "weights off"
+    )
+
+
+def _missing_network(config: PretrainedCfg) -> str | None:
+    """Say why weights that are not in the cache cannot be fetched; None if they are there or their host answers."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if config.hf_hub_id:
+        files = ["model.safetensors", "pytorch_model.bin", config.hf_hub_filename]
+        address = constants.ENDPOINT
+        is_cached = any(isinstance(try_to_load_from_cache(config.hf_hub_id, f), str) for f in files if f)
+    else:  # a few old networks, which torch.hub fetches
+        address = config.url
+        is_cached = Path(torch.hub.get_dir(), "checkpoints", address.rpartition("/")[2]).is_file()
+    if is_cached:
+        return None
+    return "offline mode is on" if constants.HF_HUB_OFFLINE else _silence(address)
+
+
+def _silence(url: str) -> str | None:
+    """Say why an address gives no usable answer; None if it does."""
+    from huggingface_hub import get_session
+
+    reasons: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            status = get_session().head(url, timeout=_PATIENCE).status_code
+            # what timm would ask again and again
+            reasons.append(f"status {status}" if status == 429 or status >= 500 else None)
+        except Exception as error:  # the hub's client may be requests or httpx, which share no base class
+            reasons.append(_first_line(error))
+
+    # the client's timeout bounds neither the lookup of names nor the number of addresses that it tries
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return reasons[0] if reasons else f"no answer within {_PATIENCE:g} seconds"
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
+
+    Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``,
+    ``state_dict_ema``) are
+    opened.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"[LCD-W003] {path}: no such file; give a local .safetensors or .pth file")
+    try:
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
+        raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
+    except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
+        raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {_first_line(error)}") from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise WeightsError(f"[LCD-W003] {path} holds no tensors")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
+def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:
+    """Fill a ``features_only`` network from a file that holds it, its classifier or a detector on it.
+
+    The file may be a checkpoint of this package, a timm checkpoint, a plain state dict or safetensors. Names are
+    compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. What follows the
+    network in the file may be left over; every tensor of the network must be there with its shape.
+
+    Raises:
+        WeightsError: if the file cannot be read or a tensor is missing or has another shape; the first such is named.
+    """
+    given = _by_flat_name(read_state_dict(path))
+    _fill(net, given, list(net.state_dict()), path, name)
+
+
+def load_classifier_weights(net: nn.Module, path: str | Path, name: str) -> None:
+    """Fill a timm classifier from a file, see `load_backbone_weights`; its last layer only if that has as many classes.
+
+    Raises:
+        WeightsError: if the file cannot be read or does not fit; the first misfit is named.
+    """
+    given, own = _by_flat_name(read_state_dict(path)), net.state_dict()
+    last = [key for key in own if key.startswith(last_layer(net))]
+    fits = all((found := given.get(flat_name(key))) is not None and found.shape == own[key].shape for key in last)
+    _fill(net, given, [key for key in own if fits or key not in last], path, name)
+    if not fits:
+        _logger.info("%s: the last layer has other classes and starts from random weights", path)
+
+
+def last_layer(net: nn.Module) -> tuple[str, ...]:
+    """How the names of the parameters of a timm classifier's last layer begin."""
+    config: dict[str, str | tuple[str, ...]] = vars(net)["pretrained_cfg"]
+    heads = config.get("classifier") or ()
+    return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+
+
+def _fill(net: nn.Module, given: dict[str, Tensor], wanted: list[str], path: str | Path, name: str) -> None:
+    own = net.state_dict()
+    for key in wanted:
+        found, tensor = given.get(flat_name(key)), own[key]
+        if found is None and key.endswith("num_batches_tracked"):  # frozen BatchNorms do not count
+            continue
+        if found is None:
+            raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': it has no '{key}'")
+        if found.shape != tensor.shape:
+            shapes = f"{list(found.shape)}, expected {list(tensor.shape)}"
+            raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': '{key}' is {shapes}")
+        own[key] = found
+    net.load_state_dict(own)
+    _logger.info("%s: %d tensors of '%s' matched, %d left over", path, len(wanted), name, len(given) - len(wanted))
+
+
+def _by_flat_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {flat_name(key): value for key, value in tensors.items()}
+
+
+def flat_name(key: str) -> str:
+    """A parameter's name without what wrappers put before it, dots as underscores: the same in all layouts of timm."""
+    while found := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), ""):
+        key = key.removeprefix(found)
+    return key.replace(".", "_")
