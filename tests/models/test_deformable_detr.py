@@ -247,9 +247,9 @@ def test_deformable_detr__two_stage_starts_from_the_best_proposals() -> None:
         batch, sizes, _ = detector.transform(pictures())
         levels = detector.levels(detector.backbone, batch, sizes)
         memory = detector.encoder(levels)
-        proposals, reference, _, _ = detector.proposer(
-            memory, levels, detector.class_heads[-1], detector.box_heads[-1], 12
-        )
+        heads = detector.class_heads[-1], detector.box_heads[-1]
+        proposals, reference, _, _, chosen = detector.proposer(memory, levels, *heads, 12)
+    assert chosen.all()
     for i in range(3):
         padding = levels.padding[i]
         usable = ((levels.centers[i] > 0.01) & (levels.centers[i] < 0.99)).all(-1)
@@ -264,6 +264,26 @@ def test_deformable_detr__two_stage_with_fewer_tokens_than_queries() -> None:
     losses = detector([torch.rand(3, 64, 64)], [target([[3, 3, 40, 40]], [1])])
     assert all(x.isfinite() for x in losses.values())
     assert detector.eval().predict(torch.randn(1, 3, 64, 64)).decoder.boxes.shape == (3, 1, 4, 4)
+
+
+@pytest.mark.parametrize("method", ["none", "hard"])
+def test_deformable_detr__two_stage_of_a_small_picture_does_not_depend_on_its_padding(method: str) -> None:
+    # 40 x 40 pixels fill 10 x 10, 5 x 5, 3 x 3 and 2 x 2 cells: fewer than queries, but not than cells with padding
+    options = {"two_stage": True, "num_queries": 400, "detections_per_image": 500, "nms": method}
+    detector = tiny(min_size=40, max_size=160, nms_threshold=0.5, **options).eval()
+    perturb(detector)
+    small, wide, high = torch.rand(3, 40, 40), torch.rand(3, 40, 160), torch.rand(3, 150, 41)
+    with torch.no_grad():
+        (alone,) = detector([small])
+        for batch in ([small, wide], [high, small], [wide, small, high]):
+            found = detector(batch)[[x is small for x in batch].index(True)]
+            assert len(found["boxes"]) == len(alone["boxes"])
+            torch.testing.assert_close(found["scores"], alone["scores"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(found["boxes"], alone["boxes"], atol=1e-3, rtol=0)
+    if method == "none":
+        assert len(alone["boxes"]) == 3 * (100 + 25 + 9 + 4)  # all classes of all queries that have a token
+    assert alone["boxes"].min() >= 0
+    assert alone["boxes"].max() <= 40
 
 
 @pytest.mark.parametrize("two_stage", [False, True])

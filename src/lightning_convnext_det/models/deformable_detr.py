@@ -39,6 +39,8 @@ class Outputs(NamedTuple):
     """Of every decoder layer."""
     proposals: Predictions | None
     """Of the encoder, one per token, in the two-stage variant."""
+    usable: Tensor | None = None
+    """False on queries of the two-stage variant that a small picture has no token for, bool [B, Q]; None: all are."""
 
 
 class DeformableDETR(nn.Module):
@@ -255,19 +257,20 @@ class DeformableDETR(nn.Module):
         """
         levels = self.levels(self.backbone, batch, sizes)
         memory = self.encoder(levels)
-        proposals = None
+        proposals = usable = None
         if self.proposer is not None:
             heads = self.class_heads[-1], self.box_heads[-1]
-            proposals, reference_points, queries, positions = self.proposer(memory, levels, *heads, self.num_queries)
+            proposed = self.proposer(memory, levels, *heads, self.num_queries)
+            proposals, reference_points, queries, positions, usable = proposed
         else:
             positions, queries = self.query_embedding.weight.expand(len(batch), -1, -1).chunk(2, -1)
             reference_points = apply_in_full_precision(self.reference_points, positions).sigmoid()
         depth = len(self.decoder.layers)
         box_heads = [self.box_heads[i % len(self.box_heads)] for i in range(depth)]
-        hidden, boxes = self.decoder(queries, positions, reference_points, memory, levels, box_heads)
+        hidden, boxes = self.decoder(queries, positions, reference_points, memory, levels, box_heads, usable)
         class_heads = [self.class_heads[i % len(self.class_heads)] for i in range(depth)]
         logits = [apply_in_full_precision(head, x) for head, x in zip(class_heads, hidden, strict=True)]
-        return Outputs(Predictions(torch.stack(logits), torch.stack(boxes)), proposals)
+        return Outputs(Predictions(torch.stack(logits), torch.stack(boxes)), proposals, usable)
 
     def select(self, outputs: Outputs, sizes: list[tuple[int, int]]) -> list[Detection]:
         """Choose the best classes and boxes of the last layer, in pixels of pictures of ``sizes`` (height, width).
@@ -279,7 +282,10 @@ class DeformableDETR(nn.Module):
         """
         logits, boxes = outputs.decoder.logits[-1], outputs.decoder.boxes[-1]
         best = min(self.detections_per_image, logits[0].numel())
-        scores, index = logits.sigmoid().flatten(1).topk(best)  # [B, best]
+        scores = logits.sigmoid()  # [B, Q, C]
+        if outputs.usable is not None:
+            scores = scores.masked_fill(~outputs.usable[:, :, None], -1.0)
+        scores, index = scores.flatten(1).topk(best)  # [B, best]
         boxes = corners(boxes).gather(1, (index // self.num_classes)[:, :, None].expand(-1, -1, 4))
         if boxes.device.type == "xla":  # what follows has as many boxes as are found: not for a device of fixed shapes
             packed = torch.cat([boxes, scores[..., None], index[..., None].to(boxes.dtype)], -1).cpu()
@@ -292,7 +298,9 @@ class DeformableDETR(nn.Module):
         return [self._suppress(*each) for each in zip(boxes, scores, labels, strict=True)]
 
     def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
-        """Apply the chosen suppression and threshold to the detections of one picture."""
+        """Apply the chosen suppression and threshold to the detections of one picture; negative scores are none."""
+        found = scores >= 0
+        boxes, scores, labels = boxes[found], scores[found], labels[found]
         boxes, scores, labels = suppress(boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma)
         keep = scores >= self.score_threshold
         return Detection(boxes=boxes[keep], labels=labels[keep], scores=scores[keep])

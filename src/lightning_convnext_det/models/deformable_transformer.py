@@ -6,6 +6,7 @@ Unlike it, the box heads are passed to the decoder instead of hanging on it, and
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -178,11 +179,17 @@ class DecoderLayer(nn.Module):
         self.feedforward = FeedForward(hidden_dim, feedforward_dim, dropout)
 
     def forward(
-        self, queries: Tensor, positions: Tensor, reference_points: Tensor, memory: Tensor, levels: Levels
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        levels: Levels,
+        unusable: Tensor | None,
     ) -> Tensor:
-        """Map queries [B, Q, D] to queries [B, Q, D]."""
+        """Map queries [B, Q, D] to queries [B, Q, D]; none attends to the ``unusable``, bool [B, Q]."""
         placed = queries + positions
-        attended = self.self_attention(placed, placed, queries, need_weights=False)[0]
+        attended = self.self_attention(placed, placed, queries, key_padding_mask=unusable, need_weights=False)[0]
         queries = self.self_norm(queries + self.dropout(attended))
         attended = self.cross_attention(queries + positions, levels.to_maps(reference_points), memory, levels)
         queries = self.cross_norm(queries + self.dropout(attended))
@@ -211,6 +218,7 @@ class Decoder(nn.Module):
         memory: Tensor,
         levels: Levels,
         box_heads: Sequence[nn.Module],
+        usable: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decode.
 
@@ -221,14 +229,16 @@ class Decoder(nn.Module):
             memory: float [B, S, D].
             levels: shapes and padding of the memory.
             box_heads: one per layer, or the same for all.
+            usable: False on queries that no other may see, bool [B, Q]; None: all are seen.
 
         Returns:
             The queries [B, Q, D] after every layer, and the boxes (centre, size) in 0..1 of the picture, float32
             [B, Q, 4].
         """
         hidden, boxes = [], []
+        unusable = None if usable is None else ~usable
         for layer, box_head in zip(self.layers, box_heads, strict=True):
-            queries = layer(queries, positions, reference_points, memory, levels)
+            queries = layer(queries, positions, reference_points, memory, levels, unusable)
             delta = apply_in_full_precision(box_head, queries)
             guess = inverse_sigmoid(reference_points)
             # a point has no size to refine: the head predicts the size itself
@@ -240,11 +250,27 @@ class Decoder(nn.Module):
         return hidden, boxes
 
 
+class Proposals(NamedTuple):
+    """What the first of two stages hands to the decoder and to the losses."""
+
+    predictions: Predictions
+    """Of all tokens, as one layer [1, B, S, ...]."""
+    reference_points: Tensor
+    """Boxes of the chosen tokens (centre, size) in 0..1, float32 [B, Q, 4]."""
+    queries: Tensor
+    """Float [B, Q, D]."""
+    positions: Tensor
+    """Float [B, Q, D]."""
+    usable: Tensor
+    """False on the queries that a picture has no token for, bool [B, Q]."""
+
+
 class Proposer(nn.Module):
     """The first of two stages: every token of the memory proposes a box, the decoder starts from the best.
 
-    Unlike the authors' implementation, tokens on padding or at the very border are never chosen, and a picture with
-    fewer tokens than queries is decoded with fewer queries.
+    Unlike the authors' implementation, tokens on padding or at the very border are chosen only where a picture has
+    fewer others than queries, and such queries are seen by no other and detect nothing: a small picture's detections
+    are the same whatever it is padded to.
 
     Args:
         hidden_dim: channels.
@@ -262,7 +288,7 @@ class Proposer(nn.Module):
 
     def forward(
         self, memory: Tensor, levels: Levels, class_head: nn.Module, box_head: nn.Module, num_queries: int
-    ) -> tuple[Predictions, Tensor, Tensor, Tensor]:
+    ) -> Proposals:
         """Propose.
 
         Args:
@@ -270,11 +296,7 @@ class Proposer(nn.Module):
             levels: shapes and padding of the memory.
             class_head: scores an object by its first logit.
             box_head: corrects the box of a token.
-            num_queries: how many proposals go on.
-
-        Returns:
-            All proposals as one layer [1, B, S, ...]; the reference boxes of the chosen (centre, size) in 0..1, float32
-            [B, Q, 4]; their queries and positions, float [B, Q, D] each.
+            num_queries: how many proposals go on; fewer where the batch has fewer tokens.
         """
         boxes, valid = self._boxes(levels)
         features = self.memory_norm(self.memory_projection(memory * valid[:, :, None].to(memory.dtype)))
@@ -286,7 +308,8 @@ class Proposer(nn.Module):
         reference = box_logits.detach().gather(1, chosen[:, :, None].expand(-1, -1, 4)).sigmoid()
         encoded = encode_sine(reference, memory.shape[-1] // 2).flatten(2)  # [B, Q, 2 D]
         positions, queries = self.query_norm(self.query_projection(encoded)).chunk(2, -1)
-        return Predictions(logits[None], box_logits.sigmoid()[None]), reference, queries, positions
+        predictions = Predictions(logits[None], box_logits.sigmoid()[None])
+        return Proposals(predictions, reference, queries, positions, valid.expand(objectness.shape).gather(1, chosen))
 
     def _boxes(self, levels: Levels) -> tuple[Tensor, Tensor]:
         """Give every token a box around it, 5 % of the picture wide at the finest level, and say which are usable."""
