@@ -235,6 +235,45 @@ def test_train__path_and_pictures_below_the_root(coco: Path, tmp_path: Path) -> 
     assert data.table("train").path(0).parent == root / "shots"
 
 
+@pytest.fixture
+def voc_parts(tmp_path: Path, write_picture: Callable, write_xml: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder holds two folders of XML with their pictures, of 1 and 2 pictures."""
+    for folder, count in (("first", 1), ("second", 2)):
+        for i in range(count):
+            write_picture(tmp_path / folder / f"{i}.png")
+            write_xml(tmp_path / folder / f"{i}.xml", [("cat", 5, 5, 30, 30)])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("root", [None, ".", "", "ABSOLUTE"], ids=["none", "here", "empty", "absolute"])
+@pytest.mark.parametrize("prefix", ["", "./"], ids=["name", "path"])
+def test_train__folders_of_xml_in_the_current_folder(voc_parts: Path, root: str | None, prefix: str) -> None:
+    root = str(voc_parts) if root == "ABSOLUTE" else root
+    data = DetectionDataModule(root, train=f"{prefix}second", val=f"{prefix}first", num_workers=0)
+    assert (len(data.table("train")), len(data.table("val"))) == (2, 1)
+    assert data.table("train").path(0) == voc_parts / "second" / "0.png"
+
+
+@pytest.mark.parametrize("root", [".", "voc", "../ABOVE/voc", "ABSOLUTE"])
+def test_train__the_name_of_a_split_wins_over_a_folder(
+    shared_data: Path, voc_parts: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    # a folder and a file are called as the splits of the data set are
+    devkit = shutil.copytree(shared_data / "voc2012_mini" / "VOCdevkit", voc_parts / "voc" / "VOCdevkit")
+    here = devkit.parent if root == "." else voc_parts
+    (voc_parts / "first").rename(here / "train")
+    (here / "val").write_text("notes")
+    monkeypatch.chdir(here)
+    root = root.replace("ABOVE", voc_parts.name).replace("ABSOLUTE", str(devkit.parent))
+    splits = {name: DetectionDataModule(root, train=name, num_workers=0).table("train") for name in ("train", "val")}
+    lists = devkit / "VOC2012" / "ImageSets" / "Main"
+    assert {name: len(table) for name, table in splits.items()} == {
+        name: len((lists / f"{name}.txt").read_text().split()) for name in ("train", "val")
+    }
+    assert len(DetectionDataModule(root, train="./train", val_fraction=0, num_workers=0).table("train")) == 1
+
+
 def test_train_images__without_a_path_in_train(coco: Path) -> None:
     with pytest.raises(DataError, match=r"LCD-D132.*data.train_images is given without a path in data.train"):
         data_module(coco, train_images=str(coco / "train")).table("train")

@@ -38,7 +38,8 @@ class DetectionDataModule(LightningDataModule):
     Args:
         root: folder of the data set.
         format: layout of the folder; ``auto`` looks.
-        train: split to train on (default: train); or the path of a COCO file or a folder of VOC's XML.
+        train: split to train on (default: train); or the path of a COCO file or a folder of VOC's XML, written ./NAME
+            where a split has the same name.
         val: split to validate on (default: val), or such a path.
         test: split to test on (default: test), or such a path.
         train_images: folder of the pictures when ``train`` is a path (default: looked for around it).

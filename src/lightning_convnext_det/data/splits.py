@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_convnext_det.data.layouts import compare_classes, find_splits, make_split, read_split
-from lightning_convnext_det.data.pictures import Exif
+from lightning_convnext_det.data.pictures import Exif, list_names
 from lightning_convnext_det.data.records import BadRecords, summarize_problems
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_pictures
 from lightning_convnext_det.data.table import DetectionTable, Format, Split, canonical_split
@@ -35,7 +35,7 @@ class SplitReader:
         root: folder of the data set; None if ``wanted`` gives paths only.
         format: of the folder, or ``auto``.
         wanted: for each stage the name of a split, the path of a COCO file or of a folder of VOC's XML, or None for the
-            usual name.
+            usual name. A name that is also a folder's means the split; ./NAME means the folder.
         pictures: for each stage the folder of the pictures that go with such a path, or None to look around it.
         val_fraction: share of the training pictures to set aside; 0 for no validation.
         seed: of that choice.
@@ -161,7 +161,7 @@ class SplitReader:
     def _locate(self, stage: Stage) -> Split | None:
         """Where the files of a stage are; None if the usual names are not there."""
         wanted = self.wanted[stage]
-        if wanted is not None and (wanted.endswith(".json") or os.sep in wanted):
+        if wanted is not None and self._is_path(wanted):
             pictures = self.pictures[stage]
             return make_split(self._path(wanted), None if pictures is None else self._path(pictures), stage)
         if self.pictures[stage] is not None:
@@ -181,6 +181,18 @@ class SplitReader:
         close = get_close_matches(wanted, found, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise DataError(f"[LCD-D131] data.{stage}: there is no split '{wanted}': {self._place()}{hint}")
+
+    def _is_path(self, wanted: str) -> bool:
+        """Whether a path is meant: a split of the data set wins over a folder of XML of the same name."""
+        if wanted.endswith(".json") or os.sep in wanted:
+            return True
+        if not any(name.lower().endswith(".xml") for name in list_names(self._path(wanted))):
+            return False
+        try:
+            named = self._splits() if self.root else {}
+        except DataError:  # a root of no known layout, whose parts are given one by one
+            named = {}
+        return wanted not in named and canonical_split(wanted) not in named
 
     def _path(self, stated: str) -> Path:
         """A path as it is, or below the root where only that exists."""
