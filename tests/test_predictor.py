@@ -368,17 +368,35 @@ def test_draw__finds_or_takes_what_was_found(predictor: Predictor) -> None:
     image = Image.new("RGB", (300, 260), (128, 128, 128))
     drawn = predictor.draw(image)
     assert np.array_equal(drawn, predictor.draw(image, predictor(image)))
-    found = predictor(image)
-    predictor.score_threshold = 1.0
-    assert (np.asarray(predictor.draw(image)) == 128).all()
-    assert np.array_equal(drawn, predictor.draw(image, found))
     assert drawn.size == image.size
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "drawn"),
+    [(None, None, 2), (None, 0.0, 3), (None, 0.6, 1), (0.05, None, 3), (0.6, None, 1), (0.05, 0.6, 1), (0.0, None, 3)],
+)
+def test_draw__leaves_out_low_scores(
+    predictor: Predictor, own: float | None, asked: float | None, drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Foretold finds scores of 0.9, 0.5 and 0.1; results hold them all
+    seen: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        "lightning_convnext_det.predictor.draw_detections",
+        lambda _, boxes, names, scores, *__: seen.append((len(boxes), len(names), len(scores))),
+    )
+    image = Image.new("RGB", (300, 260))
+    found = predictor(image)
+    assert len(found["scores"]) == 3
+    predictor.score_threshold = own
+    predictor.draw(image, score_threshold=asked)
+    predictor.draw(image, found, score_threshold=asked)
+    assert seen == [(drawn,) * 3] * 2
 
 
 def test_draw__classes_have_colours_of_their_own() -> None:
     image, frames = Image.new("RGB", (300, 260), (128, 128, 128)), set()
     for name in NAMES:
-        drawn = Predictor(Foretold(), NAMES, classes=[name]).draw(image)
+        drawn = Predictor(Foretold(), NAMES, classes=[name]).draw(image, score_threshold=0)
         frames.add(drawn.getpixel((0, 130)))
     assert len(frames) == 3
     assert (128, 128, 128) not in frames

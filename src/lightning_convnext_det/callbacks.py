@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.types import Detection, Target
-from lightning_convnext_det.visualize import class_colors, draw_detections
+from lightning_convnext_det.visualize import SCORE_THRESHOLD, class_colors, draw_detections
 
 _RESULTS = "predictions.json"
 _LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # pictures without the noise of JPEG are drawn as PNG
@@ -46,7 +46,7 @@ class PredictionWriter(Callback):
     def __init__(
         self,
         folder: str | Path = "predictions",
-        score_threshold: float = 0.3,
+        score_threshold: float = SCORE_THRESHOLD,
         draw: bool = True,
         draw_limit: int | None = None,
         font: str | None = None,

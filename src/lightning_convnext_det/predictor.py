@@ -16,7 +16,7 @@ from lightning_convnext_det.models.suppression import Suppression, check_suppres
 from lightning_convnext_det.models.zoo import suggest
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.types import Detection
-from lightning_convnext_det.visualize import class_colors, draw_detections
+from lightning_convnext_det.visualize import SCORE_THRESHOLD, class_colors, draw_detections
 
 Picture = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.float64] | Tensor
 """A file, a Pillow picture, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
@@ -151,18 +151,29 @@ class Predictor:
             found += self._predict([_read(image, f"images[{i}]") for i, image in enumerate(batch, start)])
         return found
 
-    def draw(self, image: Picture, prediction: Prediction | None = None, font: str | None = None) -> Image.Image:
+    def draw(
+        self,
+        image: Picture,
+        prediction: Prediction | None = None,
+        font: str | None = None,
+        score_threshold: float | None = None,
+    ) -> Image.Image:
         """Draw what was found in a picture on a copy of it.
 
         Args:
             image: the picture, as in a call.
             prediction: what was found in it (default: found now).
             font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
+            score_threshold: boxes with a lower score are not drawn (default: the predictor's own, or 0.3 if it has
+                none; a Deformable DETR always finds a hundred boxes, most of them with scores near 0).
         """
         pixels = _read(image, "the picture")
         found = self._predict([pixels])[0] if prediction is None else prediction
+        thresholds = (score_threshold, self.score_threshold, SCORE_THRESHOLD)
+        drawn = found["scores"] >= next(threshold for threshold in thresholds if threshold is not None)
+        names = [name for name, is_drawn in zip(found["names"], drawn.tolist(), strict=True) if is_drawn]
         colors = class_colors(self.class_names)
-        return draw_detections(pixels, found["boxes"], found["names"], found["scores"], colors, font)
+        return draw_detections(pixels, found["boxes"][drawn], names, found["scores"][drawn], colors, font)
 
     def _predict(self, images: list[Tensor]) -> list[Prediction]:
         self.detector.eval()  # someone may have trained it since the last call

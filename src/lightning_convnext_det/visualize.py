@@ -16,6 +16,8 @@ Color = tuple[int, int, int]
 """Red, green and blue, 0 ... 255."""
 _Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
 
+SCORE_THRESHOLD = 0.3  # of drawings, where the user states none; pred_score_thr of MMDetection 3.3's visualizer
+
 _ENLARGE_BELOW = 240  # pixels; labels of readable size would hide the objects of a smaller picture
 _MIN_FONT_SIZE = 10  # pixels; Aileron is hard to read below
 _MAX_COVERED = 0.1  # share of the picture that plates may cover before their text shrinks
