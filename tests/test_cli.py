@@ -141,12 +141,16 @@ def test_test__weights_of_another_network_end_in_one_line(
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
-def test_fit__without_validation_the_last_checkpoint_is_the_best(tmp_path: Path) -> None:
+def test_fit__without_validation_the_last_checkpoint_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_synthetic_coco(tmp_path / "data", 3, 2)
     (tmp_path / "data" / "annotations" / "instances_val.json").unlink()
     root = ["--data.root", str(tmp_path / "data"), "--trainer.default_root_dir", str(tmp_path)]
     assert main(["fit", *root, "--data.val_fraction=0", "--trainer.max_epochs=1", *SMALL]) == 0
     assert (tmp_path / "version_0" / "checkpoints" / "best.ckpt").is_file()
+    assert "the best checkpoint is 'version_0/checkpoints/best.ckpt'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,12 @@ def test_readme__python_runs(block: str, place: Path) -> None:
         assert load_module(place / "detector.ckpt").class_names[0] == "disc"
 
 
-def test_readme__the_two_commands_of_ones_own_data(place: Path) -> None:
-    fit, predict = (
+def test_readme__the_commands_of_ones_own_data(place: Path) -> None:
+    check, fit, predict = (
         next(shlex.split(command)[1:] for command in COMMANDS if command.startswith(f"convnext-det {name}"))
-        for name in ("fit", "predict")
+        for name in ("check", "fit", "predict")
     )
+    assert main(check) == 0
     assert main([*fit, *SMALL, "--trainer.max_epochs=1"]) == 0
     assert main([*predict, *SMALL[-3:]]) == 0
     assert (place / "predictions" / "predictions.json").is_file()

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import platform
 import re
 import sys
@@ -17,6 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_convnext_det import __version__
 from lightning_convnext_det.best_checkpoint import BestCheckpoint
@@ -202,6 +204,11 @@ class DetectionCLI(LightningCLI):
         if "return_predictions" in arguments and arguments["return_predictions"] is None:
             arguments["return_predictions"] = False
         return arguments
+
+    def after_fit(self) -> None:
+        """Say where the result is."""
+        if path := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
+            rank_zero_info(f"the best checkpoint is '{os.path.relpath(path)}'")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit, predict = self.subcommand == "fit", self.subcommand == "predict"
