@@ -17,6 +17,7 @@ from lightning_convnext_det.modules.checkpoint_file import read_checkpoint_file
 from lightning_convnext_det.modules.divergence import find_non_finite
 from lightning_convnext_det.modules.guard import EXIT_STATUS as TERMINATED
 
+from .processes import run_script
 from .test_cli import QUIET, SMALL
 
 pytestmark = [
@@ -88,6 +89,30 @@ def test_fit__sigterm_is_143_and_the_run_goes_on(
         for folder in (run / "version_0", tmp_path / "version_1")
     )
     assert [name for name in whole if not (whole[name] == parts[name]).all()] == []
+
+
+SIGNALS_ITS_GROUP = """
+import os, subprocess, sys, time
+from lightning_convnext_det.cli import main
+from lightning_convnext_det.modules import FasterRCNNModule
+os.setsid()
+step = FasterRCNNModule.training_step
+def training_step(self, *arguments):
+    # by another process: a worker ends without a word if its own parent sends the signal
+    subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"])
+    time.sleep(1)  # a worker that dies is noticed within this time
+    return step(self, *arguments)
+FasterRCNNModule.training_step = training_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_fit__sigterm_to_all_processes_with_workers_is_143_too(dataset: Path, tmp_path: Path) -> None:
+    arguments = [*fit(dataset, tmp_path), "--data.num_workers=1", "--trainer.max_epochs=1"]
+    result = run_script(SIGNALS_ITS_GROUP, *arguments)
+    assert result.returncode == 143, result.stderr
+    assert "told to stop after step 1 " in result.stderr
+    assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_fit__a_continued_training_keeps_the_best_checkpoint(run: Path, dataset: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from lightning_convnext_det.data.batch import Batch, pack
 from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
-from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader
+from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader, outlast_signals
 from lightning_convnext_det.data.pictures import Exif
 from lightning_convnext_det.data.records import BadRecords
 from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
@@ -252,6 +252,7 @@ class DetectionDataModule(LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=pack,
+            worker_init_fn=outlast_signals,
             num_workers=self.num_workers,
             pin_memory=self._on_cuda(),
             timeout=self.timeout if self.num_workers else 0,

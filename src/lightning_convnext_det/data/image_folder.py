@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_convnext_det.data.dataset import find_pictures
 from lightning_convnext_det.data.images import read_image
-from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader
+from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader, outlast_signals
 from lightning_convnext_det.data.pictures import picture_names
 from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
 from lightning_convnext_det.data.transforms import seeded
@@ -205,6 +205,7 @@ class ImageFolderDataModule(LightningDataModule):
     def _options(self) -> dict[str, Any]:  # of torch's DataLoader
         return {
             "collate_fn": _stack,
+            "worker_init_fn": outlast_signals,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "generator": torch.Generator().manual_seed(self.seed),

@@ -1,6 +1,7 @@
 """Loaders whose errors are one line, that can continue in the middle of an epoch, and that outlive a broken picture."""
 
 import logging
+import signal
 from collections.abc import Iterator, Sized
 from typing import TypedDict, cast
 
@@ -12,6 +13,8 @@ from lightning_convnext_det.errors import DataError
 
 _logger = logging.getLogger(__name__)
 
+_GRACE = 30  # seconds that a worker lives on after SIGTERM
+
 
 class LoaderState(TypedDict):
     """Where in training a loader is."""
@@ -19,6 +22,17 @@ class LoaderState(TypedDict):
     epoch: int
     batches: int
     """Batches of that epoch which training has received, on each process."""
+
+
+def outlast_signals(worker: int) -> None:
+    """Let a worker live on for a while when all processes of a run are told to stop, as scancel and timeout do.
+
+    The main process then takes the step under way and saves; a worker's death would end it with an error before.
+    """
+    if hasattr(signal, "SIGALRM"):
+        # not ignored: torch ends workers that hang by this signal
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class EvaluationLoader(DataLoader[object]):
