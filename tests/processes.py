@@ -11,7 +11,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_script(text: str, *arguments: object, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+def run_script(text: str, *arguments: object, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run a script that can import this package and the tests."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", text, *map(str, arguments)]

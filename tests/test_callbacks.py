@@ -337,7 +337,7 @@ def test_prediction_writer__two_processes(tmp_path: Path) -> None:
     script.write_text(TWO_PROCESSES)
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent / 'src'}:{tests}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr
     assert [r["image_id"] for r in results(tmp_path / "uneven")] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [r["image_id"] for r in results(tmp_path / "idle")] == [1, 1]

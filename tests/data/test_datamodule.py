@@ -431,7 +431,7 @@ def test_train_dataloader__little_shared_memory_is_said(
 def test_two_processes__each_picture_once(coco: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = [sys.executable, recorder.__file__, str(coco), str(tmp_path)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (first, few), (second, few_second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for key, count in [("train0", 11), ("train1", 11), ("val0", 5), ("val1", 5), ("test2", 3), ("predict2", 5)]:
