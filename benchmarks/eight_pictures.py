@@ -17,7 +17,12 @@ from lightning_convnext_det.cli import main
 
 DETECTORS = {
     "FasterRCNNModule": ["--model.box_head_features=256"],
-    "CascadeRCNNModule": ["--model.box_head_features=256", "--model.box_head=two_fc"],
+    "CascadeRCNNModule": [
+        "--model.box_head_features=256",
+        "--model.box_head=two_fc",
+        "--model.dialect=torchvision",  # as Faster R-CNN
+        "--model.rpn_skip_crossing=false",  # on pictures this small, most anchors cross the border
+    ],
     "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refine=true", "--model.num_queries=100"],
 }
 SMALL = ["--model.backbone=convnext_atto", "--model.min_size=160", "--model.max_size=214", "--data.batch_size=8"]

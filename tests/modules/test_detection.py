@@ -143,7 +143,7 @@ def test_checkpoint__never_asks_for_pretrained_weights(
     trainer = create_trainer(tmp_path, enable_checkpointing=False)
     trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    monkeypatch.setattr(backbone, "check_fetchable", lambda name: pytest.fail("asked for pretrained weights"))
+    monkeypatch.setattr(backbone, "fetching", lambda name: pytest.fail("asked for pretrained weights"))
     load_module(tmp_path / "a.ckpt")
     FasterRCNNModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
 
