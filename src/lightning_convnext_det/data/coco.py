@@ -18,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_convnext_det.data.assembly import build_table
+from lightning_convnext_det.data.files import regular
 from lightning_convnext_det.data.json_stream import iterate_members
-from lightning_convnext_det.data.pictures import Exif, list_names
+from lightning_convnext_det.data.pictures import Exif, is_utf8, list_names
 from lightning_convnext_det.data.records import BadRecords, Findings, Records
 from lightning_convnext_det.data.table import DetectionTable, Split, UnreadableError, canonical_split
 
 ORPHAN_SHARE = 0.01  # of all annotations: more that belong to no picture mean that files do not belong together
 _LISTS = ("images", "annotations", "categories")
+_LARGEST_AREA = 1e5**2  # square pixels; COCO's evaluation passes over larger objects without a word
 _IMAGE_FOLDERS = ("", "images", "Images", "imgs", "JPEGImages", "data")
 _FILLER_WORDS = {"instances", "annotations", "annotation", "coco", "json", "bbox", ""}
 
@@ -75,7 +77,7 @@ class _Annotations:
         if crowd not in (0, 1):
             raise _MalformedError(f".iscrowd: expected 0 or 1, found {crowd!r}")
         area = record.get("area", 0)
-        if (type(area) is not float and type(area) is not int) or not 0 <= area < np.inf:
+        if (type(area) is not float and type(area) is not int) or not 0 <= area <= _LARGEST_AREA:
             raise _MalformedError(f".area: expected a count of square pixels, found {area!r}")
         try:
             values = [float(value) for value in (*box, area)]
@@ -202,7 +204,7 @@ def _class_table(
         except _MalformedError as error:
             raise UnreadableError.of("LCD-D008", path, str(error).lstrip("."), where) from error
         name = category.get("name") if isinstance(category, dict) else None
-        if category_id is None or not isinstance(name, str) or not name.strip():
+        if category_id is None or not isinstance(name, str) or not name.strip() or not is_utf8(name):
             raise UnreadableError.of("LCD-D008", path, "expected an object with an id and a name", where)
         if category_id in by_id or name in by_id.values():
             raise UnreadableError.of("LCD-D008", path, f"id {category_id} or name {name!r} is used twice", where)
@@ -315,7 +317,7 @@ def find_coco(root: Path) -> dict[str, Split]:
 def looks_like_coco(path: Path) -> bool:
     """Whether a JSON file begins like an object with COCO's keys; one with classes alone accompanies other formats."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             start = file.read(1 << 16)
     except OSError:
         return False

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from lightning_convnext_det.data.files import regular
 from lightning_convnext_det.data.png import check_chunks, find_late_exif
 from lightning_convnext_det.data.table import UnreadableError
 
@@ -161,7 +162,7 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture
 def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader, BinaryIO]]:
     """An identified picture whose size is acceptable, and its file."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the with below, apart from errors of the opening itself
+        file = open(path, "rb", opener=regular)  # noqa: SIM115 - closed by the with below, apart from errors of the opening itself
     except FileNotFoundError as error:
         raise UnreadableError.of("LCD-I003", path, "no such file") from error
     except (OSError, ValueError) as error:

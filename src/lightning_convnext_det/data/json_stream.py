@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from lightning_convnext_det.data.files import regular
 from lightning_convnext_det.data.table import UnreadableError
 
 Member = tuple[str, int | None, object]
@@ -39,7 +40,7 @@ def iterate_members(path: Path, block: int = _BLOCK) -> Iterator[Member]:
             deep, has a key twice in one object, or holds something else than an object.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="", opener=regular) as file:
             yield from _Window(file, path, block).members()
     except UnicodeDecodeError as error:
         raise UnreadableError.of("LCD-D004", path, f"the file is not UTF-8 text ({error.reason})") from error

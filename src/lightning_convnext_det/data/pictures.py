@@ -172,7 +172,7 @@ def _leaves(name: str, depth: int) -> str:
     """In what way a name, taken from a folder ``depth`` levels below the root, is no path inside the root."""
     if not name or name == ".":
         return "names no file"
-    if "\0" in name or not _is_utf8(name):
+    if "\0" in name or not is_utf8(name):
         return "holds bytes that no UTF-8 file name has"
     if "://" in name:
         return "is an address; pictures are read from disk only"
@@ -186,7 +186,8 @@ def _leaves(name: str, depth: int) -> str:
     return ""
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Whether a text has no halves of surrogate pairs, which JSON can state and nothing can print."""
     try:
         name.encode()
     except UnicodeEncodeError:

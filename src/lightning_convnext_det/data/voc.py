@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_convnext_det.data.assembly import build_table
+from lightning_convnext_det.data.files import read_text, regular
 from lightning_convnext_det.data.pictures import Exif, list_names, picture_names
 from lightning_convnext_det.data.records import BadRecords, Findings, Records
 from lightning_convnext_det.data.table import DetectionTable, Split, UnreadableError, canonical_split
@@ -139,7 +140,7 @@ def _listed(path: Path, root: Path, files: dict[str, str], findings: Findings) -
     """The pictures that a list names, each once, as far as there is XML for them."""
     where = os.path.relpath(path, root)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError.of("LCD-D005", path, f"cannot be read as UTF-8 text ({error})") from error
     stems: dict[str, None] = {}
@@ -243,8 +244,11 @@ def _holds_voc(folder: Path) -> bool:
     first = next((name for name in list_names(folder) if name.lower().endswith(".xml")), None)
     if first is None:
         return False
-    with open(folder / first, "rb") as file:
-        return b"<annotation" in file.read(4096)
+    try:
+        with open(folder / first, "rb", opener=regular) as file:
+            return b"<annotation" in file.read(4096)
+    except OSError:
+        return False
 
 
 def image_folder_of(xml: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from lightning_convnext_det.data.files import regular
 from lightning_convnext_det.data.table import UnreadableError
 
 MAX_BYTES = 10 << 20  # of one file; a thousand objects take 400 kB
@@ -60,7 +61,7 @@ def read_xml(path: Path) -> VocAnnotation:
         UnreadableError: a DataError, if it is no XML, declares entities, is huge or nested deep, or no annotation.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_convnext_det.data.assembly import build_table
+from lightning_convnext_det.data.files import read_text
 from lightning_convnext_det.data.pictures import Exif, list_names, picture_names, walk_pictures
 from lightning_convnext_det.data.records import BadRecords, Findings, Records
 from lightning_convnext_det.data.table import DetectionTable, Split, UnreadableError, canonical_split
@@ -88,6 +89,8 @@ def _pictures(split: Split) -> list[str]:
             raise UnreadableError.of("LCD-D122", folder, f"split {split.name!r}: there is no such folder {where}")
     pictures = [os.path.relpath(picture, split.root) for picture in walk_pictures(split.images)]
     for path in split.members:
+        if not path.is_relative_to(split.root):  # its lines would be shown as file names
+            raise UnreadableError.of("LCD-D122", path, f"split {split.name!r}: the list is not below {split.root}")
         pictures += _listed(path, split.root)
     return pictures
 
@@ -95,7 +98,7 @@ def _pictures(split: Split) -> list[str]:
 def _listed(path: Path, root: Path) -> Iterator[str]:
     """The pictures that a text file lists, taken from its own folder, or else from the root."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError.of("LCD-D122", path, f"the list of pictures cannot be read ({error})") from error
     start = path.parent

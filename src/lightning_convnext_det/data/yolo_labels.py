@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_convnext_det.data.files import read_text, regular
 from lightning_convnext_det.data.pictures import walk_pictures
 from lightning_convnext_det.data.records import Findings, Where
 
@@ -92,7 +93,7 @@ def _label_text(root: Path, picture: str, findings: Findings) -> tuple[str | Non
         return "", usual
     for file in dict.fromkeys((usual, beside)):
         try:
-            return (root / file).read_text(encoding="utf-8-sig"), file
+            return read_text(root / file), file
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
@@ -130,7 +131,7 @@ def looks_like_yolo(folder: Path, root: Path) -> bool:
     for picture in walk_pictures([folder])[:50]:
         for file in label_files(os.path.relpath(picture, root)):
             try:
-                with open(root / file, encoding="utf-8-sig") as text:
+                with open(root / file, encoding="utf-8-sig", opener=regular) as text:
                     words = text.readline(1000).split()
             except (OSError, UnicodeDecodeError):
                 continue

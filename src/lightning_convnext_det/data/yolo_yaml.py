@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from lightning_convnext_det.data.files import read_text
 from lightning_convnext_det.data.pictures import list_names
 from lightning_convnext_det.data.table import Split, UnreadableError
 
@@ -77,7 +78,7 @@ def _text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UnreadableError.of("LCD-D008", path, f"larger than {MAX_BYTES >> 20} MiB")
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError.of("LCD-D008", path, f"cannot be read as UTF-8 text ({error})") from error
 
