@@ -1,62 +1,79 @@
-"""A data set of COCO's size: seconds to read and check it, and memory with two workers over an epoch.
+"""A data set of COCO's size: CPU time to read and check it, and memory with two workers over an epoch.
 
 Compared with torchvision's plain ``CocoDetection`` on the same files, each in a process of its own. Memory is
 proportional (PSS): a page that several processes share counts once in all.
 
     python benchmarks/coco_scale.py [--pictures 118000] [--boxes 860000] [--folder FOLDER] [--batches 0]
-        [--only ours|torchvision]
+        [--only ours|torchvision] > benchmarks/results/cpu/coco_scale.md
 """
 
 import argparse
 import json
 import os
 import platform
-import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH = 48, 64  # the annotations are what is measured
-FILES = 1000  # each is listed many times
+DIFFERENT = 1000  # pictures and outlines; the files differ in a comment
 CLASSES = 80
 
 
 def write_data_set(root: Path, pictures: int, boxes: int) -> Path:
-    """Write pictures and a JSON file whose records are as long as COCO's, outlines included."""
-    chance = random.Random(0)
+    """Write pictures, no two alike, and a JSON file whose records are as long as COCO's, outlines included."""
     (root / "train").mkdir(parents=True)
     (root / "annotations").mkdir()
-    for number in range(min(FILES, pictures)):
-        pixels = np.random.default_rng(number).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
-        Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(root / "train" / f"{number:012d}.jpg")
+    images = [encode_picture(number) for number in range(min(DIFFERENT, pictures))]
+    for number in range(pictures):
+        content, comment = images[number % DIFFERENT], b"%012d" % number
+        content = content[:2] + b"\xff\xfe\x00\x0e" + comment + content[2:]  # JPEG's comment, after its first marker
+        (root / "train" / f"{number:012d}.jpg").write_bytes(content)
     path = root / "annotations" / "instances_train.json"
     with open(path, "w") as file:
         file.write('{"info": {"year": 2017}, "licenses": [], "images": [')
-        for i in range(pictures):
-            record = {
-                "license": 3, "file_name": f"{i % FILES:012d}.jpg", "coco_url": f"http://host/train/{i:012d}.jpg",
-                "height": HEIGHT, "width": WIDTH, "date_captured": "2013-11-14 17:02:52", "id": i,
-            }  # fmt: skip
-            file.write("," * (i > 0) + json.dumps(record))
+        file.write(", ".join(map(image_record, range(pictures))))
         file.write('], "annotations": [')
-        for i in range(boxes):
-            x, y = round(chance.uniform(0, WIDTH - 12), 2), round(chance.uniform(0, HEIGHT - 12), 2)
-            box = [x, y, round(chance.uniform(1, 12), 2), round(chance.uniform(1, 12), 2)]
-            outline = [round(x + chance.random(), 2) for _ in range(40)]
-            record = {
-                "segmentation": [outline], "area": round(box[2] * box[3] * 0.7, 4), "iscrowd": int(i % 90 == 0),
-                "image_id": i % pictures, "bbox": box, "category_id": 1 + i % CLASSES, "id": i,
-            }  # fmt: skip
-            file.write("," * (i > 0) + json.dumps(record))
+        file.write(", ".join(annotation_records(boxes, pictures)))
         categories = [{"supercategory": "x", "id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)]
         file.write(f'], "categories": {json.dumps(categories)}}}')
     return path
+
+
+def encode_picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def image_record(number: int) -> str:
+    return (
+        f'{{"license": 3, "file_name": "{number:012d}.jpg", "coco_url": "http://host/train/{number:012d}.jpg", '
+        f'"height": {HEIGHT}, "width": {WIDTH}, "date_captured": "2013-11-14 17:02:52", "id": {number}}}'
+    )
+
+
+def annotation_records(count: int, pictures: int) -> Iterator[str]:
+    chance = np.random.default_rng(0)
+    outlines = [json.dumps(chance.uniform(0, HEIGHT, 40).round(2).tolist()) for _ in range(DIFFERENT)]
+    xs, ys = chance.uniform(0, WIDTH - 12, count).round(2), chance.uniform(0, HEIGHT - 12, count).round(2)
+    widths, heights = chance.uniform(1, 12, (2, count)).round(2)
+    for i, (x, y, width, height) in enumerate(zip(xs, ys, widths, heights, strict=True)):
+        yield (
+            f'{{"segmentation": [{outlines[i % DIFFERENT]}], "area": {width * height * 0.7:.4f}, '
+            f'"iscrowd": {int(i % 90 == 0)}, "image_id": {i % pictures}, '
+            f'"bbox": [{x:.2f}, {y:.2f}, {width:.2f}, {height:.2f}], "category_id": {1 + i % CLASSES}, "id": {i}}}'
+        )
 
 
 def proportional_megabytes(processes: Iterable[int]) -> float:
@@ -76,20 +93,18 @@ def children() -> list[int]:
 
 
 def measure(what: str, root: Path, batches: int) -> dict[str, float]:
-    """Read the data set and pass through an epoch with two workers; seconds and megabytes."""
+    """Read the data set and pass through an epoch with two workers; seconds of CPU and megabytes."""
     import torch
     from torch.utils.data import DataLoader
 
     torch.set_num_threads(1)
     found: dict[str, float] = {}
-    before = proportional_megabytes([os.getpid()])
-    start = time.perf_counter()
     if what == "ours":
         from lightning_convnext_det.data.datamodule import DetectionDataModule
 
         data = DetectionDataModule(str(root), num_workers=2, batch_size=16, val_fraction=0.0)
         before = proportional_megabytes([os.getpid()])  # the imports of Lightning are not the data set's
-        start = time.perf_counter()
+        begun = time.process_time()
         data.setup("fit")
         loader = data.train_dataloader()
     else:
@@ -97,40 +112,56 @@ def measure(what: str, root: Path, batches: int) -> dict[str, float]:
         from torchvision.transforms import v2
 
         before = proportional_megabytes([os.getpid()])
-        start = time.perf_counter()
+        begun = time.process_time()
         files = CocoDetection(str(root / "train"), str(root / "annotations/instances_train.json"), v2.ToImage())
         loader = DataLoader(
             files, 16, shuffle=True, num_workers=2, collate_fn=lambda batch: list(zip(*batch, strict=True))
         )
-    found["seconds to read"] = time.perf_counter() - start
-    found["seconds of CPU until then, imports included"] = time.process_time()
+    found["seconds of CPU to read"] = time.process_time() - begun
     found["MB of the process before that"] = before
-    found["MB of the data set, one process"] = proportional_megabytes([os.getpid()]) - before
-    most, last = 0.0, min(len(loader), batches or len(loader)) - 3  # the workers end with the last batches
+    found["MB that the data set adds to one process"] = proportional_megabytes([os.getpid()]) - before
+    most, wanted = 0.0, min(len(loader), batches or len(loader))
     for number, _ in enumerate(loader):
         if number == 0:
-            found["seconds to the first batch"] = time.perf_counter() - start
+            found["seconds of CPU until the first batch, imports included"] = time.process_time()
             workers = children()
             found["MB of all processes, first batch"] = proportional_megabytes([os.getpid(), *workers])
-        if number % 500 == 0:
-            most = max(most, proportional_megabytes([os.getpid(), *workers]))
-        if number == last:
-            found["MB of all processes, end of the epoch"] = proportional_megabytes([os.getpid(), *workers])
+        if number % 500 == 0 or number == wanted - 3:  # the workers end with the last batches
+            most = max(most, last := proportional_megabytes([os.getpid(), *workers]))
+        if number == wanted - 1:
             break
-    found["MB of all processes, at most"] = max(most, found["MB of all processes, end of the epoch"])
-    found["seconds of the epoch"] = time.perf_counter() - start - found["seconds to the first batch"]
-    with open("/proc/self/status") as status:
-        found["MB at the peak of reading, one process"] = next(int(x.split()[1]) for x in status if "VmHWM" in x) / 1024
+    found["MB of all processes, at the end"] = last
+    found["MB of all processes, at most"] = most
+    del _, loader  # which ends the workers
+    found["batches"] = wanted
+    found["seconds of CPU from reading to the end, workers included"] = cpu_seconds() - begun
+    found["MB resident at the peak, one process, libraries included"] = peak_megabytes()
     return found
 
 
-def seconds_to_check(root: Path) -> float:
-    from lightning_convnext_det.data.check import check_dataset
+def cpu_seconds() -> float:
+    """Seconds of CPU of this process, and of its children that have ended."""
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(t.ru_utime + t.ru_stime for t in times)
 
-    start = time.perf_counter()
-    report = check_dataset(root)
-    assert not [problem for problem in report.problems if problem.action != "noted"]
-    return time.perf_counter() - start
+
+def peak_megabytes() -> float:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if "VmHWM" in line) / 1024
+
+
+def measure_check(root: Path) -> dict[str, float]:
+    """Run ``convnext-det check`` to its end."""
+    from lightning_convnext_det.cli import main as command
+
+    with redirect_stdout(sys.stderr):
+        status = command(["check", str(root)])
+    if status:
+        raise SystemExit(f"check ended with status {status}")
+    return {
+        "seconds of CPU of `convnext-det check`, imports included": cpu_seconds(),
+        "MB resident at the peak of `convnext-det check`, libraries included": peak_megabytes(),
+    }
 
 
 def run(what: str, root: Path, batches: int) -> dict[str, float]:
@@ -139,6 +170,31 @@ def run(what: str, root: Path, batches: int) -> dict[str, float]:
     line = result.stdout.splitlines()[-1]
     print(f"{what}: {line}", file=sys.stderr, flush=True)
     return json.loads(line)
+
+
+def processor() -> str:
+    text = Path("/proc/cpuinfo").read_text()
+    return next((line.partition(": ")[2] for line in text.splitlines() if "model name" in line), platform.machine())
+
+
+def print_table(options: argparse.Namespace, size: int, results: dict[str, dict[str, float]]) -> None:
+    import torch
+    import torchvision
+
+    print("# A data set of COCO's size\n")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"torch {torch.__version__.partition('+')[0]}, torchvision {torchvision.__version__.partition('+')[0]}."
+    )
+    print(
+        f"{options.pictures:,} pictures, {options.boxes:,} boxes, {size / 2**20:.0f} MB of JSON. Memory is proportional "
+        "(PSS) unless called resident, batches of 16, two workers.\nOurs checks every record and opens every picture's "
+        "header while it reads.\n"
+    )
+    print("| `benchmarks/coco_scale.py` | " + " | ".join(results) + " |\n|---" + "|---:" * len(results) + "|")
+    for key in dict.fromkeys(key for found in results.values() for key in found):
+        cells = (f"{found[key]:,.0f}" if key in found else "" for found in results.values())
+        print(f"| {key} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -150,34 +206,22 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "torchvision"))
     parser.add_argument("--measure", choices=("ours", "torchvision", "check"))
     options = parser.parse_args()
-    if options.measure == "check":
-        seconds = seconds_to_check(options.folder)
-        print(json.dumps({"seconds to check": seconds, "seconds of CPU to check": time.process_time()}))
-        return
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder, options.batches)))
+        check = options.measure == "check"
+        found = measure_check(options.folder) if check else measure(options.measure, options.folder, options.batches)
+        print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
         root = options.folder or Path(folder) / "set"
         path = root / "annotations" / "instances_train.json"
         if not path.exists():
             write_data_set(root, options.pictures, options.boxes)
-        machine = (
-            f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
-        )
-        print(f"{time.strftime('%Y-%m-%d')}, {machine}")
-        print(f"{options.pictures:,} pictures, {options.boxes:,} boxes, {path.stat().st_size / 2**20:.0f} MB of JSON\n")
-        names = [options.only] if options.only else ["ours", "torchvision"]
-        results = {
-            name: run(name, root, options.batches) | (run("check", root, 0) if name == "ours" else {}) for name in names
-        }
-        print("| |" + "|".join(names) + "|\n|---|" + "---|" * len(names))
-        for key in dict.fromkeys(key for found in results.values() for key in found):
-            print(
-                f"| {key} |"
-                + "|".join(f"{found[key]:,.1f}" if key in found else "-" for found in results.values())
-                + "|"
-            )
+        results = {}
+        if options.only != "torchvision":
+            results["ours"] = run("check", root, 0) | run("ours", root, options.batches)
+        if options.only != "ours":
+            results["torchvision's CocoDetection"] = run("torchvision", root, options.batches)
+        print_table(options, path.stat().st_size, results)
 
 
 if __name__ == "__main__":
