@@ -178,7 +178,7 @@ def test_fit__starts_from_imported_weights(tmp_path: Path, capsys: pytest.Captur
     assert "imported.ckpt: 95 tensors kept, 4 begin anew for other classes" in printed
     assert main(["test", *fit[1:]]) == 2
     assert "--start_from begins the training of a detector" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=r"LCD-K002.*'detector.backbone.fpn.inner_blocks.0.0.weight' is missing"):
+    with pytest.raises(CheckpointError, match=r"LCD-K014.*'detector.backbone.fpn.inner_blocks.0.0.weight' is missing"):
         start_module(destination, 3, fpn_channels=16)
 
 

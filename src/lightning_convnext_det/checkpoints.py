@@ -25,6 +25,7 @@ from lightning_convnext_det.import_torchvision import convert_torchvision, is_to
 from lightning_convnext_det.models import deformable_detr_weights, mmdetection_weights
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
 from lightning_convnext_det.models.deformable_detr_weights import Argument
+from lightning_convnext_det.torch_files import load_plain
 
 
 class Source(NamedTuple):
@@ -214,7 +215,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         # the authors' files hold their command line in a Namespace, which is as plain as a dict
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_plain(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"[LCD-K012] {path} holds more than weights and is refused: {_first_line(error)}"

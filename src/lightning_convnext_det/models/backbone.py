@@ -9,6 +9,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Literal
 
 import timm
@@ -195,12 +196,13 @@ def _create_features(
         raise
 
 
-def _reductions(name: str) -> list[int]:
+@cache
+def _reductions(name: str) -> tuple[int, ...]:
     with torch.device("meta"):
         try:
-            return list(_feature_info(_create(name)).reduction())
+            return tuple(_feature_info(_create(name)).reduction())
         except (RuntimeError, AttributeError, IndexError, AssertionError):
-            return []  # timm raises one of these for networks without features_only
+            return ()  # timm raises one of these for networks without features_only
 
 
 def _feature_info(net: nn.Module) -> FeatureInfo:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
+from zipfile import BadZipFile
 
 import timm
 import torch
@@ -15,6 +16,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from lightning_convnext_det.errors import WeightsError
+from lightning_convnext_det.torch_files import load_plain
 
 _logger = logging.getLogger(__name__)
 
@@ -99,8 +101,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
 
     Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``,
-    ``state_dict_ema``) are
-    opened.
+    ``state_dict_ema``) are opened.
 
     Raises:
         WeightsError: if the file is missing, damaged, or holds anything but tensors.
@@ -109,12 +110,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"[LCD-W003] {path}: no such file; give a local .safetensors or .pth file")
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
+    except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
         raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
         raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {_first_line(error)}") from None

@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.torch_files import find_fault, load_plain
 
 _MARK = b"lightning_convnext_det sha256 "
 _COMMENT_LENGTH = len(_MARK) + 64
@@ -57,8 +58,11 @@ def write_checkpoint_file(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint; whatever interrupts it, the file is the whole new one or the old one.
 
     Raises:
-        CheckpointError: if the file cannot be written, for want of space for example; the old one is kept.
+        CheckpointError: if the file cannot be written, for want of space for example; the old one is kept. Or if it
+            is an address.
     """
+    if "://" in str(path):  # a folder of that name would be made here
+        raise CheckpointError(f"[LCD-S010] {path} is an address; checkpoints are written to local folders only")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     size = 0
@@ -102,7 +106,7 @@ def read_checkpoint_file(path: str | Path) -> Any:
     if damage is not None:
         raise CheckpointError(f"[LCD-K003] {path} is damaged: {damage}{_instead_of(path)}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except Exception as error:  # a crafted file makes the reader raise almost anything
         raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {_first_line(error)}") from None
 
@@ -115,8 +119,8 @@ def find_damage(path: Path) -> str | None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(record.file_size > record.compress_size for record in archive.infolist()):
-                return "it is compressed, which torch never does"
+            if fault := find_fault(archive, path):
+                return fault
             if not archive.comment.startswith(_MARK):
                 record = archive.testzip()
                 return None if record is None else f"the CRC-32 of its record {record} is wrong"

@@ -15,6 +15,7 @@ from lightning_convnext_det.errors import CheckpointError, DataError
 from lightning_convnext_det.models.backbone_weights import last_layer
 from lightning_convnext_det.models.classifier import Classifier, imagenet_synsets
 from lightning_convnext_det.modules.detection import FORMAT, class_difference
+from lightning_convnext_det.modules.loading import NOTHING_TO_FETCH, describe_class
 from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
 
 _logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class ClassifierModule(OptimizedModule):
         warmup_steps: int = 500,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.remember_arguments(inspect.currentframe())
         check_rates(self.hparams)
         self.classifier = Classifier(
             backbone, num_classes, pretrained_backbone, backbone_weights, class_names, in_chans, drop_rate,
@@ -121,6 +122,10 @@ class ClassifierModule(OptimizedModule):
     def class_names(self) -> list[str]:
         """Names of the classes in order of label."""
         return self.classifier.class_names
+
+    def set_classes(self, names: list[str], ids: None = None) -> None:
+        """Name the classes in order of label."""
+        self.classifier.class_names = names
 
     @property
     def network(self) -> nn.Module:
@@ -151,7 +156,7 @@ class ClassifierModule(OptimizedModule):
             return
         names = list(data.class_names)
         if self.hparams.get("class_names") is None and stage == "fit" and len(names) == self.num_classes:
-            self.classifier.class_names = names
+            self.set_classes(names)
         elif names != self.class_names:
             self._labels = self._find_labels(names, training=stage == "fit")
 
@@ -210,17 +215,16 @@ class ClassifierModule(OptimizedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-contained: its classes, its network, and nothing to fetch when it is loaded."""
-        known = inspect.signature(type(self)).parameters
-        parameters = {k: v for k, v in self.hparams.items() if k in known}
-        parameters |= {"num_classes": self.num_classes, "class_names": self.class_names, "category_ids": None}
-        parameters |= {"pretrained_backbone": False, "backbone_weights": None}
-        checkpoint["hyper_parameters"] = parameters
+        classes = {"class_names": self.class_names, "category_ids": None}
+        facts = {"num_classes": self.num_classes, **classes, **NOTHING_TO_FETCH}
+        checkpoint["hyper_parameters"] = self.stated_arguments(facts)
         super().on_save_checkpoint(checkpoint)
-        checkpoint[FORMAT] = {"format": 1, "module": type(self).__name__}
+        checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that were trained on other classes."""
-        names = checkpoint.get("hyper_parameters", {}).get("class_names")
+        stated = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
+        names = stated.get("class_names")
         if names is not None and len(names) != self.num_classes:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)

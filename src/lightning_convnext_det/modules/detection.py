@@ -1,5 +1,6 @@
 """The training, evaluation and prediction of any detector, as a LightningModule."""
 
+import inspect
 import logging
 from typing import Any, Literal, TypedDict, cast
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.evaluation import FIGURES, DetectionEvaluator
+from lightning_convnext_det.modules.loading import NOTHING_TO_FETCH, describe_class
 from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
 from lightning_convnext_det.types import Detection, Target
 
@@ -71,7 +73,7 @@ class DetectionModule(OptimizedModule):
         **detector: Any,  # the keywords of one callee, build_detector, which checks them
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.remember_arguments(inspect.currentframe())
         for name, values in (("class_names", class_names), ("category_ids", category_ids)):
             if values is not None and len(values) != num_classes:
                 raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
@@ -110,14 +112,15 @@ class DetectionModule(OptimizedModule):
         if stage != "predict" and data is not None and hasattr(data, "class_names"):
             names, ids = list(data.class_names), list(data.category_ids)
             if self.hparams.get("class_names") is None and len(names) == self.num_classes:
-                self._set_classes(names, ids)
+                self.set_classes(names, ids)
             elif names != self.class_names:
                 raise DataError(f"[LCD-D120] {class_difference(self.class_names, names)}")
         transform = getattr(self.detector, "transform", None)
         if stage == "fit" and transform is not None:
             transform.resize_in_training = not getattr(data, "resizes", False)
 
-    def _set_classes(self, names: list[str], ids: list[int]) -> None:
+    def set_classes(self, names: list[str], ids: list[int]) -> None:
+        """Name the classes in order of label, and give the data set's own ids of them."""
         self.class_names, self.category_ids = names, ids
         self.hparams.update({"class_names": names, "category_ids": ids})
         self.evaluator = DetectionEvaluator(names)
@@ -207,16 +210,15 @@ class DetectionModule(OptimizedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-contained: its classes, its network, and nothing to fetch when it is loaded."""
-        parameters = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
-        parameters |= {"class_names": self.class_names, "category_ids": self.category_ids}
-        parameters |= {"pretrained_backbone": False, "backbone_weights": None}
-        checkpoint["hyper_parameters"] = parameters
+        classes = {"class_names": self.class_names, "category_ids": self.category_ids}
+        checkpoint["hyper_parameters"] = self.stated_arguments({**classes, **NOTHING_TO_FETCH})
         super().on_save_checkpoint(checkpoint)
-        checkpoint[FORMAT] = {"format": 1, "module": type(self).__name__}
+        checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that were trained on other classes, or belong to another network."""
-        names = checkpoint.get("hyper_parameters", {}).get("class_names")
+        stated = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
+        names = stated.get("class_names")
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)
