@@ -8,6 +8,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_res
 from lightning_convnext_det.checkpoints import import_weights
 from lightning_convnext_det.cli import main
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.import_torchvision import convert_torchvision
 from lightning_convnext_det.modules import load_module
 
 SMALL = {"box_score_thresh": 0.02, "min_size": 320, "max_size": 533}
@@ -70,3 +71,11 @@ def test_import_weights__report_and_refusals(tmp_path: Path) -> None:
     torch.save({key: torch.zeros(1) for key in second}, tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="fasterrcnn_resnet50_fpn_v2, whose heads are not modelled"):
         import_weights(tmp_path / "c.pth")
+
+
+def test_convert_torchvision__a_tensor_is_missing() -> None:
+    with torch.device("meta"):
+        tensors = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+    del tensors["roi_heads.box_predictor.cls_score.bias"]
+    with pytest.raises(CheckpointError, match=r"LCD-K011.*1 missing \(roi_heads.box_predictor.cls_score.bias\)"):
+        convert_torchvision(tensors)

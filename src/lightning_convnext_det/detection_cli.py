@@ -82,7 +82,7 @@ class DetectionCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._start = _option(arguments, ("--start_from",))
+        self._start = _named_start(arguments)
         self._checkpoint = _named_checkpoint(arguments) if self._start is None else read_checkpoint(self._start)
         self._named_model = _option(arguments, ("--model", "--model.class_path")) or _configured_model(arguments)
         super().__init__(
@@ -281,6 +281,16 @@ def _named_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
     if not isinstance(path, str) or path in ("null", "best", "last", "hpc", "registry"):  # Lightning's own words
         return None
     return read_checkpoint(path)
+
+
+def _named_start(arguments: Sequence[str]) -> str | None:
+    """The checkpoint to begin with that the command line names, or a configuration file for a training's first part."""
+    path = _option(arguments, ("--start_from",))
+    content = _configuration(arguments)
+    continues = _option(arguments, ("--ckpt_path",)) or content.get("ckpt_path")
+    if path is None and arguments[:1] == ["fit"] and not continues:
+        path = content.get("start_from")
+    return path if isinstance(path, str) and path != "null" else None
 
 
 def _configured_model(arguments: Sequence[str]) -> str:

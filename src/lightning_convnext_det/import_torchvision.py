@@ -48,7 +48,7 @@ def convert_torchvision(state_dict: Mapping[str, Tensor], **arguments: Argument)
     tensors = {_rename(key): value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
     if is_legacy:
         tensors = {k: v - _EPS if k.endswith(".running_var") else v for k, v in tensors.items()}
-    classes = len(tensors["roi_heads.box_predictor.cls_score.bias"]) - 1
+    classes = len(tensors["roi_heads.box_predictor.cls_score.weight"]) - 1
     inferred: dict[str, Argument] = {"num_classes": classes, "backbone": _backbone(state_dict), **arguments}
     with torch.device("meta"):
         expected = FasterRCNN(**inferred).state_dict()  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ Each imports what it needs when it runs: checking a folder takes no torch.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from lightning_convnext_det.errors import CheckpointError
@@ -89,6 +90,8 @@ def export_backbone(arguments: Sequence[str], run: Command) -> int:
     options = parser.parse_args(arguments)
     if not options.destination.endswith(".safetensors"):
         raise ValueError(f"'{options.destination}' must end in .safetensors")
+    if not Path(options.destination).parent.is_dir():
+        raise ValueError(f"'{options.destination}': there is no such folder")
     from safetensors.torch import save_file
 
     from lightning_convnext_det.models.backbone import TimmPyramid, backbone_state_dict
@@ -103,7 +106,8 @@ def export_backbone(arguments: Sequence[str], run: Command) -> int:
     sys.stdout.write(
         f"{len(tensors)} tensors of '{pyramid.name}' written: {options.destination}\n"
         f"timm.create_model('{pyramid.name}', pretrained=True, num_classes=N, "
-        f"pretrained_cfg_overlay={{'file': '{options.destination}'}}) takes them\n"
+        f"pretrained_cfg_overlay={{'file': '{options.destination}'}}) takes them; N as in timm's own weights wants "
+        "a head, too\n"
     )
     return 0
 

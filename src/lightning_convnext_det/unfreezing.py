@@ -31,6 +31,7 @@ class StageUnfreezing(Callback):
             raise ValueError(f"epochs are {epochs}; give one or more, rising, the deepest stage's first")
         self.epochs = epochs
         self._trainable: list[nn.Parameter] = []
+        self._momenta: dict[nn.BatchNorm2d, float | None] = {}
         self._frozen = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -43,7 +44,12 @@ class StageUnfreezing(Callback):
         if len(self.epochs) > len(pyramid.strides):
             raise ValueError(f"epochs are {self.epochs}, but the backbone has {len(pyramid.strides)} stages")
         self._trainable = [p for p in pyramid.net.parameters() if p.requires_grad]
+        self._momenta = {m: m.momentum for m in pyramid.net.modules() if isinstance(m, nn.BatchNorm2d)}
         self._frozen = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze stages also where a training goes on inside of an epoch, which then does not start."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze the stages whose time has not come."""
@@ -54,11 +60,10 @@ class StageUnfreezing(Callback):
         self._frozen = frozen
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        momenta = {m: m.momentum for m in pyramid.net.modules() if isinstance(m, nn.BatchNorm2d)}
+        for module, momentum in self._momenta.items():
+            module.momentum = momentum  # freezing has stopped the statistics of stages that learn now
         if frozen:
             pyramid.freeze(frozen)
-        for module, momentum in momenta.items():
-            module.momentum = momentum  # a later epoch lets these statistics move again
         learning = sum(p.numel() for p in self._trainable if p.requires_grad)
         rank_zero_info(f"epoch {trainer.current_epoch}: {frozen} stages frozen, {learning:,} parameters learn")
 

@@ -97,3 +97,11 @@ def test_image_folder__what_is_wrong_is_said(case: str, message: str, tmp_path: 
     data = module(None if case == "none" else root)
     with pytest.raises(DataError, match=message):
         data.num_classes, data.train_dataloader(), data.val_dataloader()
+
+
+def test_image_folder__validation_pictures_of_one_class(tmp_path: Path) -> None:
+    write(tmp_path / "train", ("a", "b"))
+    write(tmp_path / "val", ("b",))
+    assert module(tmp_path)._split("val")[1] == [1] * len(module(tmp_path)._split("val")[0])
+    alone = ImageFolderDataModule(val=str(tmp_path / "val"))
+    assert alone.class_names == ["b"]

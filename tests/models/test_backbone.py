@@ -1,3 +1,4 @@
+import argparse
 import re
 from pathlib import Path
 
@@ -228,3 +229,34 @@ def test_pyramid_fpn__levels_and_parameters() -> None:
     assert sum(p.numel() for p in fpn.fpn.parameters()) == 256 * (24 + 32 + 48 + 64) + 4 * 256 + 4 * (
         256 * 256 * 9 + 256
     )
+
+
+def test_timm_pyramid__more_stages_are_frozen_on_any_device_and_dtype() -> None:
+    pyramid = TimmPyramid("test_convnext", frozen_stages=1).double()
+    pyramid.freeze(3)
+    assert {n.split(".")[0] for n, p in pyramid.net.named_parameters() if p.requires_grad} == {"stages_3"}
+    pyramid.freeze(1)  # what is frozen stays so
+    assert {n.split(".")[0] for n, p in pyramid.net.named_parameters() if p.requires_grad} == {"stages_3"}
+    with torch.device("meta"):
+        elsewhere = TimmPyramid("test_convnext")
+    elsewhere.freeze(3)
+    assert {n.split(".")[0] for n, p in elsewhere.net.named_parameters() if p.requires_grad} == {"stages_3"}
+
+
+def test_timm_pyramid__unknown_tag_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"has a tag that timm does not know; known are test_convnext\.r160_in1k"):
+        TimmPyramid("test_convnext.r160")
+
+
+def test_timm_pyramid__a_deeper_network_of_the_family_is_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "deeper.pth")
+    with pytest.raises(WeightsError, match=r"does not fit 'resnet18': 'layer1_2_conv1_weight' has no place in it"):
+        TimmPyramid("resnet18", weights=str(tmp_path / "deeper.pth"))
+
+
+def test_timm_pyramid__weights_of_timms_training_script(tmp_path: Path) -> None:
+    network = timm.create_model("test_convnext")
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": tensors, "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    pyramid = TimmPyramid("test_convnext", weights=str(tmp_path / "last.pth.tar"))
+    assert torch.equal(pyramid.net.stem_0.weight, network.stem[0].weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_convnext_det import classify, create_classifier, create_detector, extract_features, list_classifiers
 from lightning_convnext_det.errors import WeightsError
 from lightning_convnext_det.models.backbone import backbone_state_dict
+from lightning_convnext_det.models.classifier import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,14 @@ def test_backbone_state_dict__timm_loads_it_and_so_do_we(name: str, tmp_path: Pa
     )
     pairs = zip(again.backbone.body.parameters(), detector.backbone.body.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_classifier__other_numbers_of_channels(channels: int) -> None:
+    classifier = Classifier("test_convnext", 3, in_chans=channels)
+    assert classifier(torch.rand(2, channels, 64, 64)).shape == (2, 3)
+
+
+def test_classifier__a_network_without_stochastic_depth() -> None:
+    with pytest.raises(ValueError, match="'vgg11' has no drop_path_rate; leave it at its default"):
+        create_classifier("vgg11", num_classes=2, drop_path_rate=0.1)

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_convnext_det.detection_cli import _named_start
 from lightning_convnext_det.errors import CheckpointError, DataError
-from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module
+from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module, start_module
+from lightning_convnext_det.modules.checkpoint import save_module
 from lightning_convnext_det.modules.detection import Batch
 from lightning_convnext_det.modules.evaluation import FIGURES
 
@@ -235,3 +237,21 @@ def test_on_load_checkpoint__of_another_network() -> None:
     del checkpoint["state_dict"]["detector.rpn.head.cls_logits.bias"]
     with pytest.raises(CheckpointError, match=r"cls_logits.bias' is missing, expected \[3\]"):
         create_module().on_load_checkpoint(checkpoint)
+
+
+def test_start_module__batch_norm_that_learns_again_and_tensors_without_a_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save_module(create_module(backbone="test_resnet", output_norm=True), path)
+    module = start_module(path, 3, batch_norm="train")
+    assert "detector.backbone.body.net.conv1.1.num_batches_tracked" in module.state_dict()
+    with pytest.raises(CheckpointError, match=r"LCD-K014.*'detector.backbone.body.norms.0.weight' has no place in it"):
+        start_module(path, 3, output_norm=False)
+
+
+def test_named_start__from_a_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("start_from: imported.ckpt\n")
+    assert _named_start(["fit", "--config", str(config)]) == "imported.ckpt"
+    assert _named_start(["fit", "--config", str(config), "--start_from", "other.ckpt"]) == "other.ckpt"
+    assert _named_start(["fit", "--config", str(config), "--ckpt_path", "last.ckpt"]) is None
+    assert _named_start(["test", "--config", str(config)]) is None

@@ -154,7 +154,10 @@ class ImageFolderDataModule(LightningDataModule):
             folder = self._folder("train") or self._folder("val") or self._folder("test")
             if folder is None:
                 raise DataError("[LCD-D140] data.root is not given: name a folder with one folder per class")
-            self._names = _class_folders(folder)
+            names = _class_folders(folder)
+            if len(names) < 2 and folder == self._folder("train"):
+                raise DataError(f"[LCD-D140] {folder} holds fewer than two class folders: {', '.join(names)}")
+            self._names = names
         return list(self._names)
 
     @property
@@ -277,9 +280,8 @@ def _existing(folder: Path) -> Path:
 
 def _class_folders(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(names) < 2:
-        found = ", ".join(names) or "none"
-        raise DataError(f"[LCD-D140] {folder} holds fewer than two class folders: {found}")
+    if not names:
+        raise DataError(f"[LCD-D140] {folder} holds no class folders")
     return names
 
 

@@ -101,12 +101,13 @@ class TimmPyramid(nn.Module):
         self.net.eval()
         with torch.enable_grad():
             # the parameters that a level depends on are those that its gradient reaches, whatever they are called
-            maps = self.net(torch.zeros(1, self.in_chans, 64, 64))
             parameters = list(self.net.parameters())
+            learning = [parameter.requires_grad for parameter in parameters]
+            self.net.requires_grad_(True)  # gradients have to pass what is frozen already
+            maps = self.net(parameters[0].new_zeros(1, self.in_chans, 64, 64))
             grads = torch.autograd.grad(maps[stages - 1].sum(), parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None:
-                parameter.requires_grad_(False)
+        for parameter, learns, grad in zip(parameters, learning, grads, strict=True):
+            parameter.requires_grad_(learns and grad is None)
         self.net.train(training)
         frozen = [m for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)]
         for module in frozen:
@@ -166,9 +167,14 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def check_name(name: str, role: Literal["backbone", "classifier"]) -> None:
-    """Refuse a name of no timm network, with those that may be meant."""
+    """Refuse a name of no timm network, or a tag of no weights, with those that may be meant."""
     architecture = name.split(".")[0]
     if timm.is_model(architecture):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError:
+            tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+            raise ValueError(f"{role} '{name}' has a tag that timm does not know; known are {tags}") from None
         return
     close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "timm.list_models() lists them"

@@ -1,8 +1,9 @@
 """Weights of timm networks: fetched by timm, or read from files of timm, of this package and of others."""
 
+import argparse
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -23,7 +24,7 @@ _logger = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds that the hub has to answer
 
 # what training scripts and this package's own modules put before the names of a network
-_PREFIXES = ("module.", "model.", "detector.", "classifier.net.", "backbone.", "body.", "net.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "detector.", "classifier.net.", "backbone.", "body.", "net.")
 
 
 @contextmanager
@@ -110,7 +111,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"[LCD-W003] {path}: no such file; give a local .safetensors or .pth file")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
+        # timm's training script puts its options beside the tensors, in a Namespace, which is as plain as a dict
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
         raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
@@ -134,10 +137,12 @@ def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:
 
     The file may be a checkpoint of this package, a timm checkpoint, a plain state dict or safetensors. Names are
     compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. What follows the
-    network in the file may be left over; every tensor of the network must be there with its shape.
+    network in the file may be left over; every tensor of the network must be there with its shape, and the file must
+    not have more blocks than the network.
 
     Raises:
-        WeightsError: if the file cannot be read or a tensor is missing or has another shape; the first such is named.
+        WeightsError: if the file cannot be read or a tensor is missing, has another shape or is one too many; the first
+            such is named.
     """
     given = _by_flat_name(read_state_dict(path))
     _fill(net, given, list(net.state_dict()), path, name)
@@ -176,8 +181,22 @@ def _fill(net: nn.Module, given: dict[str, Tensor], wanted: list[str], path: str
             shapes = f"{list(found.shape)}, expected {list(tensor.shape)}"
             raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': '{key}' is {shapes}")
         own[key] = found
+    if more := _superfluous(own, given, name):
+        raise WeightsError(f"[LCD-W004] {path} does not fit '{name}': '{more}' has no place in it")
     net.load_state_dict(own)
     _logger.info("%s: %d tensors of '%s' matched, %d left over", path, len(wanted), name, len(given) - len(wanted))
+
+
+def _superfluous(own: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> str | None:
+    """Find a tensor inside of a network's parts that the architecture does not have, as those of a deeper one do not.
+
+    What follows the network in the file, such as a detector's heads, lies in no part of it.
+    """
+    with torch.device("meta"):
+        whole = timm.create_model(name.split(".")[0])
+    known = {flat_name(key) for key, _ in (*whole.named_parameters(), *whole.named_buffers())}
+    parts = tuple({f"{_without_wrappers(key).split('.')[0]}_" for key in own})
+    return next((key for key in given if key.startswith(parts) and key not in known), None)
 
 
 def _by_flat_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,6 +205,10 @@ def _by_flat_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def flat_name(key: str) -> str:
     """A parameter's name without what wrappers put before it, dots as underscores: the same in all layouts of timm."""
+    return _without_wrappers(key).replace(".", "_")
+
+
+def _without_wrappers(key: str) -> str:
     while found := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), ""):
         key = key.removeprefix(found)
-    return key.replace(".", "_")
+    return key

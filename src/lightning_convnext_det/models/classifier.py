@@ -7,7 +7,7 @@ A `Classifier` takes pictures as the detectors do, uint8 or floats in 0..1, and 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import timm
 import torch
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         weights: a local weight file instead: a checkpoint of this package, of timm, a state dict or safetensors. The
             last layer is taken over if it has as many classes.
         class_names: names in order of label (default: ImageNet's where the number of classes tells).
-        in_chans: channels of the pictures.
+        in_chans: channels of the pictures; other than three are all normalised by the means over the weights' own.
         drop_rate: dropout before the last layer.
         drop_path_rate: stochastic depth; 0 leaves the network's own default.
         image_size: side in pixels that pictures are cut to in evaluation (default: as the weights were tested).
@@ -80,8 +80,8 @@ class Classifier(nn.Module):
         self.name = name
         fetched = pretrained and weights is None
         with fetching(name) if fetched else nullcontext():
-            self.net: nn.Module = timm.create_model(name, pretrained=fetched, **options)
-        self.num_classes = int(self.net.num_classes)
+            self.net: nn.Module = _create(name, fetched, options)
+        self.num_classes = cast(int, self.net.num_classes)
         if weights is not None:
             load_classifier_weights(self.net, weights, name)
         self.class_names = list(_names(self.net, self.num_classes) if class_names is None else class_names)
@@ -89,7 +89,7 @@ class Classifier(nn.Module):
             raise ValueError(f"{len(self.class_names)} class_names, but '{name}' has {self.num_classes} classes")
         config = resolve_data_config({"img_size": image_size} if image_size else {}, model=self.net, use_test_size=True)
         self.image_size: int = int(config["input_size"][-1])
-        self.image_mean, self.image_std = tuple(config["mean"]), tuple(config["std"])
+        self.image_mean, self.image_std = (_per_channel(config[key], in_chans) for key in ("mean", "std"))
         self._prepare = create_transform(**{**config, "input_size": config["input_size"]}, normalize=False)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
@@ -121,6 +121,21 @@ class Classifier(nn.Module):
             picture = image
         prepared: Tensor = self._prepare(picture.convert("RGB"))
         return prepared
+
+
+def _create(name: str, pretrained: bool, options: dict[str, float]) -> nn.Module:
+    try:
+        net: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        return net
+    except TypeError as error:
+        if option := next((key for key in options if f"'{key}'" in str(error)), None):
+            raise ValueError(f"classifier '{name}' has no {option}; leave it at its default") from None
+        raise
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """The values of red, green and blue; their mean for each channel where there are others."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def list_classifiers(pattern: str = "*", pretrained: bool = False) -> list[str]:

@@ -22,6 +22,7 @@ DETECTORS: dict[str, type[DetectionModule]] = {
 Module = DetectionModule | ClassifierModule
 MODULES: dict[str, type[Module]] = {**DETECTORS, "ClassifierModule": ClassifierModule}
 _BASES: dict[str, type[Module]] = {**MODULES, "DetectionModule": DetectionModule}  # which a user's class may extend
+_COUNTER = ".num_batches_tracked"
 
 
 # a checkpoint is a mapping of unrelated sections; the ones used here are checked before they are used
@@ -170,14 +171,19 @@ def take_weights(module: DetectionModule, content: dict[str, Any], path: str | P
         classes, if the classes are others.
 
     Raises:
-        CheckpointError: if another tensor is missing or has another shape; the first such is named.
+        CheckpointError: if another tensor is missing, superfluous or of another shape; the first such is named.
     """
     given, own = content["state_dict"], module.state_dict()
     names = content["hyper_parameters"].get("class_names")
     same = names is not None and list(names) == module.class_names
     new = [] if same else sorted(_depends_on_classes(module))
-    for name, tensor in own.items():
-        if name not in new and (name not in given or given[name].shape != tensor.shape):
+    # frozen BatchNorms do not count their batches; what learns again counts from 0
+    given = {**{k: v for k, v in own.items() if k.endswith(_COUNTER)}, **given}
+    given = {k: v for k, v in given.items() if k in own or not k.endswith(_COUNTER)}
+    for name in own | given:
+        if name not in own:
+            raise CheckpointError(f"[LCD-K014] {path} does not fit the network: '{name}' has no place in it")
+        if name not in new and (name not in given or given[name].shape != own[name].shape):
             raise CheckpointError(
                 f"[LCD-K014] {path} does not fit the network: '{name}' is missing or of another shape"
             )
