@@ -129,6 +129,8 @@ def test_cascade_rcnn__its_defaults_are_its_own_where_the_command_line_hands_on_
 def test_cascade_rcnn__mistakes() -> None:
     with pytest.raises(ValueError, match="stage_iou_thresholds has 2 stages, stage_loss_weights 3; expected the same"):
         tiny(stage_iou_thresholds=[0.5, 0.6])
+    with pytest.raises(ValueError, match="box_fg_iou_threshold is for Faster R-CNN; give stage_iou_thresholds"):
+        tiny(box_fg_iou_threshold=0.6)
     with pytest.raises(ValueError, match="box_head is 'fc'; choose one of two_fc, four_conv"):
         tiny(box_head="fc")
     with pytest.raises(ValueError, match="dialect is 'detectron2'; choose one of torchvision, mmdetection"):

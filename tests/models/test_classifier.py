@@ -64,6 +64,16 @@ def test_classify__names_files_and_tensors(picture: Image.Image, tmp_path: Path)
         create_classifier("convnext_tinny")
 
 
+def test_classify__files_are_turned_upright(picture: Image.Image, tmp_path: Path) -> None:
+    model = create_classifier("convnext_atto", num_classes=5).eval()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    picture.save(tmp_path / "a.png", exif=exif)
+    upright = classify(model, picture.transpose(Image.Transpose.ROTATE_270))
+    assert classify(model, tmp_path / "a.png") == upright
+    assert classify(model, picture) != upright
+
+
 def test_list_classifiers__names_and_tags() -> None:
     assert {"convnext_tiny", "convnext_xlarge"} <= set(list_classifiers("convnext_*"))
     assert "convnext_tiny.in12k_ft_in1k" in list_classifiers("convnext_tiny*", pretrained=True)

@@ -88,3 +88,10 @@ def test_models__prints_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_list_facts__detectors_and_backbones() -> None:
     assert [f.name for f in list_facts("resn*50*")] == ["resnet50", "resnext50_32x4d"]
+
+
+def test_measure_backbone__tags_and_fixed_sizes() -> None:
+    assert measure_backbone("convnext_tiny.fb_in1k").top1 == 82.1
+    assert measure_backbone("convnext_tiny.in12k_ft_in1k").top1 is None  # not the weights that have the figure
+    assert [facts.name for facts in list_facts("convnext_atto.d2_*")] == ["convnext_atto.d2_in1k"]
+    assert measure_backbone("swinv2_tiny_window8_256").gflops > 5  # it takes 256 pixels and nothing else

@@ -35,7 +35,10 @@ class CascadeRCNN(FasterRCNN):
         rpn_box_loss: ``smooth_l1`` (default) or ``l1``, for proposals.
         rpn_skip_crossing: leave anchors that cross the picture's border out of the training (default: yes).
         dialect: whose conventions to follow, ``mmdetection`` (default) or ``torchvision``.
-        shared: the other arguments of `FasterRCNN`.
+        shared: the other arguments of `FasterRCNN`, but for ``box_fg_iou_threshold``.
+
+    Raises:
+        ValueError: if the stages do not fit together, or an argument makes no sense.
 
     Reference:
         Cai and Vasconcelos, "Cascade R-CNN", arXiv:1712.00726; Liu et al., "A ConvNet for the 2020s",
@@ -64,6 +67,8 @@ class CascadeRCNN(FasterRCNN):
                 f"stage_iou_thresholds has {stages} stages, stage_loss_weights {len(stage_loss_weights)}; "
                 f"expected the same, at most {len(_STAGE_STDS)}"
             )
+        if shared.get("box_fg_iou_threshold", 0.5) != 0.5:  # the default, which the command line hands on
+            raise ValueError("box_fg_iou_threshold is for Faster R-CNN; give stage_iou_thresholds")
         # create_roi_heads, which FasterRCNN calls, needs them
         self.stage_iou_thresholds, self.stage_loss_weights = tuple(stage_iou_thresholds), tuple(stage_loss_weights)
         super().__init__(

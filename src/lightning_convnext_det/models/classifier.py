@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
@@ -166,7 +166,8 @@ def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: i
 
     Args:
         model: in evaluation mode.
-        image: a file, a Pillow picture, or a tensor [3, H, W], uint8 or floats in 0..1, of any size.
+        image: a file, which is turned upright, a Pillow picture, or a tensor [3, H, W], uint8 or floats in 0..1, of any
+            size.
         top: how many classes to return.
 
     Returns:
@@ -202,7 +203,7 @@ def extract_features(model: Classifier, image: Image.Image | Tensor | str | Path
 def _opened(image: Image.Image | Tensor | str | Path) -> Image.Image | Tensor:
     if isinstance(image, str | Path):
         with Image.open(image) as file:
-            return file.convert("RGB")
+            return ImageOps.exif_transpose(file).convert("RGB")
     return image
 
 

@@ -79,7 +79,7 @@ def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
     backbones = fnmatch.filter(_TOP1, pattern)
     detectors = [name for name in list_detectors(pattern) if backbone_of(name) is not None]
     if not backbones and not detectors:
-        backbones = timm.list_models(pattern)
+        backbones = timm.list_models(pattern) or timm.list_pretrained(pattern)
     if not backbones and not detectors:
         raise ValueError(f"no backbone or detector matches '{pattern}'; try '*convnext*'")
     yield from map(measure_backbone, backbones)
@@ -87,11 +87,13 @@ def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
 
 
 def measure_backbone(name: str) -> ModelFacts:
-    """Measure a timm network."""
+    """Measure a timm network, at the size it is made for if it takes no other than that."""
     with torch.device("meta"):
         classifier = timm.create_model(name).eval()
         pyramid = TimmPyramid(name)
-        gflops = _count(classifier, torch.zeros(1, 3, 224, 224))
+        config = classifier.pretrained_cfg
+        size = config["input_size"] if config.get("fixed_input_size") else (3, 224, 224)
+        gflops = _count(classifier, torch.zeros(1, *size))
     return _facts(name, name, classifier, gflops, pyramid)
 
 
@@ -148,6 +150,9 @@ def _count(net: nn.Module, batch: Tensor) -> float:
 
 
 def _facts(name: str, backbone: str, net: nn.Module, gflops: float, pyramid: TimmPyramid) -> ModelFacts:
-    top1, weights = _TOP1.get(backbone, (None, None))
+    architecture, _, tag = backbone.partition(".")
+    top1, weights = _TOP1.get(architecture, (None, None))
+    if tag and tag != weights:  # other weights have another figure
+        top1, weights = None, None
     parameters = sum(p.numel() for p in net.parameters())
     return ModelFacts(name, parameters, gflops, tuple(pyramid.channels), tuple(pyramid.strides), top1, weights)
