@@ -1,7 +1,6 @@
 """Checkpoints that state another network than they hold: what is stated must not be built."""
 
 import json
-import resource
 import signal
 import time
 import warnings
@@ -23,7 +22,7 @@ from lightning_convnext_det.modules import (
 )
 from lightning_convnext_det.modules.checkpoint import build_module, save_module
 from tests.mutations import limit_memory
-from tests.processes import run_script
+from tests.processes import forget_peak, peak_megabytes, run_script
 
 from .conftest import TINY
 from .test_resume import DETR
@@ -137,7 +136,8 @@ def read_all(folder: Path) -> None:
         build_module(folder / f"{name}.ckpt")
     limit_memory()
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)  # ends the process
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = peak_megabytes()
     for name, (kind, change) in CASES.items():
         content = {**good[kind], "state_dict": dict(good[kind]["state_dict"])}
         content["hyper_parameters"] = dict(content["hyper_parameters"])
@@ -153,7 +153,7 @@ def read_all(folder: Path) -> None:
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+        grown = peak_megabytes() - before
         print(json.dumps([name, outcome, time.process_time() - begun, grown]), flush=True)
 
 
