@@ -31,4 +31,5 @@ run roi_align.md "$PYTHON" benchmarks/roi_align.py --device cuda
 run soft_nms.md "$PYTHON" benchmarks/soft_nms.py --device cuda
 run deformable_detr.txt "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8
 run deformable_detr_training.txt "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8 --train
+run cascade.md "$PYTHON" benchmarks/cascade.py --device cuda
 exit $status
