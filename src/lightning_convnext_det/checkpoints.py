@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.errors import CheckpointError, first_line
 from lightning_convnext_det.import_mmdetection import convert_mmdetection, read_class_names
-from lightning_convnext_det.import_report import Converted, ImportReport, Slot, fit_tensors
+from lightning_convnext_det.import_report import Converted, Slot, fill
 from lightning_convnext_det.import_torchvision import convert_torchvision, is_torchvision
 from lightning_convnext_det.models import deformable_detr_weights, mmdetection_weights
 from lightning_convnext_det.models.deformable_detr import DeformableDETR
@@ -102,22 +102,8 @@ def convert_deformable_detr(
         proposer = heads - 1 if inferred["two_stage"] else None
         tensors = _select_classes(tensors, [s.row for s in slots], proposer)
         inferred["num_classes"] = len(slots)
-    with torch.device("meta"):
-        expected = DeformableDETR(**inferred).state_dict()  # type: ignore[arg-type]
-    fitted, mismatched = fit_tensors(tensors, expected)
-    report = ImportReport(
-        origin,
-        matched=tuple(fitted),
-        parameters=sum(t.numel() for t in fitted.values()),
-        redundant=(*redundant, *copies),
-        left_over=(*left_over, *(k for k in tensors if k not in expected)),
-        missing=tuple(k for k in expected if k not in tensors),
-        mismatched=mismatched,
-        slots=tuple(slots),
-    )
-    if not report.fits:
-        raise CheckpointError(f"[LCD-K011] does not fit a Deformable DETR on {inferred['backbone']}: {report}")
-    return Converted(inferred, fitted, report)
+    redundant += copies
+    return fill(DeformableDETR, inferred, tensors, origin, slots=slots, redundant=redundant, left_over=left_over)
 
 
 def _select_classes(tensors: Mapping[str, Tensor], rows: list[int], proposer: int | None) -> dict[str, Tensor]:
@@ -177,7 +163,7 @@ def read_source(path: Path) -> Source:
     except CheckpointError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"what it says beside its tensors is malformed ({_first_line(error)})"
+        reason = f"what it says beside its tensors is malformed ({first_line(error)})"
         raise CheckpointError(f"[LCD-K012] {path}: {reason}") from None
 
 
@@ -188,7 +174,7 @@ def _describe(path: Path, tensors: dict[str, Tensor], extras: dict[str, Any]) ->
         try:
             content = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"[LCD-K012] {config} cannot be read: {_first_line(error)}") from None
+            raise CheckpointError(f"[LCD-K012] {config} cannot be read: {first_line(error)}") from None
         return _describe_huggingface(tensors, content)
     if mmdetection_weights.detect(tensors):
         return Source(tensors, class_names=tuple(read_class_names(extras)))
@@ -203,7 +189,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"[LCD-K012] {path} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"[LCD-K012] {path} cannot be read: {first_line(error)}") from None
     extras = {}
     for key, text in metadata.items():
         with suppress(json.JSONDecodeError):  # a note may be anything
@@ -218,10 +204,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             content = load_plain(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"[LCD-K012] {path} holds more than weights and is refused: {_first_line(error)}"
+            f"[LCD-K012] {path} holds more than weights and is refused: {first_line(error)}"
         ) from None
     except Exception as error:  # a damaged or crafted file makes the reader raise almost anything
-        raise CheckpointError(f"[LCD-K012] {path} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"[LCD-K012] {path} cannot be read: {first_line(error)}") from None
     extras = content if isinstance(content, dict) else {}
     for key in ("state", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -273,8 +259,3 @@ def _describe_original(tensors: dict[str, Tensor], extras: Mapping[str, Any]) ->
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     unused = ("N/A", "__background__")
     return Source(tensors, tuple(Slot(i, n, i) for i, n in enumerate(names) if n not in unused), arguments)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -26,3 +26,9 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, foreign, or does not fit the data it is used on."""
 
     exit_status = 6
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, on one line of at most 160 characters."""
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -4,12 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.import_report import Converted, ImportReport, Slot, fit_tensors
+from lightning_convnext_det.import_report import Converted, Slot, fill
 from lightning_convnext_det.models import mmdetection_weights
 from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.deformable_detr_weights import Argument
@@ -42,25 +41,17 @@ def convert_mmdetection(
         raise CheckpointError(f"[LCD-K011] {origin}: tensor {error} is missing; is the file complete?") from None
     if "backbone" not in inferred:
         raise CheckpointError(f"[LCD-K011] {origin}: the backbone is not recognised; give its timm name as backbone")
-    with torch.device("meta"):
-        detector = (CascadeRCNN if cascade else FasterRCNN)(**inferred)  # type: ignore[arg-type]
-    expected = detector.state_dict()
-    fitted, mismatched = fit_tensors(tensors, expected)
-    report = ImportReport(
+    counts = {key: 0 if _COUNTERS.search(key) else tensor.numel() for key, tensor in state_dict.items()}
+    left_out = {key: counts[key] for key in ignored}
+    return fill(
+        CascadeRCNN if cascade else FasterRCNN,
+        inferred,
+        tensors,
         origin,
-        matched=tuple(fitted),
-        parameters=_count(state_dict, set(state_dict) - set(ignored)),
-        redundant=(),
-        left_over=tuple(k for k in tensors if k not in expected),
-        missing=tuple(k for k in expected if k not in tensors),
-        mismatched=mismatched,
         slots=_name_classes(int(inferred["num_classes"]), class_names),  # type: ignore[arg-type]
-        ignored=tuple(ignored),
-        ignored_parameters=_count(state_dict, set(ignored)),
+        ignored=left_out,
+        parameters=sum(counts.values()) - sum(left_out.values()),
     )
-    if not report.fits:
-        raise CheckpointError(f"[LCD-K011] does not fit a detector on {inferred['backbone']}: {report}")
-    return Converted(inferred, fitted, report, "CascadeRCNNModule" if cascade else "FasterRCNNModule")
 
 
 def read_class_names(extras: Mapping[str, Any]) -> list[str]:  # whatever lies beside the tensors
@@ -73,11 +64,6 @@ def read_class_names(extras: Mapping[str, Any]) -> list[str]:  # whatever lies b
         if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
             return list(value)
     return []
-
-
-def _count(state_dict: Mapping[str, Tensor], keys: set[str]) -> int:
-    """Parameters, without the statistics of BatchNorm."""
-    return sum(state_dict[key].numel() for key in keys if not _COUNTERS.search(key))
 
 
 def _name_classes(count: int, given: Sequence[str]) -> tuple[Slot, ...]:

@@ -1,11 +1,13 @@
 """What becomes of weights from elsewhere: the converted network, and an account of every tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.deformable_detr_weights import Argument
 
 
@@ -72,13 +74,63 @@ class Converted(NamedTuple):
     state_dict: dict[str, Tensor]
     """For its ``load_state_dict``."""
     report: ImportReport
-    module: str = "DeformableDETRModule"
+    module: str
     """The LightningModule that trains and evaluates it."""
 
 
-def fit_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def fill(
+    detector: type[nn.Module],
+    arguments: Mapping[str, Argument],
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    *,
+    slots: Sequence[Slot],
+    redundant: Iterable[str] = (),
+    left_over: Iterable[str] = (),
+    ignored: Mapping[str, int] | None = None,
+    parameters: int | None = None,
+) -> Converted:
+    """Put tensors that have our names into a detector, and account for all of the source.
+
+    Args:
+        detector: a class of ours; built without memory.
+        arguments: of its constructor.
+        tensors: by their names here.
+        origin: as in `ImportReport`, like the next three.
+        slots: the classes by label.
+        redundant: names there of tensors that carry nothing new.
+        left_over: names of tensors without a place here, beside those of ``tensors`` that have none.
+        ignored: names there of tensors that are left out on purpose, and how many parameters each holds.
+        parameters: how many the source has for the detector (default: the numbers that fill it); others where it has
+            no row for the background, or statistics of BatchNorm.
+
+    Raises:
+        CheckpointError: if a tensor has no place, or a place no tensor.
+    """
+    with torch.device("meta"):
+        expected = detector(**arguments).state_dict()
+    fitted, mismatched = _fit(tensors, expected)
+    ignored = ignored or {}
+    report = ImportReport(
+        origin,
+        matched=tuple(fitted),
+        parameters=sum(tensor.numel() for tensor in fitted.values()) if parameters is None else parameters,
+        redundant=tuple(redundant),
+        left_over=(*left_over, *(name for name in tensors if name not in expected)),
+        missing=tuple(name for name in expected if name not in tensors),
+        mismatched=mismatched,
+        slots=tuple(slots),
+        ignored=tuple(ignored),
+        ignored_parameters=sum(ignored.values()),
+    )
+    if not report.fits:
+        raise CheckpointError(
+            f"[LCD-K011] does not fit a {detector.__name__} on {arguments.get('backbone', 'its backbone')}: {report}"
+        )
+    return Converted(dict(arguments), fitted, report, f"{detector.__name__}Module")
+
+
+def _fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Take the tensors that are expected, with sides of length 1 added or dropped; list those of another shape."""
     fitted, mismatched = {}, []
     for name, tensor in tensors.items():

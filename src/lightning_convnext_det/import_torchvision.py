@@ -3,12 +3,11 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.import_report import Converted, ImportReport, Slot, fit_tensors
+from lightning_convnext_det.import_report import Converted, Slot, fill
 from lightning_convnext_det.models.deformable_detr_weights import Argument
 from lightning_convnext_det.models.faster_rcnn import FasterRCNN
 
@@ -50,22 +49,8 @@ def convert_torchvision(state_dict: Mapping[str, Tensor], **arguments: Argument)
         tensors = {k: v - _EPS if k.endswith(".running_var") else v for k, v in tensors.items()}
     classes = len(tensors["roi_heads.box_predictor.cls_score.weight"]) - 1
     inferred: dict[str, Argument] = {"num_classes": classes, "backbone": _backbone(state_dict), **arguments}
-    with torch.device("meta"):
-        expected = FasterRCNN(**inferred).state_dict()  # type: ignore[arg-type]
-    fitted, mismatched = fit_tensors(tensors, expected)
-    report = ImportReport(
-        _ORIGIN,
-        matched=tuple(fitted),
-        parameters=sum(t.numel() for t in fitted.values()),
-        redundant=tuple(key for key in state_dict if key.endswith("num_batches_tracked")),
-        left_over=tuple(key for key in tensors if key not in expected),
-        missing=tuple(key for key in expected if key not in tensors),
-        mismatched=mismatched,
-        slots=_slots(classes),
-    )
-    if not report.fits:
-        raise CheckpointError(f"[LCD-K011] does not fit a Faster R-CNN on {inferred['backbone']}: {report}")
-    return Converted(inferred, fitted, report, "FasterRCNNModule")
+    counters = [key for key in state_dict if key.endswith("num_batches_tracked")]
+    return fill(FasterRCNN, inferred, tensors, _ORIGIN, slots=_slots(classes), redundant=counters)
 
 
 def _rename(key: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from lightning_convnext_det.errors import WeightsError
+from lightning_convnext_det.errors import WeightsError, first_line
 from lightning_convnext_det.torch_files import load_plain
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def fetching(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, client_error) as error:
-        raise _unfetchable(name, _first_line(error)) from error
+        raise _unfetchable(name, first_line(error)) from error
 
 
 def _unfetchable(name: str, reason: str) -> WeightsError:
@@ -89,7 +89,7 @@ def _silence(url: str) -> str | None:
             # what timm would ask again and again
             reasons.append(f"status {status}" if status == 429 or status >= 500 else None)
         except Exception as error:  # the hub's client may be requests or httpx, which share no base class
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
 
     # the client's timeout bounds neither the lookup of names nor the number of addresses that it tries
     thread = threading.Thread(target=ask, daemon=True)
@@ -115,9 +115,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
-        raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {_first_line(error)}") from None
+        raise WeightsError(f"[LCD-W003] {path} cannot be read as weights: {first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and whatever a crafted pickle makes the reader raise
-        raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {_first_line(error)}") from None
+        raise WeightsError(f"[LCD-W003] {path} holds more than tensors and is refused: {first_line(error)}") from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -125,11 +125,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise WeightsError(f"[LCD-W003] {path} holds no tensors")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:

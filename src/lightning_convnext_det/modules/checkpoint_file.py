@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
-from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.errors import CheckpointError, first_line
 from lightning_convnext_det.torch_files import find_fault, load_plain
 
 _MARK = b"lightning_convnext_det sha256 "
@@ -108,7 +108,7 @@ def read_checkpoint_file(path: str | Path) -> Any:
     try:
         return load_plain(path)
     except Exception as error:  # a crafted file makes the reader raise almost anything
-        raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {_first_line(error)}") from None
+        raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {first_line(error)}") from None
 
 
 def find_damage(path: Path) -> str | None:
@@ -128,9 +128,9 @@ def find_damage(path: Path) -> str | None:
         with open(path, "rb") as file:
             return None if _digest(file).encode() == recorded else "its SHA-256 is not the one it was written with"
     except zipfile.BadZipFile as error:
-        return f"{_first_line(error)}" if _looks_like_zip(path) else None
+        return f"{first_line(error)}" if _looks_like_zip(path) else None
     except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        return _first_line(error)
+        return first_line(error)
 
 
 def newest_intact(folder: Path, but: Path | None = None) -> Path | None:
@@ -248,8 +248,3 @@ def _free_space(folder: Path) -> int:
 def _instead_of(path: Path) -> str:
     intact = newest_intact(path.parent, but=path) if path.parent.is_dir() else None
     return f"; the last intact one is {intact}" if intact else ""
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
