@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_convnext_det.cli import main
+from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"

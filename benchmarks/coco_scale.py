@@ -152,7 +152,7 @@ def peak_megabytes() -> float:
 
 def measure_check(root: Path) -> dict[str, float]:
     """Run ``convnext-det check`` to its end."""
-    from lightning_convnext_det.cli import main as command
+    from lightning_convnext_det.cli.main import main as command
 
     with redirect_stdout(sys.stderr):
         status = command(["check", str(root)])

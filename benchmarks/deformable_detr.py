@@ -19,8 +19,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.checkpoints import convert_deformable_detr
-from lightning_convnext_det.models.deformable_detr import DeformableDETR
+from lightning_convnext_det.convert.importer import convert_deformable_detr
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 
 Run = Callable[[], tuple[Tensor, Tensor]]
 

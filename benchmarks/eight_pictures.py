@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from lightning_convnext_det.cli import main
+from lightning_convnext_det.cli.main import main
 
 DETECTORS = {
     "FasterRCNNModule": ["--model.box_head_features=256"],

@@ -5,6 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_convnext_det.modules.detection import Batch
+from tests.training import create_batches
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -31,3 +35,8 @@ def photos(shared_data: Path) -> list[Tensor]:
     """Three real photos of different sizes, uint8 [3, H, W]."""
     files = sorted((shared_data / "coco_mini" / "val2017").glob("*.jpg"))[:3]
     return [torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files]
+
+
+@pytest.fixture
+def loader() -> DataLoader[Batch]:
+    return DataLoader(create_batches(3), batch_size=None)

@@ -33,12 +33,12 @@ from safetensors.torch import save_file
 
 from lightning_convnext_det.data.check import check_dataset
 from lightning_convnext_det.data.dataset import DetectionDataset
-from lightning_convnext_det.data.layouts import find_splits, read_split
+from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.data.table import DetectionTable, Problem
 from lightning_convnext_det.errors import CheckpointError, DataError, WeightsError
 from lightning_convnext_det.models.backbone_weights import load_backbone_weights
 from lightning_convnext_det.modules import FasterRCNNModule
-from lightning_convnext_det.modules.checkpoint import load_module, save_module
+from lightning_convnext_det.modules.registry import load_module, save_module
 
 SPACE = 1 << 30  # bytes of address space beyond what the imports take
 SECONDS = 30  # for one file

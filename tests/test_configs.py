@@ -6,10 +6,10 @@ import pytest
 import timm
 import yaml
 
-from lightning_convnext_det.cli import main
+from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
-from lightning_convnext_det.models.deformable_detr import DeformableDETR
-from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

@@ -9,15 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lightning_convnext_det.cli import main
+from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.cli.tools import TOOLS
+from lightning_convnext_det.convert.deformable_detr_names import CONVNEXT_SIZES
+from lightning_convnext_det.convert.mmdetection import convert_mmdetection
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
-from lightning_convnext_det.import_mmdetection import convert_mmdetection
-from lightning_convnext_det.models.deformable_detr_weights import CONVNEXT_SIZES
 from lightning_convnext_det.modules import load_module
-from lightning_convnext_det.tools import TOOLS
-
-from .models.goldens import GOLDENS, load_state_dict, needs_goldens
-from .test_cli import SMALL
+from tests.cli.test_main import SMALL
+from tests.models.rcnn.goldens import GOLDENS, load_state_dict, needs_goldens
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from lightning_convnext_det.models.deformable_detr import DeformableDETR
-from lightning_convnext_det.modules.evaluation import DetectionEvaluator
+from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.types import Target
 
 pytestmark = pytest.mark.xla

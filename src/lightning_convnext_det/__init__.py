@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_convnext_det.callbacks import PredictionWriter
+    from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
     from lightning_convnext_det.data.datamodule import DetectionDataModule
     from lightning_convnext_det.data.image_folder import ImageFolderDataModule
-    from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
+    from lightning_convnext_det.inference.predictor import Predictor
     from lightning_convnext_det.models.classifier import (
         Classifier,
         classify,
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
         extract_features,
         list_classifiers,
     )
-    from lightning_convnext_det.models.deformable_detr import DeformableDETR
-    from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+    from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+    from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
+    from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
     from lightning_convnext_det.models.zoo import create_detector, list_detectors
     from lightning_convnext_det.modules import (
         CascadeRCNNModule,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         load_module,
         start_module,
     )
-    from lightning_convnext_det.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -60,19 +60,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CascadeRCNN": "models.cascade_rcnn",
+    "CascadeRCNN": "models.rcnn.cascade_rcnn",
     "CascadeRCNNModule": "modules",
     "Classifier": "models.classifier",
     "ClassifierModule": "modules",
-    "DeformableDETR": "models.deformable_detr",
+    "DeformableDETR": "models.deformable_detr.model",
     "DeformableDETRModule": "modules",
     "DetectionDataModule": "data.datamodule",
     "DetectionModule": "modules",
-    "FasterRCNN": "models.faster_rcnn",
+    "FasterRCNN": "models.rcnn.faster_rcnn",
     "FasterRCNNModule": "modules",
     "ImageFolderDataModule": "data.image_folder",
-    "PredictionWriter": "callbacks",
-    "Predictor": "predictor",
+    "PredictionWriter": "callbacks.prediction_writer",
+    "Predictor": "inference.predictor",
     "classify": "models.classifier",
     "create_classifier": "models.classifier",
     "create_detector": "models.zoo",

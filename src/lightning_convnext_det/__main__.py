@@ -1,5 +1,5 @@
 """``python -m lightning_convnext_det`` is ``convnext-det``."""
 
-from lightning_convnext_det.cli import main
+from lightning_convnext_det.cli.main import main
 
 raise SystemExit(main())

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_convnext_det.data.layouts import find_splits, read_split
+from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.data.table import DetectionTable
 
 WriteCoco = Callable[..., Path]

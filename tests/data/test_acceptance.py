@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import coco_annotation, noise
 from lightning_convnext_det.data.check import check_dataset
-from lightning_convnext_det.data.layouts import find_splits, read_split
+from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.errors import DataError
+from tests.data.conftest import coco_annotation, noise
 
 Content = dict[str, list[dict[str, object]]]
 WriteXml = Callable[..., Path]

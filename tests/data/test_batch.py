@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import Box, Picture, make_table
 
 from lightning_convnext_det.data.batch import UnreadablePicture, collate, pack, unpack
 from lightning_convnext_det.data.dataset import DetectionDataset
+from tests.data.builders import Box, Picture, make_table
 
 PICTURES = [
     Picture(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from reading import Annotate, WriteCoco, WriteXml
 from rich.console import Console
 
 from lightning_convnext_det.data.check import Report, check_dataset, print_report, summarize_table
-from lightning_convnext_det.data.images import read_image
+from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.errors import DataError
+from tests.data.reading import Annotate, WriteCoco, WriteXml
 
 
 def printed(report: Report) -> str:

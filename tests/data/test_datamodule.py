@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import recorder
 import torch
-from recorder import Recorder, SaveAndStop, Seen, make_trainer
 
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.subset import count_shared
 from lightning_convnext_det.data.synthetic import CLASS_NAMES, write_synthetic_coco
 from lightning_convnext_det.errors import DataError
+from tests.data import recorder
+from tests.data.recorder import Recorder, SaveAndStop, Seen, make_trainer
 
 
 @pytest.fixture(scope="session")

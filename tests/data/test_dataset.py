@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import Box, Picture, make_table
 from PIL import Image
 
 from lightning_convnext_det.data.batch import UnreadablePicture, collate
 from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
+from tests.data.builders import Box, Picture, make_table
 
 PICTURES = [
     Picture(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),

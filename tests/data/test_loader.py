@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import Box, Picture, make_table
 
 from lightning_convnext_det.data.batch import pack
 from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset
@@ -13,6 +12,7 @@ from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, 
 from lightning_convnext_det.data.sampler import TrainingBatches
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
+from tests.data.builders import Box, Picture, make_table
 
 PICTURES = [Picture(20, 30, (Box((1, 2, 11, 12)),)), Picture(30, 20)] * 5
 

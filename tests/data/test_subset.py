@@ -2,11 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Box, Picture, make_table
 
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_pictures
 from lightning_convnext_det.data.table import DetectionTable
 from lightning_convnext_det.errors import DataError
+from tests.data.builders import Box, Picture, make_table
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_convnext_det.data.layouts import find_splits, read_split
+from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.data.synthetic import CLASS_NAMES, USUAL_COLOURS, Scene, draw_scene, write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 

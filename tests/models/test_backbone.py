@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_convnext_det.errors import WeightsError
-from lightning_convnext_det.models.backbone import PyramidFPN, TimmPyramid, pad_to_multiple
+from lightning_convnext_det.models.backbone import TimmPyramid, pad_to_multiple
 from lightning_convnext_det.models.backbone_weights import read_state_dict
+from lightning_convnext_det.models.fpn import PyramidFPN
 
 FAMILIES = [
     ("test_convnext", [24, 32, 48, 64]),

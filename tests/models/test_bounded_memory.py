@@ -10,9 +10,10 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from lightning_convnext_det.models import criterion, matching
-from lightning_convnext_det.models.criterion import Objects, Predictions, SetCriterion
-from lightning_convnext_det.models.matching import BoundedMatcher, OwnMatcher, Pairs
+from lightning_convnext_det.models.deformable_detr import criterion
+from lightning_convnext_det.models.deformable_detr.criterion import Objects, Predictions, SetCriterion
+from lightning_convnext_det.models.rcnn import matcher as matching
+from lightning_convnext_det.models.rcnn.matcher import BoundedMatcher, OwnMatcher, Pairs
 
 MATCHERS = {
     "torchvision": Matcher(0.7, 0.3, allow_low_quality_matches=True),

@@ -11,10 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_convnext_det import ClassifierModule, ImageFolderDataModule, classify, load_classifier, load_module
-from lightning_convnext_det.cli import main
+from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import CheckpointError, DataError
-
-from .conftest import create_trainer
+from tests.training import create_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.detection_cli import _named_start
+from lightning_convnext_det.cli.trainer import _named_start
 from lightning_convnext_det.errors import CheckpointError, DataError
+from lightning_convnext_det.metrics.coco_map import FIGURES
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module, start_module
-from lightning_convnext_det.modules.checkpoint import save_module
 from lightning_convnext_det.modules.detection import Batch
-from lightning_convnext_det.modules.evaluation import FIGURES
-
-from .conftest import create_batches, create_module, create_trainer
+from lightning_convnext_det.modules.registry import save_module
+from tests.training import create_batches, create_module, create_trainer
 
 # Lightning's advice on loaders: those made here have no workers, and not every test validates
 pytestmark = [

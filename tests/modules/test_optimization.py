@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.modules.detection import Batch
-
-from .conftest import create_batches, create_module, create_trainer
+from tests.training import create_batches, create_module, create_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_convnext_det.data.images import ImageHeader, read_header, read_image
-from lightning_convnext_det.data.layouts import compare_classes, find_splits, read_split
-from lightning_convnext_det.data.pictures import Exif
-from lightning_convnext_det.data.records import LISTED, BadRecords
+from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, read_split
+from lightning_convnext_det.data.formats.exif_frames import Exif
+from lightning_convnext_det.data.formats.records import LISTED, BadRecords
+from lightning_convnext_det.data.io.decode import ImageHeader, read_header, read_image
 from lightning_convnext_det.data.table import Action, DetectionTable, Format, Problem, UnreadableError
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's limits of small, medium and large objects, in square pixels

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, Sampler
 
 from lightning_convnext_det.data.batch import Batch, pack
 from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
+from lightning_convnext_det.data.formats.exif_frames import Exif
+from lightning_convnext_det.data.formats.records import BadRecords
 from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.pictures import Exif
-from lightning_convnext_det.data.records import BadRecords
 from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
 from lightning_convnext_det.data.splits import SplitReader, warn_of_shared_pictures
 from lightning_convnext_det.data.table import DetectionTable, Format

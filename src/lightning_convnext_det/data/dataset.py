@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lightning_convnext_det.data.batch import Sample, UnreadablePicture
-from lightning_convnext_det.data.images import read_image
-from lightning_convnext_det.data.pictures import is_picture_name, picture_names
+from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.io.listing import is_picture_name, picture_names
 from lightning_convnext_det.data.sampler import Key
 from lightning_convnext_det.data.table import DetectionTable
 from lightning_convnext_det.data.transforms import seeded, transform_sample

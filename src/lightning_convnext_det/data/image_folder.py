@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_convnext_det.data.dataset import find_pictures
-from lightning_convnext_det.data.images import read_image
+from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.io.listing import picture_names
 from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.pictures import picture_names
 from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
 from lightning_convnext_det.data.transforms import seeded
 from lightning_convnext_det.errors import DataError

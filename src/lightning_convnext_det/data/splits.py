@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_convnext_det.data.layouts import compare_classes, find_splits, make_split, read_split
-from lightning_convnext_det.data.pictures import Exif, list_names
-from lightning_convnext_det.data.records import BadRecords, summarize_problems
+from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, make_split, read_split
+from lightning_convnext_det.data.formats.exif_frames import Exif
+from lightning_convnext_det.data.formats.records import BadRecords, summarize_problems
+from lightning_convnext_det.data.io.listing import list_names
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_pictures
 from lightning_convnext_det.data.table import DetectionTable, Format, Split, canonical_split
 from lightning_convnext_det.errors import DataError

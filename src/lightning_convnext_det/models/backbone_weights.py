@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from lightning_convnext_det.checkpoints.torch_files import load_plain
 from lightning_convnext_det.errors import WeightsError, first_line
-from lightning_convnext_det.torch_files import load_plain
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convnext_det.models.dialects import Resize
+from lightning_convnext_det.models.rcnn.conventions import Resize
 from lightning_convnext_det.ops.resize import resize_like_opencv
 from lightning_convnext_det.types import Detection, Target
 

@@ -1,6 +1,5 @@
 """The detectors by name."""
 
-import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable
@@ -9,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
-from lightning_convnext_det.models.deformable_detr import DeformableDETR
-from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
+from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.suggestions import suggest
 
 _CONVNEXT = ("tiny", "small", "base", "large", "xlarge")
 _CONVNEXT_V2 = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
@@ -95,11 +95,3 @@ def arguments_of(callee: Callable[..., nn.Module]) -> list[str]:
     if len(names) < len(parameters) and isinstance(callee, type):
         names += [name for name in arguments_of(callee.__mro__[1]) if name not in names]
     return names
-
-
-def suggest(word: str, known: list[str]) -> str:
-    """Say which of the known words a misspelt one may mean."""
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {', '.join(repr(c) for c in close)}?"
-    return f"it has {', '.join(known)}"

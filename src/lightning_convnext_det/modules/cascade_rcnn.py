@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_convnext_det.models.cascade_rcnn import CascadeRCNN
+from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.zoo import check_arguments
 from lightning_convnext_det.modules.detection import DetectionModule
 

@@ -11,11 +11,10 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.errors import CheckpointError, DataError
 from lightning_convnext_det.models.backbone_weights import last_layer
 from lightning_convnext_det.models.classifier import Classifier, imagenet_synsets
-from lightning_convnext_det.modules.detection import FORMAT, class_difference
-from lightning_convnext_det.modules.loading import NOTHING_TO_FETCH, describe_class
 from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
 
 _logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_convnext_det.models.deformable_detr import DeformableDETR
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.zoo import check_arguments
 from lightning_convnext_det.modules.detection import DetectionModule
 

@@ -7,10 +7,10 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
+from lightning_convnext_det.metrics.coco_map import FIGURES, DetectionEvaluator
 from lightning_convnext_det.models.backbone import TimmPyramid
-from lightning_convnext_det.modules.evaluation import FIGURES, DetectionEvaluator
-from lightning_convnext_det.modules.loading import NOTHING_TO_FETCH, describe_class
 from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
 from lightning_convnext_det.types import Detection, Target
 
@@ -27,9 +27,6 @@ class Outcome(TypedDict):
     """Its parts by name, without gradients."""
     reason: str | None
     """What the detector says of numbers that are not finite."""
-
-
-FORMAT = "lightning_convnext_det"  # the checkpoint's own section
 
 
 class DetectionModule(OptimizedModule):
@@ -54,6 +51,8 @@ class DetectionModule(OptimizedModule):
         warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
         detector: the detector's own arguments.
     """
+
+    is_abstract = True  # in this class only: no checkpoint holds one
 
     def __init__(
         self,
@@ -118,6 +117,15 @@ class DetectionModule(OptimizedModule):
         transform = getattr(self.detector, "transform", None)
         if stage == "fit" and transform is not None:
             transform.resize_in_training = not getattr(data, "resizes", False)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics that a validation logs."""
+        return [f"val/{name}" for name in (*FIGURES, *(f"map/{c}" for c in self.class_names))]
+
+    def discard_validation(self) -> None:
+        """Forget the images of a validation that was cut short; its metrics are then undefined, not wrong."""
+        self.evaluator.reset()
 
     def set_classes(self, names: list[str], ids: list[int]) -> None:
         """Name the classes in order of label, and give the data set's own ids of them."""
@@ -222,12 +230,3 @@ class DetectionModule(OptimizedModule):
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)
-
-
-def class_difference(trained: list[str], given: list[str]) -> str:
-    """Say how the classes of a data set differ from those of a network."""
-    way_out = "use the classes it was trained on, or name them by data.class_names"
-    for i, (a, b) in enumerate(zip(trained, given, strict=False)):
-        if a != b:
-            return f"the network's class {i} is '{a}', the data set's is '{b}'; {way_out}"
-    return f"the network has {len(trained)} classes, the data set {len(given)}; {way_out}"

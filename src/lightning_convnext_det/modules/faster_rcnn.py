@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_convnext_det.models.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.zoo import check_arguments
 from lightning_convnext_det.modules.detection import DetectionModule
 

@@ -6,12 +6,12 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_convnext_det.callbacks.divergence import check_weights
+from lightning_convnext_det.callbacks.exact_resume import ExactResume
+from lightning_convnext_det.callbacks.run_guard import RunGuard
+from lightning_convnext_det.checkpoints.file import AtomicCheckpointIO
+from lightning_convnext_det.checkpoints.loadable import LoadableModule
 from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.modules.checkpoint_file import AtomicCheckpointIO
-from lightning_convnext_det.modules.divergence import check_weights
-from lightning_convnext_det.modules.guard import RunGuard
-from lightning_convnext_det.modules.loading import LoadableModule
-from lightning_convnext_det.modules.resume import ExactResume
 
 
 class ReliableModule(LoadableModule):

@@ -1,0 +1,255 @@
+"""Callbacks for the trainer: the writer of predictions."""
+
+import heapq
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_convnext_det.metrics.coco_results import coco_results
+from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
+
+_RESULTS = "predictions.json"
+_LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # pictures without the noise of JPEG are drawn as PNG
+
+
+# Not Lightning's BasePredictionWriter: that one warns of every loader without a batch sampler, whose indices are no use
+# here, for a picture that cannot be read is left out of its batch.
+class PredictionWriter(Callback):
+    """Writes predictions while they are made: a file of COCO results, and the pictures with boxes drawn.
+
+    ``predictions.json`` is a list of ``{image_id, category_id, bbox, score, category_name, file_name}`` with the data
+    set's own category ids and boxes (x, y, width, height) in pixels of the upright picture: all that the detector
+    returns. pycocotools reads it. It appears when the prediction is complete, with the pictures of all processes.
+
+    A drawing has the name of its picture; where that is taken, the image id is added. What an earlier prediction wrote
+    into the folder is replaced; other files are left alone.
+
+    Args:
+        folder: where to write.
+        score_threshold: boxes with a lower score are not drawn; the file holds them.
+        draw: write pictures with boxes, names and scores.
+        draw_limit: draw no more than this many pictures; all if not given.
+        font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path = "predictions",
+        score_threshold: float = SCORE_THRESHOLD,
+        draw: bool = True,
+        draw_limit: int | None = None,
+        font: str | None = None,
+    ) -> None:
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold is {score_threshold}; scores run from 0 to 1")
+        if draw_limit is not None and draw_limit < 0:
+            raise ValueError(f"draw_limit is {draw_limit}; it is a number of pictures")
+        self.folder = Path(folder)
+        self.score_threshold = score_threshold
+        self.draw = draw
+        self.draw_limit = draw_limit
+        self.font = font
+        self._part: _Part | None = None
+        self._limit: int | None = None  # of this process
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Clear away the results of an earlier prediction; all processes wait for the first to do so.
+
+        Raises:
+            ValueError: if the folder cannot be written to.
+        """
+        self._part = None
+        if stage != "predict" or not trainer.is_global_zero:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if _clear(self.folder):
+                rank_zero_info(f"the earlier results in '{self.folder}' are replaced")
+            _hidden(self.folder, 0, "part").touch()
+        except OSError as error:
+            raise ValueError(f"cannot write predictions to folder '{self.folder}' ({error}); choose another") from error
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open this process's files.
+
+        Raises:
+            TypeError: if the module has no ``class_names`` and ``category_ids``.
+            ValueError: if the folder is not the one that the first process has prepared.
+        """
+        names, ids = (getattr(pl_module, name, None) for name in ("class_names", "category_ids"))
+        if names is None or ids is None:
+            raise TypeError(
+                f"{type(pl_module).__name__} has no class_names and category_ids; PredictionWriter names boxes by them"
+            )
+        rank = trainer.global_rank
+        if not _hidden(self.folder, 0, "part").exists():
+            raise ValueError(f"process {rank} does not see the '{self.folder}' of process 0; choose a shared folder")
+        self._part = _Part(self.folder, rank, list(names), list(ids))
+        limit = self.draw_limit if self.draw else 0
+        self._limit = None if limit is None else _share(limit, rank, trainer.world_size)
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Sequence[Detection],
+        batch: tuple[list[Tensor], list[Target]],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the records of a batch and draw its pictures.
+
+        Raises:
+            DivergenceError: if a box or score is not finite.
+            ValueError: if a target has no ``image_id``.
+        """
+        assert self._part is not None  # opened when the prediction began
+        for image, target, detection in zip(*batch, outputs, strict=True):
+            found = Detection(
+                boxes=detection["boxes"].cpu(), labels=detection["labels"].cpu(), scores=detection["scores"].cpu()
+            )
+            self._part.write(found, target)
+            if self._limit is None or self._part.num_drawn < self._limit:
+                self._part.draw(image, found, target, self.score_threshold, self.font)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Merge the parts of all processes into ``predictions.json``."""
+        if stage != "predict":
+            return
+        self._close()
+        # not at the end of the epoch: a process without pictures has none
+        trainer.strategy.barrier("PredictionWriter: parts complete")
+        if trainer.is_global_zero:
+            parts = [_hidden(self.folder, rank, "part") for rank in range(trainer.world_size)]
+            parts = [part for part in parts if part.exists()]
+            _merge(parts, self.folder / _RESULTS)
+            for part in parts:
+                part.unlink()
+            rank_zero_info(f"predictions are in '{self.folder / _RESULTS}'")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remove this process's part of the results, which will not be completed; drawings stay until the next run."""
+        self._close()
+        with suppress(OSError):  # the exception may be that the folder cannot be used
+            _hidden(self.folder, trainer.global_rank, "part").unlink()
+
+    def _close(self) -> None:
+        if self._part is not None:
+            self._part.close()
+
+
+class _Part:
+    """What one process has written: a line of records for each picture, its drawings, and a list of their names.
+
+    Both files are JSON in ASCII, so that they hold any file name.
+    """
+
+    def __init__(self, folder: Path, rank: int, class_names: list[str], category_ids: list[int]) -> None:
+        self.folder = folder
+        self.class_names, self.category_ids = class_names, category_ids
+        self.colors = class_colors(class_names)
+        self.num_drawn = 0
+        with ExitStack() as files:
+            self._records = files.enter_context(open(_hidden(folder, rank, "part"), "w"))
+            self._drawings = files.enter_context(open(_hidden(folder, rank, "drawn"), "w"))
+            self._files = files.pop_all()
+
+    def write(self, detection: Detection, target: Target) -> None:
+        image_id, file_name = _identity(target)
+        records = coco_results(detection, image_id, file_name, self.class_names, self.category_ids)
+        if records:
+            self._records.write(f"{image_id}\t{', '.join(json.dumps(record) for record in records)}\n")
+
+    def draw(
+        self, image: Tensor, detection: Detection, target: Target, score_threshold: float, font: str | None
+    ) -> None:
+        image_id, file_name = _identity(target)
+        kept = detection["scores"] >= score_threshold
+        names = [self.class_names[label] for label in detection["labels"][kept].tolist()]
+        drawing = draw_detections(image, detection["boxes"][kept], names, detection["scores"][kept], self.colors, font)
+        path = _reserve(self.folder, Path(file_name), image_id)
+        self._drawings.write(f"{json.dumps(path.name)}\n")
+        self._drawings.flush()  # also a process that is killed has said what is its own
+        # full resolution of colour: half of it blurs coloured text
+        drawing.save(path, quality=92, subsampling=0) if path.suffix == ".jpg" else drawing.save(path)
+        self.num_drawn += 1
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def _identity(target: Target) -> tuple[int, str]:
+    if "image_id" not in target:
+        raise ValueError("a target has no 'image_id'; predictions are written with the id of their picture")
+    image_id = int(target["image_id"])
+    return image_id, target.get("file_name", str(image_id))
+
+
+def _share(number: int, rank: int, world_size: int) -> int:
+    return number // world_size + (rank < number % world_size)
+
+
+def _hidden(folder: Path, rank: int, ending: str) -> Path:
+    return folder / f".predictions-{rank}.{ending}"
+
+
+def _clear(folder: Path) -> bool:
+    """Remove what an earlier prediction wrote into a folder; whether there was anything."""
+    lists = list(folder.glob(".predictions-*.drawn"))
+    drawings = [folder / name for path in lists for name in _listed(path)]
+    own = {folder / _RESULTS, *drawings, *folder.glob(".predictions-*.part")}
+    found = [path for path in own if path.parent == folder and path.is_file()]
+    for path in [*found, *lists]:
+        path.unlink()
+    return bool(found)
+
+
+def _listed(path: Path) -> Iterator[str]:
+    """The names in a list of drawings; a line that a crash has cut short is passed over."""
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield str(json.loads(line))
+
+
+def _reserve(folder: Path, picture: Path, image_id: int) -> Path:
+    """Create an empty file for the drawing of a picture, under a name that neither process nor user has taken."""
+    suffix = ".png" if picture.suffix.lower() in _LOSSLESS else ".jpg"
+    for name in _names(picture.stem, image_id):
+        path = folder / f"{name}{suffix}"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("names do not end")
+
+
+def _names(stem: str, image_id: int) -> Iterator[str]:
+    yield stem
+    yield f"{stem}-{image_id}"
+    yield from (f"{stem}-{image_id}-{i}" for i in itertools.count(2))
+
+
+def _merge(parts: Sequence[Path], target: Path) -> None:
+    """Write the lines of all parts, each sorted by image id, as one JSON list; the target is complete or absent."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    with ExitStack() as files:
+        lines = [files.enter_context(open(part)) for part in parts]
+        out = files.enter_context(open(temporary, "w"))
+        separator = "[\n"
+        for line in heapq.merge(*lines, key=lambda line: int(line.partition("\t")[0])):
+            out.write(separator + line.partition("\t")[2].rstrip("\n"))
+            separator = ",\n"
+        out.write("\n]\n" if separator == ",\n" else "[]\n")
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, target)

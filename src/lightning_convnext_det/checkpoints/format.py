@@ -1,0 +1,55 @@
+"""What a checkpoint of this package holds beside Lightning's own entries."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "lightning_convnext_det"  # the checkpoint's own section
+NOTHING_TO_FETCH = {"pretrained_backbone": False, "backbone_weights": None}  # where the weights come from a checkpoint
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def class_difference(trained: list[str], given: list[str]) -> str:
+    """Say how the classes of a data set differ from those of a network."""
+    way_out = "use the classes it was trained on, or name them by data.class_names"
+    for i, (a, b) in enumerate(zip(trained, given, strict=False)):
+        if a != b:
+            return f"the network's class {i} is '{a}', the data set's is '{b}'; {way_out}"
+    return f"the network has {len(trained)} classes, the data set {len(given)}; {way_out}"
+
+
+def is_own(kind: type) -> bool:
+    """Whether a class is this package's, not a user's."""
+    return kind.__module__.startswith(f"{_PACKAGE}.")
+
+
+def describe_class(kind: type) -> dict[str, str]:
+    """Name a class in a checkpoint: this package's, and the user's that extends it if it is one."""
+    own = next(base for base in kind.__mro__ if is_own(base))
+    return {"module": own.__name__} | ({} if own is kind else {"subclass": kind.__name__})
+
+
+def accepted(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that a class's constructor has; all of them if it takes any."""
+    parameters = inspect.signature(kind).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+# what a user gives to a constructor, which may be anything
+def plain(value: Any, what: str) -> Any:
+    """A value of the kinds that checkpoints are read with: numbers, words, and lists of them."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        entries = [plain(entry, what) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{what} is a {type(value).__name__}, which a checkpoint cannot hold")

@@ -1,0 +1,142 @@
+"""The tools of the command beside the trainer's: check, models, import-weights, export-backbone, demo.
+
+Each imports what it needs when it runs: checking a folder takes no torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning_convnext_det.errors import CheckpointError
+
+Command = Callable[[Sequence[str]], int]
+"""Takes the arguments of a command line, returns its exit status."""
+
+
+def check(arguments: Sequence[str], run: Command) -> int:
+    """List every bad record of a data set."""
+    from lightning_convnext_det.data.check import check_dataset, print_report
+    from lightning_convnext_det.data.formats.exif_frames import Exif
+    from lightning_convnext_det.data.formats.records import BadRecords
+
+    parser = argparse.ArgumentParser("convnext-det check", description="List every bad record of a data set.")
+    parser.add_argument("root", help="folder with a COCO, VOC or YOLO data set")
+    parser.add_argument(
+        "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found by looking"
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    parser.add_argument(
+        "--exif",
+        default="auto",
+        choices=get_args(Exif),
+        help="what boxes refer to in pictures with an EXIF orientation; default: their annotated size decides",
+    )
+    parser.add_argument("--class_names", nargs="+", metavar="NAME", help="the classes in order of label")
+    parser.add_argument(
+        "--bad_records",
+        default="auto",
+        choices=get_args(BadRecords),
+        help="what is to become of records that cannot be used; default: harmless ones are dropped, others refused",
+    )
+    options = vars(parser.parse_args(arguments))
+    report = check_dataset(options.pop("root"), **options)
+    print_report(report)
+    return 0 if report.clean else 3
+
+
+def demo(arguments: Sequence[str], run: Command) -> int:
+    """Train and look at a detector on pictures made up on the spot."""
+    from lightning_convnext_det.cli.demo import run_demo
+
+    return run_demo(arguments, run)
+
+
+def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
+    """Turn weights from elsewhere into a checkpoint."""
+    parser = argparse.ArgumentParser(
+        "convnext-det import-weights", description="Turn weights from elsewhere into a checkpoint of this package."
+    )
+    parser.add_argument(
+        "source",
+        help="Deformable DETR of birder, its authors or Hugging Face; Mask or Cascade Mask R-CNN of ConvNeXt's "
+        "authors; Faster R-CNN of torchvision",
+    )
+    parser.add_argument("destination", help="checkpoint to write")
+    parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
+    options = parser.parse_args(arguments)
+    from lightning_convnext_det.convert.importer import import_weights
+    from lightning_convnext_det.modules.registry import DETECTORS, save_module
+
+    converted = import_weights(options.source, **({"backbone": options.backbone} if options.backbone else {}))
+    slots = converted.report.slots
+    names, ids = ([s.name for s in slots], [s.category_id for s in slots]) if slots else (None, None)
+    hyper_parameters: dict[str, Any] = {**converted.arguments}
+    module = DETECTORS[converted.module](class_names=names, category_ids=ids, **hyper_parameters)
+    module.detector.load_state_dict(converted.state_dict)
+    save_module(module, options.destination)
+    sys.stdout.write(f"{converted.report}\nwritten: {options.destination}\n")
+    return 0
+
+
+def export_backbone(arguments: Sequence[str], run: Command) -> int:
+    """Save the backbone of a detector as a file that timm loads."""
+    parser = argparse.ArgumentParser(
+        "convnext-det export-backbone", description="Save the backbone of a detector as a file that timm loads."
+    )
+    parser.add_argument("checkpoint", help="of a detector of this package")
+    parser.add_argument("destination", help="file to write, ending in .safetensors")
+    options = parser.parse_args(arguments)
+    if not options.destination.endswith(".safetensors"):
+        raise ValueError(f"'{options.destination}' must end in .safetensors")
+    if not Path(options.destination).parent.is_dir():
+        raise ValueError(f"'{options.destination}': there is no such folder")
+    from safetensors.torch import save_file
+
+    from lightning_convnext_det.models.backbone import TimmPyramid, backbone_state_dict
+    from lightning_convnext_det.modules.registry import load_module
+
+    module = load_module(options.checkpoint)
+    pyramid = next((part for part in module.detector.modules() if isinstance(part, TimmPyramid)), None)
+    if pyramid is None:
+        raise CheckpointError(f"[LCD-K001] {options.checkpoint} has no timm backbone")
+    tensors = backbone_state_dict(pyramid)
+    save_file(tensors, options.destination, metadata={"architecture": pyramid.name})
+    sys.stdout.write(
+        f"{len(tensors)} tensors of '{pyramid.name}' written: {options.destination}\n"
+        f"timm.create_model('{pyramid.name}', pretrained=True, num_classes=N, "
+        f"pretrained_cfg_overlay={{'file': '{options.destination}'}}) takes them; N as in timm's own weights wants "
+        "a head, too\n"
+    )
+    return 0
+
+
+def models(arguments: Sequence[str], run: Command) -> int:
+    """Print what backbones and detectors cost and how well they classify."""
+    parser = argparse.ArgumentParser(
+        "convnext-det models",
+        description="Print parameters (M), multiply-adds (G; backbones at 224x224, detectors at 800x1333), channels, "
+        "strides and published ImageNet-1k top-1 of backbones and detectors.",
+    )
+    parser.add_argument("pattern", nargs="?", default="*", help="such as '*convnext_tiny*'; also any timm name")
+    options = parser.parse_args(arguments)
+    from lightning_convnext_det.models.model_stats import list_facts
+
+    line = "{:<44} {:>9} {:>8}  {:<20} {:<12} {:>5}  {}\n"
+    sys.stdout.write(line.format("model", "params M", "GFLOPs", "channels", "strides", "top-1", "weights"))
+    for facts in list_facts(options.pattern):
+        channels, strides = (" ".join(map(str, values)) for values in (facts.channels, facts.strides))
+        numbers = f"{facts.parameters / 1e6:.2f}", f"{facts.gflops:.2f}"
+        top1 = "-" if facts.top1 is None else f"{facts.top1:.1f}"
+        sys.stdout.write(line.format(facts.name, *numbers, channels, strides, top1, facts.weights or "-"))
+    return 0
+
+
+TOOLS: dict[str, tuple[Callable[[Sequence[str], Command], int], str]] = {
+    "check": (check, "list every bad record of a data set"),
+    "models": (models, "print what backbones and detectors cost"),
+    "import-weights": (import_weights_tool, "turn weights from elsewhere into a checkpoint"),
+    "export-backbone": (export_backbone, "save a detector's backbone for timm"),
+    "demo": (demo, "train and look at a detector on pictures made up on the spot"),
+}

@@ -1,0 +1,186 @@
+"""Finding the splits of a data set by looking at its folder, and reading them whatever their format is."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from lightning_convnext_det.data.formats.coco import find_coco, image_folders, read_coco
+from lightning_convnext_det.data.formats.exif_frames import Exif
+from lightning_convnext_det.data.formats.records import BadRecords, refuse_problems
+from lightning_convnext_det.data.formats.voc import find_voc, image_folder_of, read_voc
+from lightning_convnext_det.data.formats.yolo import find_yolo, read_yolo
+from lightning_convnext_det.data.formats.yolo_yaml import yaml_splits
+from lightning_convnext_det.data.io.listing import list_names
+from lightning_convnext_det.data.table import (
+    DetectionTable,
+    Format,
+    Problem,
+    Split,
+    UnreadableError,
+    canonical_split,
+)
+
+_FINDERS: dict[Format, Callable[[Path], dict[str, Split]]] = {"coco": find_coco, "voc": find_voc, "yolo": find_yolo}
+_LOOKED_FOR: dict[Format, str] = {
+    "coco": "COCO: annotations/instances_*.json, */_annotations.coco.json, *.json beside pictures",
+    "voc": "VOC: ImageSets/Main/*.txt with Annotations/*.xml, *.xml beside pictures or in a folder next to theirs",
+    "yolo": "YOLO: data.yaml, pictures with label files *.txt beside them or in labels/",
+}
+_ORDER = ("train", "trainval", "val", "test")
+
+
+def find_splits(root: str | Path, format: Literal["auto", "coco", "voc", "yolo"] = "auto") -> dict[str, Split]:
+    """Find the splits of a data set by name: ``train``, ``val``, ``trainval``, ``test`` or what its files call them.
+
+    Args:
+        root: folder of the data set, or its ``data.yaml``, or one COCO file.
+        format: ``auto`` tries all.
+
+    Returns:
+        At least one split; training before validation before test.
+
+    Raises:
+        UnreadableError: a DataError, if there is no such folder, nothing in it, no layout that is known, or several.
+        ValueError: if ``format`` is not one of its values.
+    """
+    if format not in ("auto", *_FINDERS):
+        raise ValueError(f"format is {format!r}; it can be 'auto', 'coco', 'voc' or 'yolo'")
+    root = Path(os.path.abspath(root))
+    if root.is_file():
+        return _splits_of_file(root)
+    if not root.is_dir():
+        parent = next(folder for folder in root.parents if folder.is_dir())
+        raise UnreadableError.of("LCD-L001", root, f"there is no such folder; {parent} holds {_contents(parent)}")
+    if not list_names(root):
+        raise UnreadableError.of("LCD-L001", root, "the folder is empty")
+    formats: list[Format] = list(_FINDERS) if format == "auto" else [format]
+    found = {name: splits for name in formats if (splits := _FINDERS[name](root))}
+    if len(found) > 1:
+        raise UnreadableError.of(
+            "LCD-L003", root, f"holds {' and '.join(map(str.upper, found))} annotations; give format"
+        )
+    if not found:
+        raise UnreadableError.of("LCD-L002", root, _unknown(root, formats))
+    splits = next(iter(found.values()))
+    order = sorted(splits, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    return {name: splits[name] for name in order}
+
+
+def make_split(annotations: str | Path, images: str | Path | None = None, name: str = "train") -> Split:
+    """Describe a split by its paths, where looking at a folder does not find it.
+
+    Args:
+        annotations: a COCO file, or a folder of VOC's XML. For YOLO give ``data.yaml`` to ``find_splits``.
+        images: the folder of the pictures; looked for beside the annotations if not given.
+        name: what the split is called; ``annotations`` may be missing from the file of a ``test`` split.
+
+    Raises:
+        UnreadableError: a DataError, if a path does not exist or is of another kind.
+    """
+    path = Path(os.path.abspath(annotations))
+    folder = None if images is None else Path(os.path.abspath(images))
+    if not path.exists() or (folder is not None and not folder.is_dir()):
+        missing = path if not path.exists() or folder is None else folder
+        raise UnreadableError.of("LCD-L001", missing, "there is no such file or folder")
+    if path.is_file() and path.suffix.lower() == ".json":
+        if folder is not None:
+            return Split(name, "coco", folder, (path,), (folder,))
+        root = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
+        return Split(name, "coco", root, (path,), image_folders(root, path, (path.stem.rpartition("_")[2], name)))
+    if path.is_dir() and any(entry.lower().endswith(".xml") for entry in list_names(path)):
+        folder = folder or image_folder_of(path)
+        root = Path(os.path.commonpath([path, folder]))
+        return Split(name, "voc", root, (path,), (folder,), (), (path,))
+    raise UnreadableError.of("LCD-L002", path, "expected a COCO file *.json or a folder of VOC's *.xml")
+
+
+def read_split(
+    split: Split,
+    *,
+    class_names: Sequence[str] | None = None,
+    bad_records: BadRecords = "auto",
+    train_on_difficult: bool = False,
+    exif: Exif = "auto",
+    check_images: bool = True,
+    follow_symlinks: bool = True,
+    collect: bool = False,
+) -> DetectionTable:
+    """Read a split of any format, check every record, and refuse it if one cannot be used.
+
+    Args:
+        split: what ``find_splits`` or ``make_split`` gives.
+        class_names: the names of the classes in order of label; those of the data set if not given.
+        bad_records: ``auto`` leaves out harmless ones (no area, outside the picture, repeated) and refuses doubtful
+            ones (not finite, unknown category, missing picture); ``drop`` leaves out both, ``refuse`` refuses both.
+        train_on_difficult: treat VOC's ``difficult`` objects like the others, instead of as crowd.
+        exif: ``auto`` lets the annotated size of a picture decide whether its boxes refer to the upright or the stored
+            picture; ``upright`` and ``raw`` say it.
+        check_images: open every picture's header. Without it pictures are taken as they are annotated.
+        follow_symlinks: accept pictures that are links out of the root.
+        collect: keep what is refused in the table's ``problems`` and raise nothing for it.
+
+    Raises:
+        DataError: if a file as a whole cannot be used, or, without ``collect``, if a record is refused or no picture is
+            left; it names the first 20 records and counts all.
+    """
+    reader: Callable[..., DetectionTable] = read_yolo
+    if split.format == "coco":
+        reader = partial(read_coco, check_images=check_images)
+    elif split.format == "voc":
+        reader = partial(read_voc, check_images=check_images, train_on_difficult=train_on_difficult)
+    table = reader(split, class_names=class_names, bad_records=bad_records, exif=exif, follow_symlinks=follow_symlinks)
+    if not collect:
+        refuse_problems(table)
+        if not len(table):
+            left_out = f"; the first of {len(table.problems)} problems: {table.problems[0]}" if table.problems else ""
+            raise UnreadableError.of("LCD-L004", split.root, f"split {split.name!r} has no pictures{left_out}")
+    return table
+
+
+def compare_classes(tables: Mapping[str, DetectionTable]) -> list[Problem]:
+    """The splits whose class names or category ids differ from the first one's, as problems to refuse."""
+    problems = []
+    names = list(tables)
+    for name in names[1:]:
+        first, other = tables[names[0]], tables[name]
+        ours = list(zip(first.category_ids, first.class_names, strict=True))
+        theirs = list(zip(other.category_ids, other.class_names, strict=True))
+        if ours != theirs:
+            position = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            if position is None:
+                detail = f"{len(theirs)} classes, not {len(ours)}"
+            else:
+                detail = f"label {position} is {theirs[position]}, not {ours[position]} (category id, name)"
+            reason = f"the classes differ from those of split {names[0]!r}: {detail}"
+            problems.append(Problem("LCD-D120", str(other.image_root), f"split {name!r}", reason, "refused"))
+    return problems
+
+
+def _splits_of_file(path: Path) -> dict[str, Split]:
+    """The splits of a data.yaml, or the one of a COCO file."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        splits = yaml_splits(path.parent, path)
+        if not splits:
+            raise UnreadableError.of("LCD-L002", path, "expected the keys names and train, val or test")
+        return splits
+    split = make_split(path)
+    name = canonical_split(path.stem.rpartition("_")[2])
+    return {name: split._replace(name=name)}
+
+
+def _unknown(root: Path, formats: Sequence[Format]) -> str:
+    """What was looked for in a folder and what is there."""
+    reason = f"no known layout. Looked for {'; '.join(_LOOKED_FOR[name] for name in formats)}. Found {_contents(root)}"
+    for name in list_names(root)[:50]:
+        if (root / name).is_dir() and any(_FINDERS[kind](root / name) for kind in formats):
+            return f"{reason}. Is {root / name} meant?"
+    return reason
+
+
+def _contents(folder: Path, shown: int = 8) -> str:
+    """The first entries of a folder, for a message."""
+    names = [name + "/" * (folder / name).is_dir() for name in list_names(folder)]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more if names else "nothing"

@@ -1,0 +1,313 @@
+"""Pictures as uint8 RGB tensors, decoded by Pillow alone, and their sizes from the header.
+
+Not decoded by torchvision: its PNG decoder dies of a segmentation fault on a flipped bit, and is deprecated.
+Alpha is dropped, not composited. 16-bit grey is scaled, where Pillow's own conversion clips. No process-wide setting of
+Pillow is changed.
+"""
+
+import functools
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lightning_convnext_det.data.io.files import regular
+from lightning_convnext_det.data.io.png import check_chunks, find_late_exif
+from lightning_convnext_det.data.table import UnreadableError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where pixels become tensors: headers are read without torch's two seconds
+
+MAX_PIXELS = 89_478_485  # 256 MiB as RGB; equals Pillow's MAX_IMAGE_PIXELS
+MAX_ASPECT = 200.0  # longer pictures shrink to nothing on one side when resized
+MIN_SIDE = 2  # pixels; a 1-pixel picture has no content for a detector
+
+# What a data set may hold. Others are not tried: Pillow would start Ghostscript for an EPS file named .jpg.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".mpo", ".jpg", ".jpeg"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+_RGB_MODES = ("RGB", "RGBX", "L", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBA", "LA", "PA", "P", "RGBa", "La")
+_warned: set[str] = set()  # codes of warnings that this process has given
+
+# EXIF orientation -> (swap the sides, then flip these dimensions); EXIF 2.3, section 4.6.4, tag 0x0112
+_ORIENTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (-1,)),
+    3: (False, (-2, -1)),
+    4: (False, (-2,)),
+    5: (True, ()),
+    6: (True, (-1,)),
+    7: (True, (-2, -1)),
+    8: (True, (-2,)),
+}
+
+
+class ImageSize(NamedTuple):
+    """The size of a picture as stored, in pixels, and the EXIF orientation that turns it upright."""
+
+    height: int
+    width: int
+    orientation: int
+    """1 ... 8; 1 where none is stated, or none that EXIF defines."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Height and width after the orientation is applied."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+class ImageHeader(NamedTuple):
+    """What a file says of a picture before its pixels."""
+
+    size: ImageSize
+    format: str
+    """Pillow's name: JPEG, PNG, ..."""
+    mode: str
+    """Pillow's name: RGB, L, P, I;16, ..."""
+    animated: bool
+
+    def suits(self, suffix: str) -> bool:
+        """Whether the format is what a file name ending promises."""
+        return suffix.lower() in _SUFFIXES.get(self.format, ())
+
+
+def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> "Tensor":
+    """Decode a picture.
+
+    Args:
+        path: the file; its content decides the format, not its name.
+        upright: apply the orientation of its EXIF block. A TIFF is always upright: the decoder turns it.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Returns:
+        RGB, uint8 [3, H, W]. Grey is repeated, alpha dropped, of several frames the first is taken.
+
+    Raises:
+        UnreadableError: a DataError, if the file is missing, damaged, no picture, too large, too narrow, or has pixels
+            that are not colours, such as floats.
+    """
+    with _opened(path, max_pixels) as (image, header, file):
+        if header.animated:
+            _warn_once("LCD-I014", path, "has several frames; the first is used")
+        try:
+            if header.format == "PNG":
+                check_chunks(file)
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+            raise UnreadableError.of("LCD-I002", path, f"the picture is damaged or cut short ({error})") from error
+        pixels = _rgb_pixels(image, path)
+    return _oriented(pixels, header.size.orientation if upright else 1)
+
+
+def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Read size, orientation, format and mode without decoding pixels.
+
+    Raises:
+        UnreadableError: a DataError, if the file is missing, no picture, too large or too narrow.
+    """
+    with _opened(path, max_pixels) as (_, header, _):
+        return header
+
+
+def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSize:
+    """Read height, width and EXIF orientation without decoding pixels.
+
+    Raises:
+        UnreadableError: a DataError, if the file is missing, no picture, too large or too narrow.
+    """
+    return read_header(path, max_pixels).size
+
+
+def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture") -> "Tensor":
+    """Convert a picture in memory.
+
+    Args:
+        image: of any mode that holds colours; left as it is.
+        upright: apply the orientation of its EXIF block.
+        name: what messages call it.
+
+    Returns:
+        RGB, uint8 [3, H, W].
+
+    Raises:
+        UnreadableError: a DataError, if it is damaged or its pixels are not colours, such as floats.
+    """
+    orientation = _orientation(image) if upright else 1
+    try:
+        image.load()
+    except OSError as error:
+        raise UnreadableError.of("LCD-I002", name, f"the picture is damaged or cut short ({error})") from error
+    return _oriented(_rgb_pixels(image, name), orientation)
+
+
+@contextmanager
+def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader, BinaryIO]]:
+    """An identified picture whose size is acceptable, and its file."""
+    try:
+        file = open(path, "rb", opener=regular)  # noqa: SIM115 - closed by the with below, apart from errors of the opening itself
+    except FileNotFoundError as error:
+        raise UnreadableError.of("LCD-I003", path, "no such file") from error
+    except (OSError, ValueError) as error:
+        raise UnreadableError.of("LCD-I003", path, f"cannot be opened ({error})") from error
+    with file:
+        image, header = _identified(file, path)
+        with image:
+            _check_size(header.size, path, max_pixels)
+            _check_mode(header.mode, path)
+            yield image, header, file
+
+
+def _identified(file: BinaryIO, path: str | Path) -> tuple[Image.Image, ImageHeader]:
+    """The picture that Pillow sees in a file, not decoded."""
+    try:
+        image = _open(file)
+        animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+        size = ImageSize(image.height, image.width, _orientation(image, file))
+        return image, ImageHeader(size, image.format or "", image.mode, animated)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        start = file.read(12)
+        what = f"begins with {start!r}" if start else "the file is empty"
+        raise UnreadableError.of("LCD-I001", path, f"not a picture that can be read ({what})") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableError.of("LCD-I023", path, f"too many pixels to decode safely ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's parsers raise whatever a damaged header leads them to
+        raise UnreadableError.of("LCD-I002", path, f"the picture is damaged or cut short ({error})") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Open a picture, also where a filter makes errors of Pillow's warnings about its size or a part not needed."""
+    try:
+        return Image.open(file, formats=_formats())
+    except Warning:
+        with warnings.catch_warnings():  # not on the common path: it changes the filters of the whole process meanwhile
+            warnings.simplefilter("ignore")
+            file.seek(0)
+            return Image.open(file, formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this build of Pillow can open."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _check_size(size: ImageSize, path: str | Path, max_pixels: int) -> None:
+    """Refuse what cannot be decoded safely or resized for a detector."""
+    height, width = size.height, size.width
+    shape = f"{width}x{height}"
+    if height * width > max_pixels:
+        reason = f"{shape} is {height * width:,} pixels, more than max_pixels = {max_pixels:,}"
+        raise UnreadableError.of("LCD-I023", path, reason)
+    if min(height, width) < MIN_SIDE:
+        raise UnreadableError.of("LCD-I022", path, f"{shape} is too small; each side needs {MIN_SIDE} pixels")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise UnreadableError.of(
+            "LCD-I021", path, f"{shape} is too narrow; one side is over {MAX_ASPECT:.0f} x the other"
+        )
+
+
+def _check_mode(mode: str, name: str | Path) -> None:
+    """Refuse pixels that are no colours."""
+    if mode not in _RGB_MODES and not mode.startswith("I"):
+        what = "floats, whose range is unknown" if mode == "F" else f"of mode {mode}"
+        raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the picture as 8-bit RGB or grey")
+
+
+def _rgb_pixels(image: Image.Image, name: str | Path) -> "Tensor":
+    """The pixels of a loaded picture as stored, uint8 [3, H, W]; not contiguous."""
+    import torch
+
+    if image.mode.startswith("I"):
+        grey = torch.from_numpy(_eight_bits(np.asarray(image), image.mode, name))
+        return grey.expand(3, -1, -1)
+    _check_mode(image.mode, name)
+    if image.mode in ("P", "PA", "RGBa", "La"):  # by way of RGBA: premultiplied colours, transparency in palettes
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _eight_bits(pixels: np.ndarray, mode: str, name: str | Path) -> np.ndarray:
+    """Grey of 16 bits scaled to 8, rounded; uint8 [H, W]."""
+    if mode == "I" and (pixels.min() < 0 or pixels.max() > 65535):
+        reason = f"32-bit integers from {pixels.min()} to {pixels.max()}; save the picture as 8-bit or 16-bit grey"
+        raise UnreadableError.of("LCD-I011", name, f"the pixels are {reason}")
+    _warn_once("LCD-I010", name, "16-bit grey is scaled to 8 bits by 1/257")
+    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _oriented(pixels: "Tensor", orientation: int) -> "Tensor":
+    """Pixels [3, H, W] turned upright, contiguous."""
+    swap, flips = _ORIENTATIONS.get(orientation, (False, ()))
+    pixels = pixels.mT if swap else pixels
+    return (pixels.flip(flips) if flips else pixels).contiguous()
+
+
+def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
+    """The orientation that a picture states, in EXIF or else in XMP, without Pillow's warnings about damaged blocks.
+
+    With ``file`` also a block behind the pixels of a PNG is found.
+    """
+    if image.format == "TIFF":  # Pillow's decoder turns it, and gives the size after that
+        return 1
+    exif = image.info.get("exif", b"")
+    if not exif and "Raw profile type exif" in image.info:  # ImageMagick's way to keep EXIF in a PNG: hexadecimal lines
+        digits = "".join(str(image.info["Raw profile type exif"]).split("\n")[3:])
+        exif = bytes.fromhex(digits) if re.fullmatch(r"(?:[0-9a-fA-F]{2}|\s)*", digits) else b""
+    if not exif and image.format == "PNG" and file is not None:
+        exif = find_late_exif(file)
+    orientation = _exif_orientation(exif) if isinstance(exif, bytes) else None
+    if orientation is None:
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        xmp = xmp if isinstance(xmp, bytes) else str(xmp).encode()
+        found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)
+        orientation = int(found[1]) if found else 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """Tag 0x0112 of the first directory of an EXIF block; None where it is missing or the block is damaged."""
+    tiff = exif.removeprefix(b"Exif\x00\x00")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+            if tag == 0x0112:
+                (value,) = struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), tiff, entry + 8)
+                return int(value)
+    except struct.error:
+        return None
+    return None
+
+
+def _warn_once(code: str, name: str | Path, reason: str) -> None:
+    """Warn of the first picture of a kind in this process."""
+    if code not in _warned:
+        _warned.add(code)
+        warnings.warn(f"[{code}] {name}: {reason} (further pictures are not reported)", stacklevel=3)

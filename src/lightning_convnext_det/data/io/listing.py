@@ -1,0 +1,49 @@
+"""Images in folders."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a text has no halves of surrogate pairs, which JSON can state and nothing can print."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def list_names(folder: Path) -> list[str]:
+    """The sorted names of a folder's entries, none if there is no such folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file name ends like a picture's; hidden files do not count."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def picture_names(folder: Path) -> list[str]:
+    """The sorted names of the pictures that lie in a folder itself."""
+    return [name for name in list_names(folder) if is_picture_name(name)]
+
+
+def walk_pictures(folders: Iterable[Path]) -> list[Path]:
+    """The sorted pictures in folders and everything below them, links followed; hidden folders are passed over."""
+    found = []
+    for folder in folders:
+        visited: set[str] = set()  # real paths, as links may lead in a circle
+        for parent, children, names in os.walk(folder, followlinks=True):
+            if (real := os.path.realpath(parent)) in visited:
+                children.clear()
+                continue
+            visited.add(real)
+            children[:] = [child for child in children if not child.startswith(".")]
+            found += [Path(parent, name) for name in names if is_picture_name(name)]
+    return sorted(found)

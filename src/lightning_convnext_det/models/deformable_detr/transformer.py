@@ -1,0 +1,322 @@
+"""Encoder and decoder of Deformable DETR (arXiv:2010.04159), and the proposals of its two-stage variant.
+
+Derived from the paper and checked against the authors' implementation (fundamentalvision/Deformable-DETR, Apache-2.0).
+Unlike it, the box heads are passed to the decoder instead of hanging on it, and each runs once per layer.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_convnext_det.models.deformable_detr.criterion import Predictions
+from lightning_convnext_det.models.deformable_detr.levels import Levels, encode_sine
+from lightning_convnext_det.ops.deform_attn import multi_scale_deformable_attention
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Compute the logit of numbers in 0..1 in at least float32, with both x and 1 - x kept above ``eps``."""
+    x = (x if x.dtype == torch.float64 else x.to(torch.float32)).clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def apply_in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
+    """Run a head in the precision of its weights under autocast: bfloat16 steps are 4 pixels wide above 512."""
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # torch has no autocast for meta
+        y: Tensor = head(x.to(next(head.parameters()).dtype))
+    return y
+
+
+class DeformableAttention(nn.Module):
+    """Attention of every query to a few points that it chooses around its reference point, on every level.
+
+    Args:
+        hidden_dim: channels.
+        num_heads: heads; must divide ``hidden_dim``.
+        num_levels: levels of the pyramid.
+        num_points: points per head and level.
+
+    Reference:
+        Zhu et al., "Deformable DETR", arXiv:2010.04159, equation 3.
+    """
+
+    def __init__(self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(hidden_dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(hidden_dim, num_heads * num_levels * num_points)
+        self.value_projection = nn.Linear(hidden_dim, hidden_dim)
+        self.output_projection = nn.Linear(hidden_dim, hidden_dim)
+
+    def reset_parameters(self) -> None:
+        """Let head h look in direction 2 pi h / heads, its points 1, 2, ... cells away (appendix A.2 of the paper)."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)[:, None]
+        offsets = (directions[:, None, None] * steps).expand(-1, self.num_levels, -1, -1)  # [heads, levels, points, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_projection, self.output_projection):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, queries: Tensor, reference_points: Tensor, memory: Tensor, levels: Levels) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: float [B, Q, D], with their positions.
+            reference_points: points or boxes (centre, size) in 0..1 of every map, float32 [B or 1, Q, L or 1, 2 or 4].
+            memory: what is looked at, float [B, S, D].
+            levels: the shapes of the maps and where they are padded.
+
+        Returns:
+            Float [B, Q, D].
+        """
+        value = self.value_projection(memory)
+        if levels.padding is not None:
+            value = value.masked_fill(levels.padding[:, :, None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))  # [B, S, heads, D / heads]
+        locations = self._locate(self.sampling_offsets(queries), reference_points, levels.cells)
+        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, (self.num_levels, self.num_points))  # [B, Q, heads, L, points]
+        attended = multi_scale_deformable_attention(value, levels.spatial_shapes, locations, weights)
+        projected: Tensor = self.output_projection(attended)
+        return projected
+
+    def _locate(self, offsets: Tensor, reference_points: Tensor, cells: Tensor) -> Tensor:
+        """Turn offsets, in cells or parts of the reference box, into locations float32 [B, Q, heads, L, points, 2]."""
+        offsets = offsets.to(reference_points.dtype)  # locations stay float32 under autocast
+        shape = (*offsets.shape[:2], self.num_heads, self.num_levels, self.num_points, 2)
+        reference_points = reference_points[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if reference_points.shape[-1] == 4:
+            half = reference_points[..., 2:] * (0.5 / self.num_points)
+            return reference_points[..., :2] + offsets.view(shape) * half
+        cells = cells[:, None].expand(shape[2:]).flatten()  # one row for all queries: twice as fast as 6-D broadcasting
+        return (offsets * cells).view(shape) + reference_points
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between, added to their input and normalised."""
+
+    def __init__(self, hidden_dim: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        normed: Tensor = self.norm(x + self.dropout(self.linear2(hidden)))
+        return normed
+
+
+class EncoderLayer(nn.Module):
+    """Deformable attention of every token to all maps, then the feed-forward block."""
+
+    def __init__(
+        self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.feedforward = FeedForward(hidden_dim, feedforward_dim, dropout)
+
+    def forward(self, tokens: Tensor, levels: Levels) -> Tensor:
+        """Map tokens [B, S, D] to tokens [B, S, D]."""
+        queries = tokens + levels.positions.to(tokens.dtype)
+        attended = self.attention(queries, levels.reference_points, tokens, levels)
+        encoded: Tensor = self.feedforward(self.norm(tokens + self.dropout(attended)))
+        return encoded
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers.
+
+    Args:
+        layers: the layers.
+        gradient_checkpointing: recompute each layer in the backward pass to save memory.
+    """
+
+    def __init__(self, layers: list[EncoderLayer], gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def forward(self, levels: Levels) -> Tensor:
+        """Encode the maps into a memory, float [B, S, D]."""
+        memory = levels.tokens
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                memory = checkpoint(layer, memory, levels, use_reentrant=False)
+            else:
+                memory = layer(memory, levels)
+        return memory
+
+
+class DecoderLayer(nn.Module):
+    """Attention among the queries, deformable attention to the memory, then the feed-forward block."""
+
+    def __init__(
+        self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout, batch_first=True)
+        self.self_norm = nn.LayerNorm(hidden_dim)
+        self.cross_attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
+        self.cross_norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.feedforward = FeedForward(hidden_dim, feedforward_dim, dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        levels: Levels,
+        unusable: Tensor | None,
+    ) -> Tensor:
+        """Map queries [B, Q, D] to queries [B, Q, D]; none attends to the ``unusable``, bool [B, Q]."""
+        placed = queries + positions
+        attended = self.self_attention(placed, placed, queries, key_padding_mask=unusable, need_weights=False)[0]
+        queries = self.self_norm(queries + self.dropout(attended))
+        attended = self.cross_attention(queries + positions, levels.to_maps(reference_points), memory, levels)
+        queries = self.cross_norm(queries + self.dropout(attended))
+        decoded: Tensor = self.feedforward(queries)
+        return decoded
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers, each followed by its box head.
+
+    Args:
+        layers: the layers.
+        box_refinement: hand each layer's boxes to the next as its reference, detached (section 4.1 of the paper).
+    """
+
+    def __init__(self, layers: list[DecoderLayer], box_refinement: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.box_refinement = box_refinement
+
+    def forward(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        levels: Levels,
+        box_heads: Sequence[nn.Module],
+        usable: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Decode.
+
+        Args:
+            queries: float [B, Q, D].
+            positions: float [B, Q, D].
+            reference_points: first points or boxes (centre, size) in 0..1 of the picture, float32 [B, Q, 2 or 4].
+            memory: float [B, S, D].
+            levels: shapes and padding of the memory.
+            box_heads: one per layer, or the same for all.
+            usable: False on queries that no other may see, bool [B, Q]; None: all are seen.
+
+        Returns:
+            The queries [B, Q, D] after every layer, and the boxes (centre, size) in 0..1 of the picture, float32
+            [B, Q, 4].
+        """
+        hidden, boxes = [], []
+        unusable = None if usable is None else ~usable
+        for layer, box_head in zip(self.layers, box_heads, strict=True):
+            queries = layer(queries, positions, reference_points, memory, levels, unusable)
+            delta = apply_in_full_precision(box_head, queries)
+            guess = inverse_sigmoid(reference_points)
+            # a point has no size to refine: the head predicts the size itself
+            box = (delta + F.pad(guess, (0, 4 - guess.shape[-1]))).sigmoid()
+            hidden.append(queries)
+            boxes.append(box)
+            if self.box_refinement:
+                reference_points = box.detach()
+        return hidden, boxes
+
+
+class Proposals(NamedTuple):
+    """What the first of two stages hands to the decoder and to the losses."""
+
+    predictions: Predictions
+    """Of all tokens, as one layer [1, B, S, ...]."""
+    reference_points: Tensor
+    """Boxes of the chosen tokens (centre, size) in 0..1, float32 [B, Q, 4]."""
+    queries: Tensor
+    """Float [B, Q, D]."""
+    positions: Tensor
+    """Float [B, Q, D]."""
+    usable: Tensor
+    """False on the queries that a picture has no token for, bool [B, Q]."""
+
+
+class Proposer(nn.Module):
+    """The first of two stages: every token of the memory proposes a box, the decoder starts from the best.
+
+    Unlike the authors' implementation, tokens on padding or at the very border are chosen only where a picture has
+    fewer others than queries, and such queries are seen by no other and detect nothing: a small picture's detections
+    are the same whatever it is padded to.
+
+    Args:
+        hidden_dim: channels.
+
+    Reference:
+        Zhu et al., arXiv:2010.04159, section 4.2 and appendix A.4.
+    """
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.memory_projection = nn.Linear(hidden_dim, hidden_dim)
+        self.memory_norm = nn.LayerNorm(hidden_dim)
+        self.query_projection = nn.Linear(hidden_dim * 2, hidden_dim * 2)
+        self.query_norm = nn.LayerNorm(hidden_dim * 2)
+
+    def forward(
+        self, memory: Tensor, levels: Levels, class_head: nn.Module, box_head: nn.Module, num_queries: int
+    ) -> Proposals:
+        """Propose.
+
+        Args:
+            memory: float [B, S, D].
+            levels: shapes and padding of the memory.
+            class_head: scores an object by its first logit.
+            box_head: corrects the box of a token.
+            num_queries: how many proposals go on; fewer where the batch has fewer tokens.
+        """
+        boxes, valid = self._boxes(levels)
+        features = self.memory_norm(self.memory_projection(memory * valid[:, :, None].to(memory.dtype)))
+        logits = apply_in_full_precision(class_head, features)  # [B, S, C]
+        box_logits = apply_in_full_precision(box_head, features) + boxes.logit()
+        box_logits = box_logits.masked_fill(~valid[:, :, None], float("inf"))
+        objectness = logits[..., 0].masked_fill(~valid, -float("inf"))
+        chosen = objectness.topk(min(num_queries, memory.shape[1]), 1).indices
+        reference = box_logits.detach().gather(1, chosen[:, :, None].expand(-1, -1, 4)).sigmoid()
+        encoded = encode_sine(reference, memory.shape[-1] // 2).flatten(2)  # [B, Q, 2 D]
+        positions, queries = self.query_norm(self.query_projection(encoded)).chunk(2, -1)
+        predictions = Predictions(logits[None], box_logits.sigmoid()[None])
+        return Proposals(predictions, reference, queries, positions, valid.expand(objectness.shape).gather(1, chosen))
+
+    def _boxes(self, levels: Levels) -> tuple[Tensor, Tensor]:
+        """Give every token a box around it, 5 % of the picture wide at the finest level, and say which are usable."""
+        centers = levels.centers
+        sides = [
+            centers.new_full((len(centers), h * w, 2), 0.05 * 2**i) for i, (h, w) in enumerate(levels.spatial_shapes)
+        ]
+        boxes = torch.cat([centers, torch.cat(sides, 1)], -1)  # [B or 1, S, 4]
+        valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+        return boxes, valid

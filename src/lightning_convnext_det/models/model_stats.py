@@ -1,0 +1,158 @@
+"""What the named models cost, measured on networks without memory, and how well their backbones classify.
+
+GFLOPs are multiply-adds in units of 10^9, as the papers state them: half of what torch's own counter counts in
+convolutions and matrix products. Elementwise operations, pooling and the gathering of samples are not counted.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_convnext_det.models.backbone import TimmPyramid, pad_to_multiple
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.rcnn.roi_heads import BoxHeads
+from lightning_convnext_det.models.zoo import backbone_of, create_detector, list_detectors
+
+CLASSES = 90  # of the detectors measured; with the background 91 logits, as torchvision's
+PICTURE = (800, 1333)  # pixels, padded to multiples of 32
+PROPOSALS = 1000  # boxes that reach the second stage
+
+# ImageNet-1k top-1 at 224 x 224 and the weights that have it
+_TOP1 = {
+    # Liu et al., arXiv:2201.03545, table 1; xlarge: pretrained on ImageNet-22k
+    "convnext_tiny": (82.1, "fb_in1k"),
+    "convnext_small": (83.1, "fb_in1k"),
+    "convnext_base": (83.8, "fb_in1k"),
+    "convnext_large": (84.3, "fb_in1k"),
+    "convnext_xlarge": (87.0, "fb_in22k_ft_in1k"),
+    # Woo et al., arXiv:2301.00808, table 4 of the authors' repository: FCMAE, fine-tuned on ImageNet-1k
+    "convnextv2_atto": (76.7, "fcmae_ft_in1k"),
+    "convnextv2_femto": (78.5, "fcmae_ft_in1k"),
+    "convnextv2_pico": (80.3, "fcmae_ft_in1k"),
+    "convnextv2_nano": (81.9, "fcmae_ft_in1k"),
+    "convnextv2_tiny": (83.0, "fcmae_ft_in1k"),
+    "convnextv2_base": (84.9, "fcmae_ft_in1k"),
+    "convnextv2_large": (85.8, "fcmae_ft_in1k"),
+    "convnextv2_huge": (86.3, "fcmae_ft_in1k"),
+    # torchvision's table of weights, IMAGENET1K_V1
+    "resnet50": (76.1, "tv_in1k"),
+    "resnext50_32x4d": (77.6, "tv_in1k"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A line of the table.
+
+    Attributes:
+        name: of the backbone or detector.
+        parameters: all of them; of a backbone with its classifier, of a detector with 90 classes.
+        gflops: multiply-adds / 10^9, of a backbone for 224 x 224 pixels, of a detector for 800 x 1333.
+        channels: of the backbone's maps.
+        strides: of these maps.
+        top1: published ImageNet-1k accuracy of the backbone in per cent; None if none is known here.
+        weights: timm's tag of the weights that have it.
+    """
+
+    name: str
+    parameters: int
+    gflops: float
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    top1: float | None
+    weights: str | None
+
+
+def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
+    """Measure the named backbones and detectors that match a shell pattern, one after the other.
+
+    Raises:
+        ValueError: if nothing matches.
+    """
+    backbones = fnmatch.filter(_TOP1, pattern)
+    detectors = [name for name in list_detectors(pattern) if backbone_of(name) is not None]
+    if not backbones and not detectors:
+        backbones = timm.list_models(pattern) or timm.list_pretrained(pattern)
+    if not backbones and not detectors:
+        raise ValueError(f"no backbone or detector matches '{pattern}'; try '*convnext*'")
+    yield from map(measure_backbone, backbones)
+    yield from map(measure_detector, detectors)
+
+
+def measure_backbone(name: str) -> ModelFacts:
+    """Measure a timm network, at the size it is made for if it takes no other than that."""
+    with torch.device("meta"):
+        classifier = timm.create_model(name).eval()
+        pyramid = TimmPyramid(name)
+        config = classifier.pretrained_cfg
+        size = config["input_size"] if config.get("fixed_input_size") else (3, 224, 224)
+        gflops = _count(classifier, torch.zeros(1, *size))
+    return _facts(name, name, classifier, gflops, pyramid)
+
+
+# the overrides are the keywords of whichever detector is named
+def measure_detector(name: str, **overrides: Any) -> ModelFacts:
+    """Measure a named detector that has a backbone of its own, with any arguments of its constructor."""
+    backbone = backbone_of(name)
+    assert backbone is not None
+    with torch.device("meta"):
+        detector = create_detector(name, CLASSES, **overrides).eval()
+        batch = pad_to_multiple(torch.zeros(1, 3, *PICTURE), 32)
+        if isinstance(detector, DeformableDETR):
+            gflops = _count(_Predict(detector), batch)
+        else:
+            assert isinstance(detector, FasterRCNN)
+            gflops = _count(_Parts(detector), batch)
+    pyramid = next(part for part in detector.modules() if isinstance(part, TimmPyramid))
+    return _facts(name, backbone, detector, gflops, pyramid)
+
+
+class _Predict(nn.Module):
+    """What of a Deformable DETR depends on no value of its input."""
+
+    def __init__(self, detector: DeformableDETR) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Tensor) -> object:
+        return self.detector.predict(batch)
+
+
+class _Parts(nn.Module):
+    """The parts of a two-stage detector one after the other, for as many proposals as it keeps."""
+
+    def __init__(self, detector: FasterRCNN) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Tensor) -> None:
+        maps = self.detector.backbone(batch)
+        self.detector.rpn.head(list(maps.values()))
+        heads: Sequence[BoxHeads] = getattr(self.detector.roi_heads, "stages", [self.detector.roi_heads])
+        for head in heads:
+            height, width = head.box_roi_pool.output_size
+            pooled = batch.new_zeros(PROPOSALS, self.detector.backbone.out_channels, height, width)
+            head.box_predictor(head.box_head(pooled))
+
+
+def _count(net: nn.Module, batch: Tensor) -> float:
+    net.requires_grad_(False)  # the counter would follow gradients, which networks without memory do not have
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(batch)
+    return int(counter.get_total_flops()) / 2e9  # a multiply-add is two operations
+
+
+def _facts(name: str, backbone: str, net: nn.Module, gflops: float, pyramid: TimmPyramid) -> ModelFacts:
+    architecture, _, tag = backbone.partition(".")
+    top1, weights = _TOP1.get(architecture, (None, None))
+    if tag and tag != weights:  # other weights have another figure
+        top1, weights = None, None
+    parameters = sum(p.numel() for p in net.parameters())
+    return ModelFacts(name, parameters, gflops, tuple(pyramid.channels), tuple(pyramid.strides), top1, weights)

@@ -1,0 +1,50 @@
+"""Boxes as deltas of other boxes (R-CNN, arXiv:1311.2524, appendix C), as torchvision or MMDetection computes them."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+
+from lightning_convnext_det.models.rcnn.conventions import BoxCoding
+
+_MAX_LOG_RATIO = abs(math.log(16 / 1000))  # the same limit in both
+
+
+def create_box_coder(stds: tuple[float, float, float, float], coding: BoxCoding) -> BoxCoder:
+    """Build the coder of deltas (x, y, width, height) that were divided by ``stds`` in training."""
+    return StdBoxCoder(stds) if coding == "mmdetection" else BoxCoder(_weights(stds))
+
+
+def _weights(stds: tuple[float, float, float, float]) -> tuple[float, ...]:
+    return tuple(round(1 / std, 6) for std in stds)  # 10.0 for 0.1, as torchvision writes them
+
+
+class StdBoxCoder(BoxCoder):
+    """MMDetection's coder: multiplies by standard deviations and limits how much a side may shrink, too.
+
+    Args:
+        stds: standard deviations of the deltas (x, y, width, height).
+    """
+
+    def __init__(self, stds: tuple[float, float, float, float]) -> None:
+        super().__init__(_weights(stds))
+        self.stds = stds
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        """Express boxes [N, 4] as deltas [N, 4] of proposals [N, 4]."""
+        sizes, targets = proposals[:, 2:] - proposals[:, :2], reference_boxes[:, 2:] - reference_boxes[:, :2]
+        centres, moved = ((b[:, :2] + b[:, 2:]) * 0.5 for b in (proposals, reference_boxes))
+        deltas = torch.cat(((moved - centres) / sizes, (targets / sizes).log()), dim=1)
+        return deltas / deltas.new_tensor(self.stds)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Move boxes [N, 4] by deltas [N, 4 * K] to boxes [N, 4 * K]."""
+        deltas = rel_codes.reshape(len(rel_codes), rel_codes.shape[1] // 4, 4) * rel_codes.new_tensor(
+            self.stds
+        )  # [N, K, 4]
+        boxes = boxes.to(rel_codes.dtype)
+        centres, sizes = (boxes[:, :2] + boxes[:, 2:]) * 0.5, boxes[:, 2:] - boxes[:, :2]
+        centres = centres[:, None] + sizes[:, None] * deltas[..., :2]
+        half = sizes[:, None] * deltas[..., 2:].clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * 0.5
+        return torch.cat((centres - half, centres + half), dim=2).flatten(1)

@@ -1,0 +1,95 @@
+"""The table of module classes, and loading by it: `load_module`, `load_classifier`, `start_module`."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from lightning_convnext_det.checkpoints.build import build_module, read_checkpoint, take_weights
+from lightning_convnext_det.checkpoints.file import write_checkpoint_file
+from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH
+from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
+from lightning_convnext_det.modules.classification import ClassifierModule
+from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
+from lightning_convnext_det.modules.detection import DetectionModule
+from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
+
+DETECTORS: dict[str, type[DetectionModule]] = {
+    module.__name__: module for module in (FasterRCNNModule, CascadeRCNNModule, DeformableDETRModule)
+}
+MODULES: dict[str, type[DetectionModule | ClassifierModule]] = {
+    **DETECTORS,
+    "ClassifierModule": ClassifierModule,
+    "DetectionModule": DetectionModule,  # abstract: a user's class may extend it
+}
+
+
+def load_module(path: str | Path, **options: Any) -> DetectionModule:
+    """Build the detector's module that a checkpoint describes, in evaluation mode, without network or data set.
+
+    Args:
+        path: a local file.
+        options: arguments of the module that win over the checkpoint's.
+
+    Raises:
+        CheckpointError: if the file is not a checkpoint of this package, or of a classifier, or its weights do not fit
+            its description.
+    """
+    module = build_module(path, MODULES, **options)
+    if not isinstance(module, DetectionModule):
+        raise CheckpointError(f"[LCD-K013] {path} holds a classifier; load_classifier reads it")
+    return module
+
+
+def load_classifier(path: str | Path) -> ClassifierModule:
+    """Build the classifier's module that a checkpoint describes, in evaluation mode, without network or data set.
+
+    Raises:
+        CheckpointError: as for `load_module`.
+    """
+    module = build_module(path, MODULES)
+    if not isinstance(module, ClassifierModule):
+        raise CheckpointError(f"[LCD-K013] {path} holds a detector; load_module reads it")
+    return module
+
+
+def start_module(
+    path: str | Path,
+    num_classes: int,
+    class_names: list[str] | None = None,
+    category_ids: list[int] | None = None,
+    **changes: Any,  # the keywords of the module that the checkpoint holds
+) -> DetectionModule:
+    """Build the module that a checkpoint describes for training on other data, and start it from the weights.
+
+    Args:
+        path: a checkpoint of this package, e.g. of imported weights.
+        num_classes: foreground classes of the new data.
+        class_names: their names in order of label.
+        category_ids: the data set's own ids of the classes.
+        changes: arguments of the module that shall not be as in the checkpoint.
+
+    Raises:
+        CheckpointError: if the file is not a checkpoint of this package or its weights do not fit.
+    """
+    content = read_checkpoint(path, MODULES)
+    classes = {"num_classes": num_classes, "class_names": class_names, "category_ids": category_ids}
+    trained = {**content["hyper_parameters"], **NOTHING_TO_FETCH}
+    if content[FORMAT]["module"] not in DETECTORS:
+        raise CheckpointError(f"[LCD-K013] {path} holds a classifier; give it as backbone_weights of a detector")
+    module = DETECTORS[content[FORMAT]["module"]](**{**trained, **changes, **classes})
+    take_weights(module, content, path)
+    return module
+
+
+def save_module(module: DetectionModule, path: str | Path) -> None:
+    """Write a checkpoint of a module that no trainer has trained here, e.g. with weights from elsewhere."""
+    content = {
+        "state_dict": module.state_dict(),
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+    }
+    module.on_save_checkpoint(content)
+    write_checkpoint_file(content, path)

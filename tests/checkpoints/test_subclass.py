@@ -1,0 +1,218 @@
+"""Modules that a user has written on top of ours: saved, loaded by their own class, and continued."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_convnext_det.checkpoints.build import read_checkpoint
+from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.inference.predictor import Predictor
+from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.modules import (
+    ClassifierModule,
+    DeformableDETRModule,
+    DetectionModule,
+    FasterRCNNModule,
+    load_module,
+    start_module,
+)
+from lightning_convnext_det.modules.detection import Batch
+from lightning_convnext_det.modules.registry import save_module
+from tests.training import TINY, create_batches, create_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+]
+NAMES, IDS = ["cat", "dog"], [3, 7]
+
+
+class Plain(FasterRCNNModule):
+    """Overrides a step only."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        outcome = super().training_step(batch, batch_idx)
+        return {**outcome, "loss": outcome["loss"] * 2}
+
+
+class Fixed(FasterRCNNModule):
+    """Knows its data set; says nothing of classes to its caller."""
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        super().__init__(2, NAMES, IDS, **TINY)
+        self.alpha = alpha
+
+
+class Open(FasterRCNNModule):
+    """Decides some arguments itself, hands others on, and has a layer of its own."""
+
+    def __init__(self, num_classes: int, alpha: float = 0.5, **options: Any) -> None:
+        super().__init__(num_classes, **{k: v for k, v in TINY.items() if k != "min_size"}, **options)
+        self.alpha = alpha
+        self.extra = nn.Linear(3, 4)
+
+
+class Own(DetectionModule):
+    """Has a detector of its own."""
+
+    def build_detector(self, num_classes: int, width: int = 8) -> nn.Module:
+        detector = FasterRCNN(num_classes, **{**TINY, "fpn_channels": width})
+        detector.stem = nn.Linear(width, 2)
+        return detector
+
+
+class NeedsNumbers(Open):
+    """Cannot be built without memory."""
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(num_classes, **options)
+        self.start = float(torch.arange(3).sum().item())
+
+
+class Given(Plain):
+    """Takes what no checkpoint can hold."""
+
+    def __init__(self, num_classes: int, head: nn.Module) -> None:
+        super().__init__(num_classes, **TINY)
+        self.head = head
+
+
+class Longer(Plain):
+    """Has a layer of its own."""
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(num_classes, **options)
+        self.extra = nn.Linear(3, 4)
+
+
+class Kind(ClassifierModule):
+    """A classifier."""
+
+
+MODULES: dict[str, Any] = {
+    "plain": lambda: Plain(2, NAMES, IDS, **TINY),
+    "fixed": lambda: Fixed(alpha=0.25),
+    "open": lambda: Open(2, 0.25, class_names=NAMES, category_ids=IDS, min_size=80),
+    "own": lambda: Own(2, NAMES, IDS, width=16),
+    "needs_numbers": lambda: NeedsNumbers(2, alpha=0.25, class_names=NAMES, category_ids=IDS),
+    "kind": lambda: Kind(2, NAMES, backbone="test_convnext"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_load_from_checkpoint__of_a_subclass(tmp_path: Path, name: str) -> None:
+    module = MODULES[name]()
+    save_module(module, tmp_path / "a.ckpt")
+    found = type(module).load_from_checkpoint(tmp_path / "a.ckpt")
+    assert type(found) is type(module)
+    assert not found.training
+    assert getattr(found, "alpha", 0.25) == 0.25
+    assert (found.class_names, getattr(found, "category_ids", IDS)) == (NAMES, IDS)
+    assert found.state_dict().keys() == module.state_dict().keys()
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key
+    save_module(found, tmp_path / "b.ckpt")  # and again
+    assert type(module).load_from_checkpoint(tmp_path / "b.ckpt").class_names == NAMES
+
+
+def test_load_from_checkpoint__options_of_a_subclass(tmp_path: Path) -> None:
+    save_module(MODULES["open"](), tmp_path / "a.ckpt")
+    found = Open.load_from_checkpoint(tmp_path / "a.ckpt", alpha=0.75, score_threshold=0.5)
+    assert (found.alpha, found.detector.roi_heads.score_thresh) == (0.75, 0.5)
+    assert found.detector.transform.min_sizes == [80]
+
+
+def test_load_from_checkpoint__classes_that_came_from_the_data(tmp_path: Path) -> None:
+    module = Open(2)
+    module.set_classes(NAMES, IDS)  # as setup does
+    save_module(module, tmp_path / "a.ckpt")
+    found = Open.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert (found.class_names, found.category_ids, found.evaluator.class_names) == (NAMES, IDS, NAMES)
+
+
+def test_load_from_checkpoint__what_a_checkpoint_cannot_hold_is_given_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.warns(UserWarning, match="Attribute 'head' is an instance of `nn.Module`"):
+        module = Given(2, nn.Linear(2, 3))
+    save_module(module, tmp_path / "a.ckpt")
+    assert "argument 'head' of Given is a Linear, which a checkpoint cannot hold; give it to" in caplog.text
+    with pytest.warns(UserWarning, match="Attribute 'head' is an instance of `nn.Module`"):
+        found = Given.load_from_checkpoint(tmp_path / "a.ckpt", head=nn.Linear(2, 3))
+    assert torch.equal(found.head.weight, module.head.weight)
+    with pytest.raises(CheckpointError, match=r"LCD-K015.* missing 1 required positional argument: 'head'"):
+        Given.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_load_from_checkpoint__what_another_class_has_written(tmp_path: Path) -> None:
+    save_module(FasterRCNNModule(2, NAMES, IDS, **TINY), tmp_path / "ours.ckpt")
+    assert type(Plain.load_from_checkpoint(tmp_path / "ours.ckpt")) is Plain
+    with pytest.raises(CheckpointError, match=r"LCD-K015.*'extra.weight' is missing, its .* state \[4, 3\]"):
+        Longer.load_from_checkpoint(tmp_path / "ours.ckpt")
+    save_module(MODULES["plain"](), tmp_path / "plain.ckpt")
+    for other in (DeformableDETRModule, ClassifierModule, Kind):
+        with pytest.raises(CheckpointError, match=rf"\[LCD-K001\] .*plain.ckpt holds a Plain, no {other.__name__}"):
+            other.load_from_checkpoint(tmp_path / "plain.ckpt")
+
+
+def test_load_module__of_a_subclass_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.ckpt"
+    save_module(MODULES["open"](), path)
+    said = rf"\[LCD-K016\] {path} was written by Open, a subclass of FasterRCNNModule: load it in Python by "
+    for read in (
+        load_module, read_checkpoint, Predictor.from_checkpoint, FasterRCNNModule.load_from_checkpoint,
+        DetectionModule.load_from_checkpoint, lambda p: start_module(p, 3),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"^{said}Open.load_from_checkpoint$"):
+            read(path)
+    assert main(["predict", f"--data.predict={tmp_path}", f"--ckpt_path={path}"]) == 6
+    assert "[LCD-K016]" in capsys.readouterr().err
+
+
+def test_load_from_checkpoint__nothing_is_imported_by_the_name_of_a_class(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save_module(MODULES["plain"](), path)
+    content = torch.load(path, weights_only=True)
+    for name in ("os.system", "tests.checkpoints.test_subclass.Open", "", "a\nb", 3):
+        content["lightning_convnext_det"]["subclass"] = name
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"\[LCD-K0(01|16)\]") as caught:
+            load_module(path)
+        assert "\n" not in str(caught.value)
+        assert type(Plain.load_from_checkpoint(path)) is Plain  # whatever the file says
+
+
+def test_load_from_checkpoint__stated_sizes_of_a_subclass_are_not_built(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save_module(MODULES["own"](), path)
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["width"] = 10**6
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"LCD-K015.* state \[1000000, "):
+        Own.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["plain", "fixed", "open"])
+def test_fit__of_a_subclass_is_continued(tmp_path: Path, name: str) -> None:
+    loader = DataLoader(create_batches(3), batch_size=None)
+    each = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    torch.manual_seed(0)
+    whole = MODULES[name]()
+    create_trainer(tmp_path, max_epochs=2, callbacks=[each]).fit(whole, loader)
+    half = type(whole).load_from_checkpoint(tmp_path / "epoch=0.ckpt")
+    continued = MODULES[name]()
+    create_trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(
+        continued, loader, ckpt_path=tmp_path / "epoch=0.ckpt"
+    )
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(continued.state_dict()[key], tensor), key
+    assert not torch.equal(half.detector.rpn.head.cls_logits.weight, whole.detector.rpn.head.cls_logits.weight)

@@ -1,0 +1,297 @@
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from pycocotools.coco import COCO
+
+from lightning_convnext_det import __version__
+from lightning_convnext_det.cli.main import main, user_message
+from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.modules import load_module
+from tests.convert.test_importer import original_state
+
+SMALL = [
+    "--model.backbone=test_convnext",
+    "--model.min_size=64",
+    "--model.max_size=96",
+    "--model.fpn_channels=16",
+    "--model.box_head_features=32",
+    "--model.rpn_post_nms_top_n_train=100",
+    "--model.rpn_post_nms_top_n_test=100",
+    "--model.box_batch_size_per_image=32",
+    "--model.score_threshold=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.num_workers=0",
+]
+QUIET = SMALL[-3:]
+
+# Lightning's advice, and what it says of a loader without workers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic_coco(tmp_path_factory.mktemp("data"), 12, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training of one epoch."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(folder)]
+    assert main(["fit", *root, "--trainer.max_epochs=1", *SMALL]) == 0
+    return folder
+
+
+def test_fit__writes_checkpoints_metrics_and_configuration(run: Path) -> None:
+    version = run / "version_0"
+    assert {p.name for p in (version / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    header = (version / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val/map", "val/map_50", "val/map/star"} <= set(header)
+    assert list(version.glob("events.out.tfevents*"))
+    config = yaml.safe_load((version / "config.yaml").read_text())
+    assert config["model"]["init_args"]["fpn_channels"] == 16
+    module = load_module(version / "checkpoints" / "best.ckpt")
+    assert module.class_names == ["disc", "ring", "square", "triangle", "star"]
+
+
+def test_fit__continues_from_a_checkpoint(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "last.ckpt"
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    # the network is the checkpoint's; what the command line says wins and is announced
+    status = main(["fit", *root, *QUIET, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", "--model.lr=0.5"])
+    assert status == 0
+    assert "model.lr: 0.5 replaces the checkpoint's 0.0001" in capsys.readouterr().err
+    rows = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()
+    epoch = rows[0].split(",").index("epoch")
+    assert {row.split(",")[epoch] for row in rows[1:]} == {"1"}
+    assert load_module(tmp_path / "version_0" / "checkpoints" / "last.ckpt").detector.backbone.out_channels == 16
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_fit__emulated_bfloat16_is_replaced_and_said(
+    native: bool,
+    precision: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    seen = []
+    original = Trainer.fit
+
+    @functools.wraps(original)  # the command reads its arguments off the signature
+    def fit(self: Trainer, *arguments: object, **options: object) -> None:
+        seen.append(self.precision)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    options = ["--trainer.precision=bf16-mixed", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", "--data.root", str(dataset), *options, *SMALL]) == 0
+    assert seen == [precision]
+    assert ("32-true replaces bf16-mixed" in capsys.readouterr().err) is not native
+
+
+def test_test__logs_the_figures(run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["test", *root, *QUIET, f"--ckpt_path={checkpoint}"]) == 0
+    assert "test/map_50" in capsys.readouterr().out
+
+
+def test_predict__needs_only_a_checkpoint_and_pictures(run: Path, dataset: Path, tmp_path: Path) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
+    output = tmp_path / "found"
+    arguments = [f"--data.predict={dataset / 'test'}", f"--output.folder={output}", f"--ckpt_path={checkpoint}"]
+    assert main(["predict", *arguments, *QUIET, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    results = json.loads((output / "predictions.json").read_text())
+    assert {r["category_id"] for r in results} <= {1, 2, 3, 4, 5}
+    assert {r["file_name"] for r in results} == {str(p) for p in (dataset / "test").iterdir()}
+    assert len(list(output.glob("*.jpg"))) == 6
+    # with the data set's ids of the pictures, pycocotools reads it
+    truth = COCO(str(dataset / "annotations" / "instances_test.json"))
+    id_of = {image["file_name"]: image["id"] for image in truth.imgs.values()}
+    own = [{**r, "image_id": id_of[Path(r["file_name"]).name]} for r in results]
+    assert len(truth.loadRes(own).anns) == len(results)
+
+
+def test_test__weights_of_another_network_end_in_one_line(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["test", *root, *QUIET, f"--ckpt_path={checkpoint}", "--model.fpn_channels=32"]) == 6
+    assert "error: [LCD-K014] the checkpoint does not fit the network" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_fit__without_validation_the_last_checkpoint_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_synthetic_coco(tmp_path / "data", 3, 2)
+    (tmp_path / "data" / "annotations" / "instances_val.json").unlink()
+    root = ["--data.root", str(tmp_path / "data"), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", *root, "--data.val_fraction=0", "--trainer.max_epochs=1", *SMALL]) == 0
+    assert (tmp_path / "version_0" / "checkpoints" / "best.ckpt").is_file()
+    assert "the best checkpoint is 'version_0/checkpoints/best.ckpt'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["fit", "--data.root", "DATA", "--data.rot", "x"], 2, "did you mean --data.root"),
+        (["fit", "--data.root", "DATA", "--model.score_treshold=1"], 2, "did you mean --model.score_threshold"),
+        (["fit", "--data.root", "DATA", "--model.backbone=convnext_tinny"], 2, "did you mean 'convnext_tiny'"),
+        (["fit", "--data.root", "DATA", "--data.train_transforms=flipp"], 2, "flipp"),
+        (["fit", "--data.root", "DATA/nowhere"], 3, "nowhere: there is no such folder"),
+        (["fit", "--data.root", "EMPTY"], 3, "LCD-L"),
+        (["fit"], 3, "LCD-"),
+        (["test", "--data.root", "DATA"], 6, "test needs trained weights: add --ckpt_path FILE"),
+        (["predict", "--data.predict", "DATA", "--ckpt_path", "none.ckpt"], 6, "none.ckpt: no such checkpoint file"),
+        (["predict", "--data.predict", "DATA", "--ckpt_path", "http://host/x.ckpt"], 6, "LCD-S010"),
+        (["check", "EMPTY"], 3, "LCD-L"),
+        (["boxes"], 2, "invalid choice: 'boxes'"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_main__a_mistake_ends_in_one_line(
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"DATA": str(dataset), "EMPTY": str(tmp_path / "empty")}
+    for word, place in places.items():
+        arguments = [a.replace(word, place) for a in arguments]
+    capsys.readouterr()
+    try:
+        found = main(arguments)
+    except SystemExit as error:
+        found = error.code
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (found, len(lines)) == (status, 1), err
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_main__check_says_clean_or_not(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(dataset)]) == 0
+    assert "clean" in capsys.readouterr().out
+    write_synthetic_coco(tmp_path / "bad", 3, 2)
+    file = tmp_path / "bad" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    assert main(["check", str(tmp_path / "bad")]) == 3
+    assert f"{content['annotations'][0]['id']}" in capsys.readouterr().out
+
+
+def test_main__check_takes_what_its_messages_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_synthetic_coco(tmp_path, 3, 2)
+    file = tmp_path / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = 99
+    file.write_text(json.dumps(content))
+    assert main(["check", str(tmp_path), "--bad_records", "drop"]) == 3
+    assert "(dropped)" in capsys.readouterr().out
+    names = [category["name"] for category in content["categories"]]
+    assert main(["check", str(tmp_path), "--exif", "raw", "--class_names", *names[:-1], "cow"]) == 3
+    assert "class 'cow' is not among the categories" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path), "--exif", "left"])
+
+
+def test_main__import_weights_writes_a_checkpoint_that_predicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = original_state(num_classes=3)
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    source, written = str(tmp_path / "theirs.pth"), tmp_path / "new" / "ours.ckpt"
+    assert main(["import-weights", source, str(written)]) == 0
+    assert "0 missing" in capsys.readouterr().out
+    assert load_module(written).num_classes == 3
+    (tmp_path / "theirs.pth").write_bytes(b"not weights")
+    assert main(["import-weights", source, str(written)]) == 6
+    assert "[LCD-K012]" in capsys.readouterr().err
+
+
+def test_main__help_names_tools_and_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "check" in text
+    assert "4 divergence" in " ".join(text.split())
+
+
+def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"convnext-det {__version__}\n"
+
+
+def test_user_message__defects_keep_their_traceback() -> None:
+    assert user_message(DataError("bad box")) == "bad box"
+    with pytest.raises(ValueError) as caught:
+        int("x")
+    assert user_message(caught.value) is None  # not raised by this package: a defect, or torch's
+    worker = DataError(
+        "Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n  x\npkg.DataError: a.jpg"
+    )
+    assert user_message(worker) == "a.jpg"
+
+
+def test_main__interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_convnext_det.cli.trainer.DetectionCLI", interrupt)
+    assert main(["fit"]) == 130
+
+
+def test_main__module_is_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_convnext_det", "--version"], capture_output=True, text=True, check=True
+    )
+    assert __version__ in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left_out"),
+    [
+        (["--version"], ["torch", "numpy"]),
+        (["check", "DATA"], ["torch", "scipy", "matplotlib"]),
+        (["models", "resnet18"], ["lightning", "torchmetrics"]),
+        (["import-weights", "--help"], ["torch"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_main__imports_only_what_a_command_needs(arguments: list[str], left_out: list[str], dataset: Path) -> None:
+    arguments = [argument.replace("DATA", str(dataset)) for argument in arguments]
+    script = (
+        "import sys; from lightning_convnext_det.cli.main import main\n"
+        f"try: main({arguments})\n"
+        f"finally: print('imported:', [name for name in {left_out} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "imported: []"

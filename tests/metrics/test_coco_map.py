@@ -1,0 +1,172 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from lightning_convnext_det.errors import DivergenceError
+from lightning_convnext_det.metrics.coco_map import FIGURES, DetectionEvaluator
+from lightning_convnext_det.types import Detection, Target
+
+PAIRS = ["coco_fakebbox100", "coco_fakebbox100_boxarea", "fce_crowd1img", "odm_sample2", "podm_voc38", "voc2012_100"]
+
+
+def detection(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Detection:
+    return {
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+        "scores": torch.tensor(scores),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+    }
+
+
+def target(image_id: int, boxes: list[list[float]], labels: list[int], **more: Any) -> Target:
+    return {
+        "image_id": image_id,
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        **more,
+    }
+
+
+def corners(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+def read_pair(truth: dict[str, Any], found: list[dict[str, Any]]) -> tuple[list[Detection], list[Target], list[int]]:
+    ids = sorted(c["id"] for c in truth["categories"])
+    label = {c: i for i, c in enumerate(ids)}
+    detections, targets = [], []
+    for image in truth["images"]:
+        own = [d for d in found if d["image_id"] == image["id"]]
+        boxes = [corners(d["bbox"]) for d in own]
+        detections.append(detection(boxes, [d["score"] for d in own], [label[d["category_id"]] for d in own]))
+        own = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
+        targets.append(
+            target(
+                image["id"],
+                [corners(a["bbox"]) for a in own],
+                [label[a["category_id"]] for a in own],
+                crowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in own], dtype=torch.bool),
+                area=torch.tensor([float(a["area"]) for a in own]),
+            )
+        )
+    return detections, targets, ids
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_evaluator__equals_pycocotools_on_published_pairs(shared_data: Path, pair: str) -> None:
+    folder = shared_data / "metric_refs" / pair
+    truth, found, expected = (json.loads((folder / f"{n}.json").read_text()) for n in ("gt", "dt", "expected"))
+    detections, targets, ids = read_pair(truth, found)
+    evaluator = DetectionEvaluator([str(i) for i in ids])
+    evaluator.update(detections, targets)
+    figures = evaluator.compute()
+    for name, value in zip(FIGURES, expected["pycocotools_stats"].values(), strict=True):
+        if value == -1:
+            assert math.isnan(figures[name]), name
+        else:
+            assert figures[name] == pytest.approx(value, abs=1e-6), name
+    for category, values in expected.get("pycocotools_per_category", {}).items():
+        if values["AP"] != -1:
+            assert figures[f"map/{category}"] == pytest.approx(values["AP"], abs=1e-6)
+
+
+def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_pictures(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shared_data / "coco_mini" / "annotations" / "instances_val2017.json"
+    truth = json.loads(file.read_text())
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for annotation in truth["annotations"]:
+        shift = (torch.randn(4, generator=generator) * 6).tolist()
+        box = [v + s for v, s in zip(annotation["bbox"], shift, strict=True)]
+        if min(box[2:]) > 1 and not annotation["iscrowd"]:
+            score = round(float(torch.rand((), generator=generator)), 2)  # two digits: many ties
+            found.append({**{k: annotation[k] for k in ("image_id", "category_id")}, "bbox": box, "score": score})
+    (tmp_path / "dt.json").write_text(json.dumps(found))
+    coco = COCO(str(file))
+    reference = COCOeval(coco, coco.loadRes(str(tmp_path / "dt.json")), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    capsys.readouterr()
+    detections, targets, ids = read_pair(truth, found)
+    evaluator = DetectionEvaluator([str(i) for i in ids])
+    for d, t in reversed(list(zip(detections, targets, strict=True))):  # the order of arrival must not matter
+        evaluator.update([d], [t])
+    figures = evaluator.compute()
+    assert 0.1 < figures["map"] < 0.9
+    for name, value in zip(FIGURES, reference.stats, strict=True):
+        assert figures[name] == pytest.approx(value, abs=1e-6), name
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluator__truth_as_prediction_is_exactly_one(shared_data: Path) -> None:
+    truth = json.loads((shared_data / "coco_mini" / "annotations" / "instances_val2017.json").read_text())
+    _, targets, ids = read_pair(truth, [])
+    perfect = [
+        detection(t["boxes"][~t["crowd"]].tolist(), [1.0] * int((~t["crowd"]).sum()), t["labels"][~t["crowd"]].tolist())
+        for t in targets
+    ]
+    evaluator = DetectionEvaluator([str(i) for i in ids])
+    evaluator.update(perfect, targets)
+    figures = evaluator.compute()
+    assert figures["map"] == figures["map_50"] == figures["map_75"] == figures["mar_100"] == 1.0
+
+
+def test_evaluator__a_picture_counts_once_and_reset_forgets() -> None:
+    evaluator = DetectionEvaluator(["cat", "dog"])
+    box = [[0.0, 0.0, 10.0, 10.0]]
+    for _ in range(3):
+        evaluator.update([detection(box, [0.9], [0])], [target(1, box, [0])])
+    evaluator.update([detection([], [], [])], [target(2, box, [0])])
+    figures = evaluator.compute()
+    assert figures["map_50"] == pytest.approx(
+        51 / 101
+    )  # one of two found: recall thresholds 0 ... 0.5 have precision 1
+    assert figures["map/cat"] == pytest.approx(51 / 101)
+    assert math.isnan(figures["map/dog"])
+    evaluator.reset()
+    assert math.isnan(evaluator.compute()["map"])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "labels", "crowd"),
+    [([], [], []), ([[0.0, 0.0, 9.0, 9.0]], [0], [True])],
+    ids=["no objects", "only a crowd"],
+)
+def test_evaluator__undefined_is_nan(boxes: list[list[float]], labels: list[int], crowd: list[bool]) -> None:
+    evaluator = DetectionEvaluator(["cat"])
+    targets = [target(1, boxes, labels, crowd=torch.tensor(crowd, dtype=torch.bool))]
+    evaluator.update([detection([[0, 0, 5, 5]], [0.5], [0])], targets)
+    assert all(math.isnan(value) for value in evaluator.compute().values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_evaluator__refuses_non_finite_predictions(bad: float) -> None:
+    evaluator = DetectionEvaluator(["cat"])
+    for found in (detection([[0, 0, bad, 5]], [0.5], [0]), detection([[0, 0, 5, 5]], [bad], [0])):
+        with pytest.raises(DivergenceError, match=r"LCD-E010.*'a.jpg' are not finite"):
+            evaluator.update([found], [target(1, [], [], file_name="a.jpg")])
+
+
+def test_evaluator__needs_the_picture() -> None:
+    with pytest.raises(ValueError, match="no 'image_id'"):
+        DetectionEvaluator(["cat"]).update(
+            [detection([], [], [])], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}]
+        )
+
+
+def test_evaluator__a_hundred_detections_per_picture_count() -> None:
+    boxes = [[0.0, 0.0, 10.0, 10.0]] * 150
+    evaluator = DetectionEvaluator(["cat"])
+    evaluator.update(
+        [detection([[50.0, 50.0, 60.0, 60.0]] * 100 + boxes, [0.9] * 100 + [0.5] * 150, [0] * 250)],
+        [target(1, [[0.0, 0.0, 10.0, 10.0]], [0])],
+    )
+    assert evaluator.compute()["map"] == 0.0

@@ -1,0 +1,192 @@
+"""Trainings on two processes over gloo: every detector, resuming, signals, divergence, broken pictures.
+
+One script imports everything once and forks the processes of all trainings from there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_convnext_det.checkpoints.file import read_checkpoint_file
+from lightning_convnext_det.modules.registry import DETECTORS, load_module
+from tests.processes import run_script
+
+# what a module needs to be small; a new detector gets its row here
+SMALL: dict[str, dict[str, Any]] = {
+    "FasterRCNNModule": {
+        "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 50,
+        "box_batch_size_per_image": 16,
+    },
+    "CascadeRCNNModule": {
+        "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 50,
+        "box_batch_size_per_image": 16,
+    },
+    "DeformableDETRModule": {
+        "hidden_dim": 32, "num_queries": 12, "num_heads": 2, "feedforward_dim": 16, "encoder_layers": 1,
+        "decoder_layers": 2,
+    },
+}  # fmt: skip
+
+SCRIPT = """
+import json, logging, os, signal, sys, warnings
+from pathlib import Path
+warnings.filterwarnings("ignore")
+logging.disable(logging.INFO)
+import torch
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning_convnext_det import DetectionDataModule
+from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
+from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.modules.registry import DETECTORS
+from tests.processes import launch
+
+folder, small, wanted = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+write_synthetic_coco(folder / "data", 9, 1, 5)  # one picture to validate on: the second process has none
+for file in sorted((folder / "data" / "test").iterdir())[3:]:
+    file.write_bytes(b"no picture")  # all of the second process's share, 2 of 5
+
+class Watch(Callback):
+    def __init__(self, rank, kill=None, nan=None):
+        self.rank, self.kill, self.nan, self.ids = rank, kill, nan, []
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.ids.append([t["image_id"] for t in batch[1]])
+        if self.kill and self.kill == (self.rank, trainer.global_step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.nan == (self.rank, trainer.global_step):
+            inner = module.detector.forward
+            module.detector.forward = lambda *a: {k: v * float("nan") for k, v in inner(*a).items()}
+
+def fit(name, module, epochs=2, checkpoint=None, kill=None, nan=None):
+    def run(rank, world_size):
+        torch.set_num_threads(1)
+        torch.manual_seed(1)
+        data = DetectionDataModule(str(folder / "data"), batch_size=2, num_workers=0)
+        model = DETECTORS[module](5, backbone="test_convnext", min_size=64, max_size=96, **small[module])
+        watch = Watch(rank, kill, nan)
+        best = BestCheckpoint(folder / name, filename="best", monitor="val/map", mode="max", save_last=True,
+                              enable_version_counter=False)
+        trainer = pl.Trainer(accelerator="cpu", devices=world_size, strategy="ddp", max_epochs=epochs, logger=False,
+                             enable_progress_bar=False, enable_model_summary=False, callbacks=[watch, best])
+        try:
+            trainer.fit(model, data, ckpt_path=checkpoint)
+        finally:
+            report = {"ids": watch.ids, "map": float(trainer.callback_metrics.get("val/map", -2))}
+            (folder / f"{name}.{rank}.json").write_text(json.dumps(report))
+            torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")
+    return run
+
+def predict(rank, world_size):
+    data = DetectionDataModule(predict=str(folder / "data" / "test"), batch_size=2, num_workers=0)
+    model = DETECTORS["FasterRCNNModule"](5, backbone="test_convnext", min_size=64, max_size=96, score_threshold=0.0,
+                                        **small["FasterRCNNModule"])
+    trainer = pl.Trainer(accelerator="cpu", devices=world_size, strategy="ddp", logger=False,
+                         enable_progress_bar=False, callbacks=[PredictionWriter(folder / "predictions", draw=False)])
+    trainer.predict(model, data, return_predictions=False)
+
+statuses = {}
+def start(name, target):
+    statuses[name] = launch(target, 2, folder / f"{name}.log")
+
+first = "FasterRCNNModule"
+if "detectors" in wanted:
+    for module in DETECTORS:
+        start(module, fit(module, module, epochs=1))
+    start("predict", predict)
+if "resume" in wanted:
+    start("whole", fit("whole", first))
+    for rank, step in ((0, 1), (1, 4)):
+        name = f"signal to {rank}"
+        start(name, fit(name, first, kill=(rank, step)))
+        start(f"{name}, resumed", fit(f"{name}, resumed", first, checkpoint=str(folder / name / "last.ckpt")))
+    start("nan", fit("nan", first, nan=(1, 4)))
+print(json.dumps(statuses))
+"""
+
+
+def run(folder: Path, wanted: str) -> dict[str, list[int]]:
+    result = run_script(SCRIPT, folder, json.dumps(SMALL), wanted, timeout=900)
+    assert result.returncode == 0, result.stderr
+    statuses: dict[str, list[int]] = json.loads(result.stdout.splitlines()[-1])
+    return statuses
+
+
+def log(folder: Path, name: str) -> str:
+    return "".join(f.read_text() for f in sorted(folder.glob(f"{name}.[0-9]")))
+
+
+def report(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}.{rank}.json").read_text())
+    return content
+
+
+def equal_weights(a: Path, b: Path) -> bool:
+    left, right = (torch.load(file, weights_only=True) for file in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    folder = tmp_path_factory.mktemp("detectors")
+    return folder, run(folder, "detectors")
+
+
+@pytest.fixture(scope="module")
+def resume(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    folder = tmp_path_factory.mktemp("resume")
+    return folder, run(folder, "resume")
+
+
+@pytest.mark.parametrize("module", DETECTORS)
+def test_fit__every_detector_on_two_processes(detectors: tuple[Path, dict[str, list[int]]], module: str) -> None:
+    folder, statuses = detectors
+    assert statuses[module] == [0, 0], log(folder, f"{module}.log")
+    assert equal_weights(folder / f"{module}.0.pt", folder / f"{module}.1.pt")
+    first, second = (report(folder, module, rank) for rank in (0, 1))
+    assert first["map"] == second["map"] >= 0  # the second process had no picture to validate on
+    seen = [i for one in (first, second) for batch in one["ids"] for i in batch]
+    assert sorted(seen) == list(range(1, 10))
+    assert load_module(folder / module / "last.ckpt")
+
+
+def test_predict__a_process_without_a_readable_picture(detectors: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, statuses = detectors
+    assert statuses["predict"] == [0, 0], log(folder, "predict.log")
+    records = json.loads((folder / "predictions" / "predictions.json").read_text())
+    assert {r["image_id"] for r in records} == {1, 2, 3}
+    assert "could not be read" in (folder / "predict.log.1").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fit__signal_to_one_process_ends_both_and_the_run_goes_on(
+    resume: tuple[Path, dict[str, list[int]]], rank: int
+) -> None:
+    folder, statuses = resume
+    name = f"signal to {rank}"
+    assert statuses["whole"] == statuses[f"{name}, resumed"] == [0, 0], log(folder, f"{name}, resumed.log")
+    assert statuses[name] == [143, 143], log(folder, f"{name}.log")
+    for process in (0, 1):
+        whole = report(folder, "whole", process)
+        before, after = report(folder, name, process), report(folder, f"{name}, resumed", process)
+        assert len(before["ids"]) == (2, 5)[rank]
+        assert before["ids"] + after["ids"] == whole["ids"]
+        assert after["map"] == whole["map"]
+        assert equal_weights(folder / f"{name}, resumed.{process}.pt", folder / f"whole.{process}.pt")
+
+
+@pytest.mark.slow
+def test_fit__divergence_on_one_process_ends_both(resume: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, statuses = resume
+    assert statuses["nan"] == [4, 4], log(folder, "nan.log")
+    for process in (0, 1):
+        text = (folder / f"nan.log.{process}").read_text()
+        assert "[LCD-N001] loss_" in text
+        assert "is nan at epoch 1, step 4, process 1, pictures " in text
+        assert f"the last checkpoint is {folder / 'nan' / 'last.ckpt'}" in text
+    state = read_checkpoint_file(folder / "nan" / "last.ckpt")["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
