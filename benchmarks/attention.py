@@ -4,7 +4,7 @@
     python benchmarks/attention.py --device cuda      # also birder's compiled CUDA kernel, with peak memory
     python benchmarks/attention.py --compile          # also grid_sample under torch.compile
 
-The sizes are those of Deformable DETR on a picture of 640 x 640: strides 4 to 32, 34,000 queries in an encoder layer,
+The sizes are those of Deformable DETR on an image of 640 x 640: strides 4 to 32, 34,000 queries in an encoder layer,
 300 in a decoder layer, 8 heads of 32 channels, 4 points.
 """
 

@@ -1,8 +1,8 @@
-"""Recipes on blood cells (BCCD), side by side: the same network and the same number of passes over the pictures.
+"""Recipes on blood cells (BCCD), side by side: the same network and the same number of passes over the images.
 
 - ``faster``: ``bccd_faster_rcnn_convnext_atto.yaml``, from random weights.
 - ``cascade``: ``bccd_cascade_rcnn_convnext_atto.yaml``, the same with three stages.
-- ``classifier``: the boxes of the training pictures are cut into an ImageFolder of three classes, ``convnext_atto`` is
+- ``classifier``: the boxes of the training images are cut into an ImageFolder of three classes, ``convnext_atto`` is
   trained on them, and the detector starts with that backbone.
 - ``classifier_x0.1``: the same with a tenth of the learning rate in the backbone.
 - ``small_data``: ``small_data.yaml`` with that network, from random weights.
@@ -24,14 +24,14 @@ from lightning_convnext_det.data.datamodule import DetectionDataModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PLAIN = CONFIGS / "bccd_faster_rcnn_convnext_atto.yaml"
-FIGURES = ("test/map", "test/map_50", "test/map_75")
+METRICS = ("test/map", "test/map_50", "test/map_75")
 MARGIN = 0.15  # of the longer side, around a box
 
 
 def cut_boxes(root: Path, out: Path) -> None:
-    """Write the boxes of ``trainval`` as ``out/{train,val}/CLASS/*.png``; every sixth picture is for validation."""
+    """Write the boxes of ``trainval`` as ``out/{train,val}/CLASS/*.png``; every sixth image is for validation."""
     data = DetectionDataModule(str(root), train="trainval", val_fraction=0.0)
-    table = data.table("train")
+    table = data.annotations("train")
     assert table is not None
     for i in range(len(table)):
         image = Image.open(table.path(i)).convert("RGB")
@@ -76,12 +76,12 @@ def train_classifier(crops: Path, out: Path, epochs: int) -> Path:
 def train_detector(root: Path, out: Path, seed: int, config: Path, arguments: list[str]) -> list[float]:
     common = [f"--data.root={root}", f"--trainer.default_root_dir={out}", "--trainer.enable_progress_bar=false"]
     common += ["--data.num_workers=0", f"--seed_everything={seed}"]
-    if not figures(out, FIGURES[0]):
+    if not figures(out, METRICS[0]):
         start = time.process_time()
         assert main(["fit", f"--config={config}", f"--data.seed={seed}", *common, *arguments]) == 0
         print(f"{out.name}: {time.process_time() - start:.0f} s of CPU for the training", flush=True)
         assert main(["test", f"--ckpt_path={out / 'version_0' / 'checkpoints' / 'last.ckpt'}", *common]) == 0
-    return [figures(out, name)[-1] for name in FIGURES]
+    return [figures(out, name)[-1] for name in METRICS]
 
 
 def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:

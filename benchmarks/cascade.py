@@ -78,7 +78,7 @@ def print_memory(chosen: list[str], backbone: str, sides: list[int]) -> None:
 def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--backbone", default="convnext_tiny", help="timm name")
-    parser.add_argument("--sides", type=int, nargs=2, default=[480, 640], help="height and width of the picture")
+    parser.add_argument("--sides", type=int, nargs=2, default=[480, 640], help="height and width of the image")
     parser.add_argument(
         "--heads",
         nargs="+",

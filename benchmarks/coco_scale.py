@@ -1,9 +1,9 @@
-"""A data set of COCO's size: CPU time to read and check it, and memory with two workers over an epoch.
+"""A dataset of COCO's size: CPU time to read and check it, and memory with two workers over an epoch.
 
 Compared with torchvision's plain ``CocoDetection`` on the same files, each in a process of its own. Memory is
 proportional (PSS): a page that several processes share counts once in all.
 
-    python benchmarks/coco_scale.py [--pictures 118000] [--boxes 860000] [--folder FOLDER] [--batches 0]
+    python benchmarks/coco_scale.py [--images 118000] [--boxes 860000] [--folder FOLDER] [--batches 0]
         [--only ours|torchvision] > benchmarks/results/cpu/coco_scale.md
 """
 
@@ -25,31 +25,31 @@ import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH = 48, 64  # the annotations are what is measured
-DIFFERENT = 1000  # pictures and outlines; the files differ in a comment
+DIFFERENT = 1000  # images and outlines; the files differ in a comment
 CLASSES = 80
 
 
-def write_data_set(root: Path, pictures: int, boxes: int) -> Path:
-    """Write pictures, no two alike, and a JSON file whose records are as long as COCO's, outlines included."""
+def write_dataset(root: Path, num_images: int, boxes: int) -> Path:
+    """Write images, no two alike, and a JSON file whose records are as long as COCO's, outlines included."""
     (root / "train").mkdir(parents=True)
     (root / "annotations").mkdir()
-    images = [encode_picture(number) for number in range(min(DIFFERENT, pictures))]
-    for number in range(pictures):
+    images = [encode_image(number) for number in range(min(DIFFERENT, num_images))]
+    for number in range(num_images):
         content, comment = images[number % DIFFERENT], b"%012d" % number
         content = content[:2] + b"\xff\xfe\x00\x0e" + comment + content[2:]  # JPEG's comment, after its first marker
         (root / "train" / f"{number:012d}.jpg").write_bytes(content)
     path = root / "annotations" / "instances_train.json"
     with open(path, "w") as file:
         file.write('{"info": {"year": 2017}, "licenses": [], "images": [')
-        file.write(", ".join(map(image_record, range(pictures))))
+        file.write(", ".join(map(image_record, range(num_images))))
         file.write('], "annotations": [')
-        file.write(", ".join(annotation_records(boxes, pictures)))
+        file.write(", ".join(annotation_records(boxes, num_images)))
         categories = [{"supercategory": "x", "id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)]
         file.write(f'], "categories": {json.dumps(categories)}}}')
     return path
 
 
-def encode_picture(seed: int) -> bytes:
+def encode_image(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
     file = BytesIO()
     Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, "JPEG")
@@ -63,7 +63,7 @@ def image_record(number: int) -> str:
     )
 
 
-def annotation_records(count: int, pictures: int) -> Iterator[str]:
+def annotation_records(count: int, num_images: int) -> Iterator[str]:
     chance = np.random.default_rng(0)
     outlines = [json.dumps(chance.uniform(0, HEIGHT, 40).round(2).tolist()) for _ in range(DIFFERENT)]
     xs, ys = chance.uniform(0, WIDTH - 12, count).round(2), chance.uniform(0, HEIGHT - 12, count).round(2)
@@ -71,7 +71,7 @@ def annotation_records(count: int, pictures: int) -> Iterator[str]:
     for i, (x, y, width, height) in enumerate(zip(xs, ys, widths, heights, strict=True)):
         yield (
             f'{{"segmentation": [{outlines[i % DIFFERENT]}], "area": {width * height * 0.7:.4f}, '
-            f'"iscrowd": {int(i % 90 == 0)}, "image_id": {i % pictures}, '
+            f'"iscrowd": {int(i % 90 == 0)}, "image_id": {i % num_images}, '
             f'"bbox": [{x:.2f}, {y:.2f}, {width:.2f}, {height:.2f}], "category_id": {1 + i % CLASSES}, "id": {i}}}'
         )
 
@@ -93,7 +93,7 @@ def children() -> list[int]:
 
 
 def measure(what: str, root: Path, batches: int) -> dict[str, float]:
-    """Read the data set and pass through an epoch with two workers; seconds of CPU and megabytes."""
+    """Read the dataset and pass through an epoch with two workers; seconds of CPU and megabytes."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -103,7 +103,7 @@ def measure(what: str, root: Path, batches: int) -> dict[str, float]:
         from lightning_convnext_det.data.datamodule import DetectionDataModule
 
         data = DetectionDataModule(str(root), num_workers=2, batch_size=16, val_fraction=0.0)
-        before = proportional_megabytes([os.getpid()])  # the imports of Lightning are not the data set's
+        before = proportional_megabytes([os.getpid()])  # the imports of Lightning are not the dataset's
         begun = time.process_time()
         data.setup("fit")
         loader = data.train_dataloader()
@@ -119,7 +119,7 @@ def measure(what: str, root: Path, batches: int) -> dict[str, float]:
         )
     found["seconds of CPU to read"] = time.process_time() - begun
     found["MB of the process before that"] = before
-    found["MB that the data set adds to one process"] = proportional_megabytes([os.getpid()]) - before
+    found["MB that the dataset adds to one process"] = proportional_megabytes([os.getpid()]) - before
     most, wanted = 0.0, min(len(loader), batches or len(loader))
     for number, _ in enumerate(loader):
         if number == 0:
@@ -181,14 +181,14 @@ def print_table(options: argparse.Namespace, size: int, results: dict[str, dict[
     import torch
     import torchvision
 
-    print("# A data set of COCO's size\n")
+    print("# A dataset of COCO's size\n")
     print(
         f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__.partition('+')[0]}, torchvision {torchvision.__version__.partition('+')[0]}."
     )
     print(
-        f"{options.pictures:,} pictures, {options.boxes:,} boxes, {size / 2**20:.0f} MB of JSON. Memory is proportional "
-        "(PSS) unless called resident, batches of 16, two workers.\nOurs checks every record and opens every picture's "
+        f"{options.images:,} images, {options.boxes:,} boxes, {size / 2**20:.0f} MB of JSON. Memory is proportional "
+        "(PSS) unless called resident, batches of 16, two workers.\nOurs checks every record and opens every image's "
         "header while it reads.\n"
     )
     print("| `benchmarks/coco_scale.py` | " + " | ".join(results) + " |\n|---" + "|---:" * len(results) + "|")
@@ -199,10 +199,10 @@ def print_table(options: argparse.Namespace, size: int, results: dict[str, dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=118_000)
+    parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--boxes", type=int, default=860_000)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--batches", type=int, default=0, help="end the epoch after so many of 16 pictures")
+    parser.add_argument("--batches", type=int, default=0, help="end the epoch after so many of 16 images")
     parser.add_argument("--only", choices=("ours", "torchvision"))
     parser.add_argument("--measure", choices=("ours", "torchvision", "check"))
     options = parser.parse_args()
@@ -215,7 +215,7 @@ def main() -> None:
         root = options.folder or Path(folder) / "set"
         path = root / "annotations" / "instances_train.json"
         if not path.exists():
-            write_data_set(root, options.pictures, options.boxes)
+            write_dataset(root, options.images, options.boxes)
         results = {}
         if options.only != "torchvision":
             results["ours"] = run("check", root, 0) | run("ours", root, options.batches)

@@ -78,7 +78,7 @@ def time_forward_and_backward(name: str, poolers: dict[str, Pool], features: Ten
 
 
 def time_pyramid(options: Namespace) -> None:
-    """1,000 boxes of a picture of 800 x 1,088 over four levels, flattened as the box head does."""
+    """1,000 boxes of an image of 800 x 1,088 over four levels, flattened as the box head does."""
     maps = OrderedDict(
         (str(i), torch.randn(1, 256, 200 >> i, 272 >> i, device=options.device).to(memory_format=torch.channels_last))
         for i in range(4)
@@ -94,7 +94,7 @@ def time_pyramid(options: Namespace) -> None:
 
 
 def time_detector(options: Namespace) -> None:
-    """Predict one picture and train on two with Faster R-CNN ConvNeXt-T, random weights."""
+    """Predict one image and train on two with Faster R-CNN ConvNeXt-T, random weights."""
     torch.manual_seed(0)
     detector = create_detector("fasterrcnn_convnext_tiny_fpn", num_classes=80).to(options.device)
     images = [torch.rand(3, 480, 640, device=options.device) for _ in range(2)]

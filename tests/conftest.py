@@ -26,7 +26,7 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED.is_dir():
-        pytest.skip("the real pictures are not here")
+        pytest.skip("the real images are not here")
     return SHARED.resolve()
 
 

@@ -31,10 +31,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Problem
 from lightning_convnext_det.data.check import check_dataset
 from lightning_convnext_det.data.dataset import DetectionDataset
 from lightning_convnext_det.data.formats.discovery import find_splits, read_split
-from lightning_convnext_det.data.table import DetectionTable, Problem
 from lightning_convnext_det.errors import CheckpointError, DataError, WeightsError
 from lightning_convnext_det.models.backbone_weights import load_backbone_weights
 from lightning_convnext_det.modules import FasterRCNNModule
@@ -84,8 +84,8 @@ def mutate(good: bytes, donor: bytes, chance: random.Random) -> bytes:
 # ---- annotations: the table must hold what an independent parser reads
 
 
-def _read(root: Path) -> DetectionTable:
-    """The table of a data set of one split, refused like a training refuses it."""
+def _read(root: Path) -> DetectionAnnotations:
+    """The table of a dataset of one split, refused like a training refuses it."""
     (split,) = find_splits(root).values()
     table = read_split(split)
     assert np.isfinite(table.boxes).all()
@@ -97,7 +97,7 @@ def _read(root: Path) -> DetectionTable:
 
 
 def _compare(root: Path, stated: Callable[[], list[tuple[float, ...]]]) -> None:
-    """Read a data set of one annotation file; ``stated`` gives the corners in it by another parser."""
+    """Read a dataset of one annotation file; ``stated`` gives the corners in it by another parser."""
     check_dataset(root)
     table = _read(root)
     left_out = sum(_is_of_record(problem) for problem in table.problems if problem.action == "dropped")
@@ -195,10 +195,10 @@ def _yaml(root: Path) -> Kind:
     return Kind(b"path: .\ntrain: train\nnames:\n  0: cat\n  1: dog\n", b"train: [train]\nnames: [a, b]\n", path, read)
 
 
-# ---- pictures: what is decoded has the size that the boxes refer to
+# ---- images: what is decoded has the size that the boxes refer to
 
 
-def _picture(root: Path, suffix: str) -> Kind:
+def _image(root: Path, suffix: str) -> Kind:
     path = root / "train" / f"1{suffix}"
     image = {"id": 1, "file_name": path.name, "height": HEIGHT, "width": WIDTH}
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 30], "area": 900}
@@ -271,8 +271,8 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     "xml": _voc,
     "yolo": _yolo,
     "yaml": _yaml,
-    "png": lambda root: _picture(root, ".png"),
-    "jpeg": lambda root: _picture(root, ".jpg"),
+    "png": lambda root: _image(root, ".png"),
+    "jpeg": lambda root: _image(root, ".jpg"),
     "checkpoint": _checkpoint,
     "pth": lambda root: _weights(root, ".pth"),
     "safetensors": lambda root: _weights(root, ".safetensors"),
@@ -280,7 +280,7 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
 
 
 def prepare(kind: str, root: Path) -> Kind:
-    """A data set of two pictures without annotations, and the files of a kind."""
+    """A dataset of two images without annotations, and the files of a kind."""
     for folder in ("train", "annotations"):
         (root / folder).mkdir()
     for number in (1, 2) if kind == "json" else (1,):

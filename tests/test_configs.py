@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_config__trains_one_step(
     config: Path, dataset: Path, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not config.stem.startswith("bccd"):  # of real pictures, with a smaller network of the same kind
+    if not config.stem.startswith("bccd"):  # of real images, with a smaller network of the same kind
         dataset = request.getfixturevalue("shared_data") / "coco_mini"
     model = yaml.safe_load(config.read_text())["model"]["init_args"]
     small = {"fpn_channels": 16, "box_head_features": 32, "hidden_dim": 32, "feedforward_dim": 32}
@@ -64,7 +64,7 @@ def test_config__trains_one_step(
     assert main(["fit", *arguments]) == 0
     said = caplog.text
     assert ("layer 0, lr x" in said) == ("layer_decay" in model)
-    if size := model.get("lr_batch_size"):
+    if size := model.get("base_batch_size"):
         assert f"learning rate {model['lr']:g} x 1 / {size} = {model['lr'] / size:g}: total batch 1" in said
 
 

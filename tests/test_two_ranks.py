@@ -1,4 +1,4 @@
-"""Trainings on two processes over gloo: every detector, resuming, signals, divergence, broken pictures.
+"""Trainings on two processes over gloo: every detector, resuming, signals, divergence, broken images.
 
 One script imports everything once and forks the processes of all trainings from there.
 """
@@ -46,9 +46,9 @@ from lightning_convnext_det.modules.registry import DETECTORS
 from tests.processes import launch
 
 folder, small, wanted = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-write_synthetic_coco(folder / "data", 9, 1, 5)  # one picture to validate on: the second process has none
+write_synthetic_coco(folder / "data", 9, 1, 5)  # one image to validate on: the second process has none
 for file in sorted((folder / "data" / "test").iterdir())[3:]:
-    file.write_bytes(b"no picture")  # all of the second process's share, 2 of 5
+    file.write_bytes(b"no image")  # all of the second process's share, 2 of 5
 
 class Watch(Callback):
     def __init__(self, rank, kill=None, nan=None):
@@ -147,13 +147,13 @@ def test_fit__every_detector_on_two_processes(detectors: tuple[Path, dict[str, l
     assert statuses[module] == [0, 0], log(folder, f"{module}.log")
     assert equal_weights(folder / f"{module}.0.pt", folder / f"{module}.1.pt")
     first, second = (report(folder, module, rank) for rank in (0, 1))
-    assert first["map"] == second["map"] >= 0  # the second process had no picture to validate on
+    assert first["map"] == second["map"] >= 0  # the second process had no image to validate on
     seen = [i for one in (first, second) for batch in one["ids"] for i in batch]
     assert sorted(seen) == list(range(1, 10))
     assert load_module(folder / module / "last.ckpt")
 
 
-def test_predict__a_process_without_a_readable_picture(detectors: tuple[Path, dict[str, list[int]]]) -> None:
+def test_predict__a_process_without_a_readable_image(detectors: tuple[Path, dict[str, list[int]]]) -> None:
     folder, statuses = detectors
     assert statuses["predict"] == [0, 0], log(folder, "predict.log")
     records = json.loads((folder / "predictions" / "predictions.json").read_text())
@@ -186,7 +186,7 @@ def test_fit__divergence_on_one_process_ends_both(resume: tuple[Path, dict[str, 
     for process in (0, 1):
         text = (folder / f"nan.log.{process}").read_text()
         assert "[LCD-N001] loss_" in text
-        assert "is nan at epoch 1, step 4, process 1, pictures " in text
+        assert "is nan at epoch 1, step 4, process 1, images " in text
         assert f"the last checkpoint is {folder / 'nan' / 'last.ckpt'}" in text
     state = read_checkpoint_file(folder / "nan" / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())

@@ -55,21 +55,21 @@ def test_draw_detections__no_boxes_returns_an_equal_copy() -> None:
     assert ImageChops.difference(drawn, image).getbbox() is None
 
 
-def test_draw_detections__leaves_picture_and_boxes_alone() -> None:
+def test_draw_detections__leaves_image_and_boxes_alone() -> None:
     boxes = torch.tensor([[5.0, 5.0, 250.0, 250.0]])
     image, tensor = Image.new("RGB", (300, 300), GREY), torch.full((3, 300, 300), 128, dtype=torch.uint8)
-    for picture in (image, tensor, tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
-        drawn = draw_detections(picture, boxes, ["a"], [0.5])
+    for given in (image, tensor, tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        drawn = draw_detections(given, boxes, ["a"], [0.5])
         assert not (pixels(drawn) == GREY).all()
     assert (pixels(image) == GREY).all()
     assert tensor.eq(128).all()
     assert boxes.tolist() == [[5, 5, 250, 250]]
 
 
-def test_draw_detections__tensor_and_picture_give_the_same(photos: list[torch.Tensor]) -> None:
+def test_draw_detections__tensor_and_image_give_the_same(photos: list[torch.Tensor]) -> None:
     photo = photos[0]
-    picture = Image.fromarray(photo.permute(1, 2, 0).numpy())
-    expected = pixels(draw_detections(picture, [[10, 10, 200, 200]], ["a"], [0.5]))
+    image = Image.fromarray(photo.permute(1, 2, 0).numpy())
+    expected = pixels(draw_detections(image, [[10, 10, 200, 200]], ["a"], [0.5]))
     for tensor in (photo, photo.float() / 255):
         assert (pixels(draw_detections(tensor, [[10, 10, 200, 200]], ["a"], [0.5])) == expected).all()
 
@@ -109,7 +109,7 @@ def test_draw_detections__plates_of_one_box_do_not_hide_each_other() -> None:
         pytest.param((6000, 4000), 1, id="huge"),
     ],
 )
-def test_draw_detections__label_stays_inside_and_scales_with_the_picture(size: tuple[int, int], scale: int) -> None:
+def test_draw_detections__label_stays_inside_and_scales_with_the_image(size: tuple[int, int], scale: int) -> None:
     width, height = size
     image, colors = Image.new("RGB", size, GREY), {"platelets": (255, 0, 0)}
     corner = [0.9 * width, 0.0, float(width), float(height)]  # no room above it, at its right or below
@@ -121,7 +121,7 @@ def test_draw_detections__label_stays_inside_and_scales_with_the_picture(size: t
     assert ink(drawn).sum() == ink(draw_detections(image, [middle], ["platelets"], [0.87], colors)).sum()  # all letters
 
 
-def test_draw_detections__a_label_wider_than_the_picture_keeps_its_score() -> None:
+def test_draw_detections__a_label_wider_than_the_image_keeps_its_score() -> None:
     image = Image.new("RGB", (240, 240), GREY)
     name, box = "a very long name of a class " * 5, [0, 100, 200, 200]
     low, high = (pixels(draw_detections(image, [box], [name], [score])) for score in (0.11, 0.88))
@@ -147,7 +147,7 @@ def test_draw_detections__crowd_keeps_the_strongest_label_whole() -> None:
     assert not covered(plate, (255, 255, 255)).any()
 
 
-def test_draw_detections__boxes_of_an_enlarged_picture_grow_with_it() -> None:
+def test_draw_detections__boxes_of_an_enlarged_image_grow_with_it() -> None:
     drawn = draw_detections(Image.new("RGB", (60, 60), GREY), [[10, 20, 50, 55]], ["a"], colors={"a": (255, 0, 0)})
     rows, columns = np.nonzero(covered(drawn, (255, 0, 0)))
     assert (columns.min(), columns.max() + 1, rows.max() + 1) == (40, 200, 220)
@@ -193,7 +193,7 @@ def test_draw_detections__half_precision_boxes() -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_draw_detections__picture_is_turned_upright(orientation: int, tmp_path: Path) -> None:
+def test_draw_detections__image_is_turned_upright(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (400, 300), GREY).save(tmp_path / "a.png", exif=exif)
@@ -288,7 +288,7 @@ def test_class_colors__more_classes_than_colors() -> None:
     assert len(class_colors([str(i) for i in range(1203)])) == 1203  # LVIS
 
 
-def test_contact_sheet__pictures_stand_in_rows_and_keep_their_proportions() -> None:
+def test_contact_sheet__images_stand_in_rows_and_keep_their_proportions() -> None:
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     sizes = [(200, 100), (50, 100), (1000, 1000)]
     sheet = contact_sheet((Image.new("RGB", s, c) for s, c in zip(sizes, colors, strict=True)), 2, tile_size=100)
@@ -302,7 +302,7 @@ def test_contact_sheet__pictures_stand_in_rows_and_keep_their_proportions() -> N
     assert sheet.width < 220
 
 
-def test_contact_sheet__captions_are_below_their_pictures() -> None:
+def test_contact_sheet__captions_are_below_their_images() -> None:
     images = [Image.new("RGB", (100, 100), GREY)] * 3
     plain = contact_sheet(images, 2, tile_size=100)
     sheet = contact_sheet(images, 2, tile_size=100, captions=["one", "", "a caption much wider than its tile"])
@@ -321,9 +321,9 @@ def test_contact_sheet__a_line_of_pixels() -> None:
 @pytest.mark.parametrize(
     ("images", "arguments", "message"),
     [
-        pytest.param([], {}, "at least one picture", id="none"),
+        pytest.param([], {}, "at least one image", id="none"),
         pytest.param([Image.new("RGB", (9, 9))], {"columns": 0}, "at least 1, got 0 and 400", id="columns"),
-        pytest.param([Image.new("RGB", (9, 9))], {"captions": ["a", "b"]}, "2 captions for 1 pictures", id="captions"),
+        pytest.param([Image.new("RGB", (9, 9))], {"captions": ["a", "b"]}, "2 captions for 1 images", id="captions"),
     ],
 )
 def test_contact_sheet__wrong_input(images: list[Image.Image], arguments: dict, message: str) -> None:

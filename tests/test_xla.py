@@ -43,12 +43,12 @@ def build(**options: object) -> DeformableDETR:
 
 
 def batches(seed: int = 0) -> list[tuple[list[torch.Tensor], list[Target]]]:
-    """Pictures of many sizes with 0 to 7 objects."""
+    """Images of many sizes with 0 to 7 objects."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for step in range(STEPS):
         images, targets = [], []
-        for picture in range(2):
+        for image in range(2):
             height, width = (int(x) for x in torch.randint(60, 150, (2,), generator=generator))
             images.append(torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator))
             count = 0 if step == 1 else int(torch.randint(8, (), generator=generator))
@@ -56,7 +56,7 @@ def batches(seed: int = 0) -> list[tuple[list[torch.Tensor], list[Target]]]:
             sides = torch.rand(count, 2, generator=generator) * 25 + 4
             labels = torch.randint(3, (count,), generator=generator)
             boxes = torch.cat([corner, corner + sides], 1)
-            targets.append(Target(boxes=boxes, labels=labels, image_id=2 * step + picture))
+            targets.append(Target(boxes=boxes, labels=labels, image_id=2 * step + image))
         found.append((images, targets))
     return found
 

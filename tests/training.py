@@ -20,7 +20,7 @@ def create_module(num_classes: int = 2, **options: object) -> FasterRCNNModule:
 
 
 def create_batches(count: int) -> list[Batch]:
-    """Batches of two pictures, each with a bright square of class 0 or a dark one of class 1."""
+    """Batches of two images, each with a bright square of class 0 or a dark one of class 1."""
     generator = torch.Generator().manual_seed(1)
     batches: list[Batch] = []
     for b in range(count):

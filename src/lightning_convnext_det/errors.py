@@ -5,7 +5,7 @@ Every message is one line that names the file and the remedy and begins with a s
 
 
 class DataError(ValueError):
-    """A data set, an annotation file or a picture cannot be used as it is."""
+    """A dataset, an annotation file or an image cannot be used as it is."""
 
     exit_status = 3
 

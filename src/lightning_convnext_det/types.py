@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 class Target(TypedDict):
-    """The objects of one picture.
+    """The objects of one image.
 
     A detector in training needs ``boxes`` and ``labels`` only; the others serve evaluation and messages.
     """
 
     boxes: Tensor
-    """Corners (x1, y1, x2, y2) in pixels of the picture given, float32 [N, 4]."""
+    """Corners (x1, y1, x2, y2) in pixels of the image given, float32 [N, 4]."""
     labels: Tensor
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     crowd: NotRequired[Tensor]
@@ -20,16 +20,16 @@ class Target(TypedDict):
     area: NotRequired[Tensor]
     """Areas in square pixels as the annotation states them, float32 [N]."""
     image_id: NotRequired[int]
-    """The data set's own id of the picture."""
+    """The dataset's own id of the image."""
     file_name: NotRequired[str]
-    """The picture's file, for messages."""
+    """The image's file, for messages."""
 
 
 class Detection(TypedDict):
-    """What a detector finds in one picture, by falling score."""
+    """What a detector finds in one image, by descending score."""
 
     boxes: Tensor
-    """Corners (x1, y1, x2, y2) in pixels of the picture given, float32 [N, 4]."""
+    """Corners (x1, y1, x2, y2) in pixels of the image given, float32 [N, 4]."""
     labels: Tensor
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     scores: Tensor

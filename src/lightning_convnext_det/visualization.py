@@ -1,6 +1,6 @@
-"""Boxes, names and scores drawn on pictures of any size, and many pictures on one sheet.
+"""Boxes, names and scores drawn on images of any size, and many images on one sheet.
 
-Sizes follow the picture; colours follow the class. All is drawn by Pillow with the font that it carries.
+Sizes follow the image; colours follow the class. All is drawn by Pillow with the font that it carries.
 """
 
 import functools
@@ -18,9 +18,9 @@ _Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right an
 
 SCORE_THRESHOLD = 0.3  # of drawings, where the user states none; pred_score_thr of MMDetection 3.3's visualizer
 
-_ENLARGE_BELOW = 240  # pixels; labels of readable size would hide the objects of a smaller picture
+_ENLARGE_BELOW = 240  # pixels; labels of readable size would hide the objects of a smaller image
 _MIN_FONT_SIZE = 10  # pixels; Aileron is hard to read below
-_MAX_COVERED = 0.1  # share of the picture that plates may cover before their text shrinks
+_MAX_COVERED = 0.1  # share of the image that plates may cover before their text shrinks
 _MAX_ROWS = 12  # places tried down the sides of a box
 _NUM_COLORS = 96  # more classes than these share colours
 
@@ -33,27 +33,27 @@ def draw_detections(
     colors: Mapping[str, Color] | None = None,
     font: str | None = None,
 ) -> Image.Image:
-    """Draw boxes with their names and scores on a copy of a picture.
+    """Draw boxes with their names and scores on a copy of an image.
 
-    Lines and text scale with the picture. Labels lie on plates of the colour of their class, inside the picture and
+    Lines and text scale with the image. Labels lie on plates of the colour of their class, inside the image and
     beside each other where there is room; what has the higher score is drawn later, so it lies on top.
 
     Args:
-        image: a picture, turned upright by its EXIF orientation, or a tensor [3, H, W], uint8 or float in 0..1.
-        boxes: corners (x1, y1, x2, y2) in pixels of the upright picture, [N, 4].
+        image: an image, turned upright by its EXIF orientation, or a tensor [3, H, W], uint8 or float in 0..1.
+        boxes: corners (x1, y1, x2, y2) in pixels of the upright image, [N, 4].
         names: the label of each box.
         scores: confidences [N]; None draws names alone, the last box on top.
         colors: of the names, e.g. from `class_colors`; a name that is not in it has a colour of its own making, the
-            same in every picture but perhaps close to another's.
+            same in every image but perhaps close to another's.
         font: TrueType file for names that Pillow's own font (Aileron: Latin script) cannot write.
 
     Returns:
-        A new RGB picture of the same size; one of less than 240x240 pixels is enlarged by a whole factor, for labels of
+        A new RGB image of the same size; one of less than 240x240 pixels is enlarged by a whole factor, for labels of
         readable size would hide what is in it.
 
     Raises:
         ValueError: if ``boxes`` is not [N, 4] or not finite, the lengths differ, or the font cannot be read.
-        TypeError: if the picture is a tensor of another shape or type, or not of 8 bits.
+        TypeError: if the image is a tensor of another shape or type, or not of 8 bits.
     """
     corners = _checked_boxes(boxes, names, scores)
     canvas, scale = _canvas(image)
@@ -88,27 +88,27 @@ def contact_sheet(
     tile_size: int = 400,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Arrange pictures in rows on one sheet.
+    """Arrange images in rows on one sheet.
 
     Args:
-        images: any number of pictures, at least one; taken one at a time, so a generator keeps memory low.
-        columns: pictures in a row.
-        tile_size: longest side of each picture on the sheet, in pixels; smaller ones are enlarged.
-        captions: a line of text below each picture.
+        images: any number of images, at least one; taken one at a time, so a generator keeps memory low.
+        columns: images in a row.
+        tile_size: longest side of each image on the sheet, in pixels; smaller ones are enlarged.
+        captions: a line of text below each image.
 
     Returns:
-        An RGB picture on white.
+        An RGB image on white.
 
     Raises:
-        ValueError: if there is no picture, another number of captions, or a size below 1.
+        ValueError: if there is no image, another number of captions, or a size below 1.
     """
     if columns < 1 or tile_size < 1:
         raise ValueError(f"columns and tile_size must be at least 1, got {columns} and {tile_size}")
     tiles = [_tile(_to_rgb(image), tile_size) for image in images]
     if not tiles:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     if captions is not None and len(captions) != len(tiles):
-        raise ValueError(f"there are {len(captions)} captions for {len(tiles)} pictures")
+        raise ValueError(f"there are {len(captions)} captions for {len(tiles)} images")
     style = _Style((tile_size, tile_size), None)
     gap, caption_height = max(2, tile_size // 50), style.height if captions is not None else 0
     rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
@@ -129,14 +129,14 @@ def contact_sheet(
 
 
 def _tile(image: Image.Image, size: int) -> Image.Image:
-    """The picture with its longer side of that size."""
+    """The image with its longer side of that size."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 class _Style:
-    """Widths and text for a picture of a given (width, height)."""
+    """Widths and text for an image of a given (width, height)."""
 
     def __init__(self, size: tuple[int, int], font: str | None, shrink: float = 1.0) -> None:
         self.size, self._font_path = size, font
@@ -150,7 +150,7 @@ class _Style:
         self.ascent, self.height = ascent, ascent + descent
 
     def for_labels(self, labels: Iterable[tuple[str, str]]) -> "_Style":
-        """The style with text so small that plates cover no more than a share of the picture, as far as it goes."""
+        """The style with text so small that plates cover no more than a share of the image, as far as it goes."""
         plates = [self.plate(self.fit(name, ending)) for name, ending in labels]
         covered = sum(width * height for width, height in plates) / math.prod(self.size)
         if covered <= _MAX_COVERED:
@@ -158,7 +158,7 @@ class _Style:
         return _Style(self.size, self._font_path, (_MAX_COVERED / covered) ** 0.5)
 
     def fit(self, name: str, ending: str = "") -> str:
-        """Name and ending on one line, the name shortened where they are wider than the picture."""
+        """Name and ending on one line, the name shortened where they are wider than the image."""
         name = text = " ".join(name.split())
         text += ending
         while self.plate(text)[0] > self.size[0] and name:
@@ -195,7 +195,7 @@ def _canvas(image: Image.Image | Tensor) -> tuple[Image.Image, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """An RGB copy."""
     if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip 16 bits and make floats black
-        raise TypeError(f"the picture has mode {image.mode}; convert it to 8-bit RGB or grey")
+        raise TypeError(f"the image has mode {image.mode}; convert it to 8-bit RGB or grey")
     # by way of RGBA where a palette has transparency: Pillow warns otherwise
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
 
@@ -203,7 +203,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_pil(image: Tensor) -> Image.Image:
     if image.dim() != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
         raise TypeError(
-            f"the picture is a tensor {list(image.shape)} of {image.dtype}; expected [3, height, width], "
+            f"the image is a tensor {list(image.shape)} of {image.dtype}; expected [3, height, width], "
             "uint8 or floats in 0..1"
         )
     if image.dtype != torch.uint8:
@@ -228,7 +228,7 @@ def _checked_boxes(
 
 
 def _outline(box: Tensor, size: tuple[int, int]) -> _Box:
-    """The pixels that a box covers, at least one, inside the picture."""
+    """The pixels that a box covers, at least one, inside the image."""
     x1, y1, x2, y2 = box.tolist()
     left, right = (min(max(round(x), 0), size[0]) for x in (min(x1, x2), max(x1, x2)))
     top, bottom = (min(max(round(y), 0), size[1]) for y in (min(y1, y2), max(y1, y2)))
@@ -244,7 +244,7 @@ def _draw_box(draw: ImageDraw.ImageDraw, box: _Box, color: Color, line_width: in
 
 
 def _place(plates: Sequence[tuple[int, int]], boxes: Sequence[_Box], size: tuple[int, int]) -> list[_Box]:
-    """A place for each plate at its box, inside the picture; the last chooses first, to lie free of the others."""
+    """A place for each plate at its box, inside the image; the last chooses first, to lie free of the others."""
     placed: list[_Box] = []
     for plate, box in zip(reversed(plates), reversed(boxes), strict=True):
         best, least = _inside(box[0], box[1], *plate, size), math.inf

@@ -33,7 +33,7 @@ DETECTORS: dict[str, Callable[[int], DetectionModule]] = {
     "faster_rcnn": lambda n: FasterRCNNModule(n, **TINY, drop_path_rate=0.2),
     "deformable_detr": lambda n: DeformableDETRModule(n, **DETR),
 }
-# 10 pictures in batches of 4: 3 steps per epoch, 3 epochs
+# 10 images in batches of 4: 3 steps per epoch, 3 epochs
 POINTS = {
     "after the first step": ("train", 0),
     "in the first epoch": ("train", 1),

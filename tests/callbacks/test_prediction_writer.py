@@ -24,7 +24,7 @@ Batch = tuple[list[Tensor], list[Target]]
 
 
 class Foretold(pl.LightningModule):
-    """Finds in every picture one box for each score, at places that depend on the picture's id."""
+    """Finds in every image one box for each score, at places that depend on the image's id."""
 
     def __init__(self, scores: tuple[float, ...] = (0.9, 0.2)) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Foretold(pl.LightningModule):
 
 
 def loader(*names: str, first_id: int = 1) -> DataLoader[Batch]:
-    """Batches of two grey pictures."""
+    """Batches of two grey images."""
     samples = [
         (torch.full((3, 260, 300), 128, dtype=torch.uint8), {"image_id": i, "file_name": name})
         for i, name in enumerate(names, first_id)
@@ -151,7 +151,7 @@ def test_prediction_writer__a_list_of_drawings_that_names_files_elsewhere_is_not
     assert (tmp_path / "precious.jpg").read_text() == "data"
 
 
-def test_prediction_writer__no_picture_and_no_box(tmp_path: Path) -> None:
+def test_prediction_writer__no_image_and_no_box(tmp_path: Path) -> None:
     predict(PredictionWriter(tmp_path), loader("a.jpg"), Foretold(scores=()))
     assert results(tmp_path) == []
     assert visible(tmp_path) == ["a.jpg", "predictions.json"]
@@ -342,7 +342,7 @@ def test_prediction_writer__two_processes(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert [r["image_id"] for r in results(tmp_path / "uneven")] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [r["image_id"] for r in results(tmp_path / "idle")] == [1, 1]
-    # of three drawings the first process may make two, the second one; both pictures are called a
+    # of three drawings the first process may make two, the second one; both images are called a
     drawings = visible(tmp_path / "uneven")[:-1]
     assert drawings in (["a-1.jpg", "a.jpg", "b.jpg"], ["a-4.jpg", "a.jpg", "b.jpg"])
     assert all(read_image(tmp_path / "uneven" / name).shape == (3, 260, 300) for name in drawings)

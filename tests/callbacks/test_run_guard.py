@@ -42,9 +42,7 @@ class BadStep(Callback):
         self.seen += 1
         if trainer.global_step == self.step:
             forward = module.detector.forward
-            module.detector.forward = lambda *a: (
-                forward(*a) | {"loss_box_reg": forward(*a)["loss_box_reg"] * self.value}
-            )
+            module.detector.forward = lambda *a: forward(*a) | {"loss_box": forward(*a)["loss_box"] * self.value}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -55,27 +53,25 @@ def test_fit__a_loss_that_is_not_finite_ends_the_run(loader: DataLoader[Batch], 
         trainer.fit(create_module(), loader, loader)
     assert bad.seen == 5  # within one step
     text = str(caught.value)
-    assert f"[LCD-N001] loss_box_reg is {value} at epoch 1, step 4, process 0, pictures 1_0.png, 1_1.png; " in text
+    assert f"[LCD-N001] loss_box is {value} at epoch 1, step 4, process 0, images 1_0.png, 1_1.png; " in text
     assert text.endswith(f"the last checkpoint is {tmp_path / 'last.ckpt'}")
     assert find_non_finite(read_checkpoint_file(tmp_path / "last.ckpt")["state_dict"]) is None
 
 
-def test_fit__what_the_detector_itself_notices_is_said_with_step_and_pictures(tmp_path: Path) -> None:
+def test_fit__what_the_detector_itself_notices_is_said_with_step_and_images(tmp_path: Path) -> None:
     small = {"hidden_dim": 32, "num_queries": 8, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
     module = DeformableDETRModule(2, backbone="test_convnext", min_size=64, max_size=96, **small)
     with torch.no_grad():
         next(p for n, p in module.named_parameters() if "class_heads" in n).fill_(math.nan)
     loader = DataLoader(create_batches(2), batch_size=None)
-    with pytest.raises(DivergenceError, match=r"\[LCD-N001\] the logits.* at epoch 0, step 0, process 0, pictures 0_0"):
+    with pytest.raises(DivergenceError, match=r"\[LCD-N001\] the logits.* at epoch 0, step 0, process 0, images 0_0"):
         create_trainer(tmp_path, enable_checkpointing=False).fit(module, loader)
 
 
 def test_fit__losses_may_be_read_every_few_steps(tmp_path: Path) -> None:
     bad, loader = BadStep(1, math.nan), DataLoader(create_batches(8), batch_size=None)
     trainer = create_trainer(tmp_path, callbacks=[bad, RunGuard(check_every=4)], enable_checkpointing=False)
-    with pytest.raises(
-        DivergenceError, match=r"loss_box_reg is nan at epoch 0, step 1, .*1_0\.png, .*; no checkpoint has"
-    ):
+    with pytest.raises(DivergenceError, match=r"loss_box is nan at epoch 0, step 1, .*1_0\.png, .*; no checkpoint has"):
         trainer.fit(create_module(), loader)
     assert bad.seen == 4
     assert CHECK_EVERY == 10  # the README says so
@@ -117,7 +113,7 @@ def test_loss_watch__patience_is_for_steps_in_a_row() -> None:
     watch.add(bad, ["y"], 0, 4)
     assert watch.read() is None
     watch.add(bad, ["z", "w"], 1, 5)
-    assert watch.read(3) == "[LCD-N001] b is -inf at epoch 1, step 5, process 3, pictures z, w"
+    assert watch.read(3) == "[LCD-N001] b is -inf at epoch 1, step 5, process 3, images z, w"
     assert LossWatch().read() is None
 
 

@@ -55,12 +55,12 @@ def good(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     return tmp_path / "a.png"
 
 
-def ways(picture: Path, data: Path) -> dict[str, Callable[[str], object]]:
+def ways(image: Path, data: Path) -> dict[str, Callable[[str], object]]:
     """All that reads a checkpoint or weights, given its path; statuses of the command other than 0 are refusals."""
     quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.num_workers=0"]
 
@@ -74,10 +74,10 @@ def ways(picture: Path, data: Path) -> dict[str, Callable[[str], object]]:
         "load_from_checkpoint": FasterRCNNModule.load_from_checkpoint,
         "load_from_checkpoint of the base": DetectionModule.load_from_checkpoint,
         "predictor": Predictor.from_checkpoint,
-        "predict": lambda path: command("predict", f"--data.predict={picture}", f"--ckpt_path={path}", *quiet),
+        "predict": lambda path: command("predict", f"--data.predict={image}", f"--ckpt_path={path}", *quiet),
         "test": lambda path: command("test", f"--data.root={data}", f"--ckpt_path={path}", *quiet),
         "fit": lambda path: command("fit", f"--data.root={data}", f"--ckpt_path={path}", *quiet),
-        "import-weights": lambda path: command("import-weights", path, str(picture.with_name("out.ckpt"))),
+        "import-weights": lambda path: command("import-weights", path, str(image.with_name("out.ckpt"))),
         "import_weights": import_weights,
         "backbone_weights": lambda path: TimmPyramid("test_convnext", weights=path),
         "read_state_dict": read_state_dict,
@@ -93,13 +93,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpoint__pickled_code_is_not_run(good: Path, trap: Path, picture: Path, data: Path, way: str) -> None:
+def test_checkpoint__pickled_code_is_not_run(good: Path, trap: Path, image: Path, data: Path, way: str) -> None:
     content = torch.load(good, weights_only=True)
     content["state_dict"]["evil"] = content["evil"] = Evil(f"touch {trap}")
     evil = good.with_name("evil.ckpt")
     torch.save(content, evil)
     with pytest.raises(REFUSED):
-        ways(picture, data)[way](str(evil))
+        ways(image, data)[way](str(evil))
     assert not trap.exists()
     torch.load(evil, weights_only=False)  # the trap works
     assert trap.exists()
@@ -119,7 +119,7 @@ STRINGS = {
 @pytest.mark.parametrize("hyper_parameters", STRINGS.values(), ids=STRINGS)
 @pytest.mark.parametrize("way", ["load_module", "load_from_checkpoint", "predictor", "predict", "fit"])
 def test_checkpoint__strings_import_nothing(
-    good: Path, trap: Path, picture: Path, data: Path, way: str, hyper_parameters: dict[str, object]
+    good: Path, trap: Path, image: Path, data: Path, way: str, hyper_parameters: dict[str, object]
 ) -> None:
     content = torch.load(good, weights_only=True)
     content["hyper_parameters"] |= hyper_parameters
@@ -127,7 +127,7 @@ def test_checkpoint__strings_import_nothing(
     evil = good.with_name("evil.ckpt")
     torch.save(content, evil)
     with pytest.raises((*REFUSED, SystemExit, ValueError, TypeError)):
-        ways(picture, data)[way](str(evil))
+        ways(image, data)[way](str(evil))
     assert not trap.exists()
 
 
@@ -162,12 +162,10 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpoint__an_address_is_not_asked(
-    server: tuple[str, list[str]], picture: Path, data: Path, way: str
-) -> None:
+def test_checkpoint__an_address_is_not_asked(server: tuple[str, list[str]], image: Path, data: Path, way: str) -> None:
     address, requests = server
     with pytest.raises(REFUSED):
-        ways(picture, data)[way](address)
+        ways(image, data)[way](address)
     assert requests == []
 
 

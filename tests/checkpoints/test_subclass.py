@@ -45,7 +45,7 @@ class Plain(FasterRCNNModule):
 
 
 class Fixed(FasterRCNNModule):
-    """Knows its data set; says nothing of classes to its caller."""
+    """Knows its dataset; says nothing of classes to its caller."""
 
     def __init__(self, alpha: float = 0.5) -> None:
         super().__init__(2, NAMES, IDS, **TINY)

@@ -90,7 +90,7 @@ CASES: dict[str, tuple[str, Callable[[Content], None]]] = {
     "channels beyond all numbers": ("faster", states(fpn_channels=10**12)),
     "features": ("faster", states(box_head_features=10**9)),
     "rows of the pooled map": ("faster", states(roi_output_size=10**5)),
-    "channels of the picture": ("faster", states(in_chans=10**9, image_mean=[0.5] * 3)),
+    "channels of the image": ("faster", states(in_chans=10**9, image_mean=[0.5] * 3)),
     "classes": ("faster", states(num_classes=10**9, **UNNAMED)),
     "classes as infinite": ("faster", states(num_classes=float("inf"), **UNNAMED)),
     "classes by one number each": ("faster", repeats(10**9)),
@@ -176,7 +176,7 @@ def test_build_module__stated_sizes_are_not_built(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("faster", {"frozen_stages": 2, "drop_path_rate": 0.1, "output_norm": True, "gradient_checkpointing": True}),
+        ("faster", {"frozen_stages": 2, "drop_path_rate": 0.1, "out_norm": True, "gradient_checkpointing": True}),
         ("faster", {"backbone": "resnet18", "batch_norm": "train", "frozen_stages": 1, "channels_last": False}),
         ("faster", {"min_size": list(range(64, 97)), "image_mean": (0.4, 0.4, 0.4), "dialect": "mmdetection"}),
         ("faster", {"fpn_channels": np.int64(16), "lr": np.float32(0.5), "image_std": np.full(3, 0.25)}),

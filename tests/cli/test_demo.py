@@ -16,7 +16,7 @@ def test_run_demo__validates_at_least_once_and_hands_failures_on(tmp_path: Path,
         return 7
 
     folder = tmp_path / "demo"
-    assert run_demo(["--folder", str(folder), "--pictures=2", f"--epochs={epochs}"], run) == 7
+    assert run_demo(["--folder", str(folder), "--images=2", f"--epochs={epochs}"], run) == 7
     assert len(commands) == 1
     assert {f"--trainer.max_epochs={epochs}", f"--trainer.check_val_every_n_epoch={every}"} <= set(commands[0])
 

@@ -115,7 +115,7 @@ def test_test__logs_the_figures(run: Path, dataset: Path, tmp_path: Path, capsys
     assert "test/map_50" in capsys.readouterr().out
 
 
-def test_predict__needs_only_a_checkpoint_and_pictures(run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_predict__needs_only_a_checkpoint_and_images(run: Path, dataset: Path, tmp_path: Path) -> None:
     checkpoint = run / "version_0" / "checkpoints" / "best.ckpt"
     output = tmp_path / "found"
     arguments = [f"--data.predict={dataset / 'test'}", f"--output.folder={output}", f"--ckpt_path={checkpoint}"]
@@ -124,7 +124,7 @@ def test_predict__needs_only_a_checkpoint_and_pictures(run: Path, dataset: Path,
     assert {r["category_id"] for r in results} <= {1, 2, 3, 4, 5}
     assert {r["file_name"] for r in results} == {str(p) for p in (dataset / "test").iterdir()}
     assert len(list(output.glob("*.jpg"))) == 6
-    # with the data set's ids of the pictures, pycocotools reads it
+    # with the dataset's ids of the images, pycocotools reads it
     truth = COCO(str(dataset / "annotations" / "instances_test.json"))
     id_of = {image["file_name"]: image["id"] for image in truth.imgs.values()}
     own = [{**r, "image_id": id_of[Path(r["file_name"]).name]} for r in results]
@@ -213,7 +213,7 @@ def test_main__check_takes_what_its_messages_name(tmp_path: Path, capsys: pytest
     content = json.loads(file.read_text())
     content["annotations"][0]["category_id"] = 99
     file.write_text(json.dumps(content))
-    assert main(["check", str(tmp_path), "--bad_records", "drop"]) == 3
+    assert main(["check", str(tmp_path), "--invalid_annotations", "drop"]) == 3
     assert "(dropped)" in capsys.readouterr().out
     names = [category["name"] for category in content["categories"]]
     assert main(["check", str(tmp_path), "--exif", "raw", "--class_names", *names[:-1], "cow"]) == 3

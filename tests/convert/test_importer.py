@@ -39,14 +39,14 @@ def perturb(module: nn.Module) -> None:
 
 def build(converted: Converted, **options: Any) -> DeformableDETR:
     detector = DeformableDETR(
-        **{**converted.arguments, "independent_pictures": False, "dropout": 0.0, **SIZES, **options}
+        **{**converted.arguments, "independent_images": False, "dropout": 0.0, **SIZES, **options}
     )
     detector.load_state_dict(converted.state_dict)
     return detector
 
 
 def padding_of(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-    """True outside of the pictures, bool [B, H, W]."""
+    """True outside of the images, bool [B, H, W]."""
     masks = torch.ones(len(batch), *batch.shape[-2:], dtype=torch.bool)
     for mask, (height, width) in zip(masks, sizes, strict=True):
         mask[:height, :width] = False
@@ -145,7 +145,7 @@ def test_convert_deformable_detr__birder_training_losses(
     with torch.no_grad():
         _, expected = theirs(batch, labelled, masks=padding_of(batch, sizes), image_sizes=sizes)
         losses = detector(mixed_photos, real_targets)
-    for ours, name in [("loss_classification", "labels"), ("loss_boxes", "boxes"), ("loss_giou", "giou")]:
+    for ours, name in [("loss_classification", "labels"), ("loss_box", "boxes"), ("loss_giou", "giou")]:
         total = sum(v for k, v in losses.items() if k.startswith(ours))
         torch.testing.assert_close(total, expected[name], rtol=1e-4, atol=0)
 
@@ -276,7 +276,7 @@ def compare_huggingface_losses(
     with torch.no_grad():
         expected = net(batch, pixel_mask=(~padding_of(batch, sizes)).long(), labels=labels).loss_dict
         losses = detector(images, targets)
-    weights = {"loss_ce": ("loss_classification", 2), "loss_bbox": ("loss_boxes", 5), "loss_giou": ("loss_giou", 2)}
+    weights = {"loss_ce": ("loss_classification", 2), "loss_bbox": ("loss_box", 5), "loss_giou": ("loss_giou", 2)}
     for theirs, (name, weight) in weights.items():
         for theirs_suffix, suffix in [("", ""), ("_0", "_aux0"), ("_1", "_aux1")]:
             actual = losses[name + suffix]

@@ -1,4 +1,4 @@
-"""Builders of data sets of a few tiny pictures."""
+"""Builders of datasets of a few tiny images."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-WritePicture = Callable[..., Path]
+WriteImage = Callable[..., Path]
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -16,7 +16,7 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture
-def write_picture() -> WritePicture:
+def write_image() -> WriteImage:
     """Writes noise of 48 x 64 pixels, optionally with an EXIF orientation."""
 
     def write(path: Path, height: int = 48, width: int = 64, orientation: int | None = None, seed: int = 0) -> Path:
@@ -31,20 +31,20 @@ def write_picture() -> WritePicture:
 
 
 @pytest.fixture
-def write_coco(tmp_path: Path, write_picture: WritePicture) -> Callable[..., Path]:
-    """Writes a COCO set: pictures ``1.png``, ``2.png`` ... of 48 x 64, ids 1, 2 ..., and the members given."""
+def write_coco(tmp_path: Path, write_image: WriteImage) -> Callable[..., Path]:
+    """Writes a COCO set: images ``1.png``, ``2.png`` ... of 48 x 64, ids 1, 2 ..., and the members given."""
 
     def write(
         annotations: Sequence[object] = (),
         images: Sequence[object] | None = None,
         categories: Sequence[object] = ({"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}),
-        pictures: int = 1,
+        num_images: int = 1,
         name: str = "train",
     ) -> Path:
-        for number in range(1, pictures + 1):
-            write_picture(tmp_path / name / f"{number}.png", seed=number)
+        for number in range(1, num_images + 1):
+            write_image(tmp_path / name / f"{number}.png", seed=number)
         if images is None:
-            images = [{"id": i, "file_name": f"{i}.png", "height": 48, "width": 64} for i in range(1, pictures + 1)]
+            images = [{"id": i, "file_name": f"{i}.png", "height": 48, "width": 64} for i in range(1, num_images + 1)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         path = tmp_path / "annotations" / f"instances_{name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def write_coco(tmp_path: Path, write_picture: WritePicture) -> Callable[..., Pat
 
 
 def coco_annotation(box: object, number: int = 1, **more: object) -> dict[str, object]:
-    """An annotation of picture 1 and category 1, as COCO states it."""
+    """An annotation of image 1 and category 1, as COCO states it."""
     return {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0} | more
 
 
@@ -86,7 +86,7 @@ def write_xml() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def flat(tmp_path: Path, write_picture: WritePicture) -> Path:
-    """A folder with the picture a.png; annotations are still to be written beside it."""
-    write_picture(tmp_path / "a.png")
+def flat(tmp_path: Path, write_image: WriteImage) -> Path:
+    """A folder with the image a.png; annotations are still to be written beside it."""
+    write_image(tmp_path / "a.png")
     return tmp_path

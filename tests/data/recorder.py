@@ -1,4 +1,4 @@
-"""A LightningModule that notes which pictures it is given; run as a script, by each of two processes."""
+"""A LightningModule that notes which images it is given; run as a script, by each of two processes."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ Seen = dict[str, list[list[int]]]
 
 
 class Recorder(LightningModule):
-    """One weight; ``seen`` holds the ids of the pictures of each batch, by stage and epoch."""
+    """One weight; ``seen`` holds the ids of the images of each batch, by stage and epoch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - one row, one line
-"""Inputs that a reader of data sets must accept, mend aloud, or refuse: one row each, numbered as in the promises.
+"""Inputs that a reader of datasets must accept, mend aloud, or refuse: one row each, numbered as in the promises.
 
-An outcome is the set of codes that a full check of the data set reports, each with what becomes of the record, or the
+An outcome is the set of codes that a full check of the dataset reports, each with what becomes of the record, or the
 code of the error that ends it. Rows 28 and 29, classes that differ from a checkpoint's or stand in another order, are in
 ``tests/modules/test_detection.py``; that 2000 objects (row 18) also train is in ``tests/models/test_bounded_memory.py``.
 """
@@ -28,14 +28,14 @@ LITERAL = "a number to be replaced"  # json.dumps writes no 1e400 and no integer
 
 
 class Folder:
-    """A data set of two pictures of 48 x 64 and 200 boxes that have nothing wrong with them, to be spoilt."""
+    """A dataset of two images of 48 x 64 and 200 boxes that have nothing wrong with them, to be spoilt."""
 
     def __init__(self, root: Path, write_xml: WriteXml) -> None:
         self.root, self.write_xml = root, write_xml
         self.options: dict[str, object] = {}
         self.file = root / "annotations" / "instances_train.json"
-        self.picture = root / "train" / "1.png"
-        self.picture.parent.mkdir()
+        self.image = root / "train" / "1.png"
+        self.image.parent.mkdir()
         self.file.parent.mkdir()
         for number in (1, 2):
             noise(48, 64, number).save(root / "train" / f"{number}.png")
@@ -88,18 +88,18 @@ class Folder:
         path.write_text(path.read_text().replace(old, new, 1))
 
     def pixels(self, image: Image.Image, name: str = "1.png", **options: object) -> None:
-        """Save another picture in place of the first one, stated with its size."""
-        self.picture.unlink()
-        self.picture = self.picture.with_name(name)
-        image.save(self.picture, **options)  # type: ignore[arg-type]
+        """Save another image in place of the first one, stated with its size."""
+        self.image.unlink()
+        self.image = self.image.with_name(name)
+        image.save(self.image, **options)  # type: ignore[arg-type]
         self.content["images"][0] |= {"file_name": name, "height": image.height, "width": image.width}
         self.members("annotations", coco_annotation([1, 1, 9, 9]))
 
-    def bytes_of_picture(self, content: bytes) -> None:
-        self.picture.write_bytes(content)
+    def bytes_of_image(self, content: bytes) -> None:
+        self.image.write_bytes(content)
 
     def turned(self, size: tuple[int, int] | None) -> None:
-        """A picture with EXIF orientation 6 and the annotated (height, width)."""
+        """An image with EXIF orientation 6 and the annotated (height, width)."""
         exif = Image.Exif()
         exif[0x0112] = 6
         self.pixels(noise(48, 64), "1.jpg", exif=exif)
@@ -110,8 +110,8 @@ class Folder:
 
     def link(self, **options: object) -> None:
         elsewhere = self.root.parent / "elsewhere.png"
-        self.picture.rename(elsewhere)
-        self.picture.symlink_to(elsewhere)
+        self.image.rename(elsewhere)
+        self.image.symlink_to(elsewhere)
         self.options = options
 
     def twice(self, key: str, **more: object) -> None:
@@ -128,13 +128,13 @@ class Row(NamedTuple):
 
 
 def damaged_png(folder: Folder) -> None:
-    content = bytearray(folder.picture.read_bytes())
+    content = bytearray(folder.image.read_bytes())
     content[len(content) // 2] ^= 4
-    folder.bytes_of_picture(bytes(content))
+    folder.bytes_of_image(bytes(content))
 
 
 def png(side: int) -> bytes:
-    """A picture of black and white pixels that its file states and does not hold."""
+    """An image of black and white pixels that its file states and does not hold."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -144,7 +144,7 @@ def png(side: int) -> bytes:
 
 
 def bomb(folder: Folder, side: int) -> None:
-    folder.bytes_of_picture(png(side))
+    folder.bytes_of_image(png(side))
 
 
 def three_frames(folder: Folder) -> None:
@@ -176,8 +176,8 @@ BOXES = [
     Row("15", "5 numbers", lambda f: f.box(1, 2, 3, 4, 5), "D002 refused"),
     Row("16", "strings", lambda f: f.box("1", "1", "9", "9"), "D002 refused"),
     Row("17", "repeated", lambda f: f.twice("annotations", id=999), "D107 dropped"),
-    Row("18", "2000 in a picture", lambda f: f.members("annotations", *(coco_annotation([i % 50, i // 50, 2, 2 + i / 999], i) for i in range(2000))), ""),
-    Row("19", "none in a picture", lambda f: f.members("annotations", coco_annotation([1, 1, 5, 5])), ""),
+    Row("18", "2000 in an image", lambda f: f.members("annotations", *(coco_annotation([i % 50, i // 50, 2, 2 + i / 999], i) for i in range(2000))), ""),
+    Row("19", "none in an image", lambda f: f.members("annotations", coco_annotation([1, 1, 5, 5])), ""),
     Row("20", "none at all", lambda f: f.members("annotations"), "D109 noted"),
     Row("21", "crowd only", lambda f: f.members("annotations", coco_annotation([1, 1, 5, 5], iscrowd=1)), ""),
 ]  # fmt: skip
@@ -199,8 +199,8 @@ JSON = [
     Row("36", "5000 digits", lambda f: f.box(5, 5, LITERAL, 30, literal="9" * 5000), "D004 refused"),
     Row("37", "no annotations", lambda f: (f.content.pop("annotations"), f.write()), "D001 refused"),
     Row("38", "annotations an object", lambda f: (f.content.update(annotations={}), f.write()), "D001 refused"),  # type: ignore[call-overload]
-    Row("39", "unknown picture", lambda f: f.annotation(image_id=99), "D117 dropped"),
-    Row("40", "picture id twice", lambda f: f.twice("images"), "D003 refused"),
+    Row("39", "unknown image", lambda f: f.annotation(image_id=99), "D117 dropped"),
+    Row("40", "image id twice", lambda f: f.twice("images"), "D003 refused"),
     Row("41", "annotation id twice", lambda f: f.annotation(id=2), "D003 refused"),
     Row("42", "ids as strings", lambda f: f.annotation(id="1", image_id="2", category_id="1"), ""),
     Row("43", "iscrowd 2", lambda f: f.annotation(iscrowd=2), "D002 refused"),
@@ -236,10 +236,10 @@ PATHS = [
     Row("66b", "link out, refused", lambda f: f.link(follow_symlinks=False), "S001 refused"),
 ]
 IMAGES = [
-    Row("67", "missing", lambda f: f.picture.unlink(), "I003 refused"),
-    Row("68", "0 bytes", lambda f: f.bytes_of_picture(b""), "I001 refused"),
-    Row("69", "HTML", lambda f: f.bytes_of_picture(b"<html><body>404</body></html>"), "I001 refused"),
-    Row("70", "truncated JPEG", lambda f: (f.pixels(noise(48, 64), "1.jpg"), f.bytes_of_picture(f.picture.read_bytes()[:2000])), "I002 refused"),
+    Row("67", "missing", lambda f: f.image.unlink(), "I003 refused"),
+    Row("68", "0 bytes", lambda f: f.bytes_of_image(b""), "I001 refused"),
+    Row("69", "HTML", lambda f: f.bytes_of_image(b"<html><body>404</body></html>"), "I001 refused"),
+    Row("70", "truncated JPEG", lambda f: (f.pixels(noise(48, 64), "1.jpg"), f.bytes_of_image(f.image.read_bytes()[:2000])), "I002 refused"),
     Row("71", "flipped bit in a PNG", damaged_png, "I002 refused"),
     Row("72", "16 bits", lambda f: f.pixels(Image.fromarray(np.full((48, 64), 257 * 99, np.uint16))), "I010 noted"),
     Row("73", "floats", lambda f: f.pixels(Image.new("F", (64, 48)), "1.tif"), "I011 refused"),
@@ -275,7 +275,7 @@ def test_check_dataset__acceptance(tmp_path: Path, write_xml: WriteXml, row: Row
     folder = Folder(tmp_path / "set", write_xml)
     row.spoil(folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remark on large pictures
+        warnings.simplefilter("ignore")  # Pillow's remark on large images
         assert outcome(folder) == row.expected
 
 
@@ -291,5 +291,11 @@ def test_read_split__what_a_refusal_says(tmp_path: Path, write_xml: WriteXml) ->
     folder.box(5, 5, float("nan"), 30)
     with pytest.raises(DataError) as error:
         read_split(find_splits(folder.root)["train"])
-    for part in ("[LCD-D103]", "annotations/instances_train.json", "annotation 1 of '2.png'", "nan", "bad_records"):
+    for part in (
+        "[LCD-D103]",
+        "annotations/instances_train.json",
+        "annotation 1 of '2.png'",
+        "nan",
+        "invalid_annotations",
+    ):
         assert part in str(error.value)

@@ -3,21 +3,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_convnext_det.data.batch import UnreadablePicture, collate, pack, unpack
+from lightning_convnext_det.data.batch import UnreadableImage, collate, pack, unpack
 from lightning_convnext_det.data.dataset import DetectionDataset
-from tests.data.builders import Box, Picture, make_table
+from tests.data.builders import Box, TinyImage, make_annotations
 
-PICTURES = [
-    Picture(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),
-    Picture(31, 17),
-    Picture(24, 24, (Box((0, 0, 24, 24)),)),
+IMAGES = [
+    TinyImage(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),
+    TinyImage(31, 17),
+    TinyImage(24, 24, (Box((0, 0, 24, 24)),)),
 ]
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("keys", [[0, 1, 2], [1], [2, 0]], ids=["all", "without-boxes", "other-order"])
 def test_unpack__gives_back_what_was_packed(tmp_path: Path, training: bool, keys: list[int]) -> None:
-    samples = DetectionDataset(make_table(tmp_path, PICTURES), training=training)[keys]
+    samples = DetectionDataset(make_annotations(tmp_path, IMAGES), training=training)[keys]
     images, targets = unpack(pack(samples))
     expected_images, expected_targets = collate(samples)
     assert len(images) == len(targets) == len(keys)
@@ -31,7 +31,7 @@ def test_unpack__gives_back_what_was_packed(tmp_path: Path, training: bool, keys
 
 
 def test_unpack__layout_in_memory_is_kept(tmp_path: Path) -> None:
-    (first, target), (second, _) = DetectionDataset(make_table(tmp_path, PICTURES), training=True)[[0, 1]]
+    (first, target), (second, _) = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)[[0, 1]]
     innermost = first.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     cut = second[:, 3:9, 4:8]  # contiguous in neither way
     images, _ = unpack(pack([(first, target), (innermost, target), (cut, target)]))
@@ -42,14 +42,14 @@ def test_unpack__layout_in_memory_is_kept(tmp_path: Path) -> None:
 
 
 def test_pack__tensors_do_not_grow_with_the_batch(tmp_path: Path) -> None:
-    packed = pack(DetectionDataset(make_table(tmp_path, PICTURES), training=False)[[0, 1, 2]])
+    packed = pack(DetectionDataset(make_annotations(tmp_path, IMAGES), training=False)[[0, 1, 2]])
     assert sum(isinstance(value, torch.Tensor) for value in packed) == 1
     assert set(packed.objects) == {"boxes", "labels", "crowd", "area"}
 
 
 def test_pack__sets_aside_what_cannot_be_read(tmp_path: Path) -> None:
-    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
-    failed = UnreadablePicture("a.jpg", "no picture")
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)
+    failed = UnreadableImage("a.jpg", "no image")
     packed = pack([dataset[0], failed, dataset[2]])
     assert packed.unreadable == [failed]
     assert [target["image_id"] for target in unpack(packed)[1]] == [100, 102]

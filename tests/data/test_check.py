@@ -74,8 +74,8 @@ def test_check_dataset__oddities_of_real_sets(
     assert report.clean == clean
 
 
-def test_check_dataset__every_odd_picture(shared_data: Path, tmp_path: Path, write_xml: WriteXml) -> None:
-    """The collected pictures of all formats, as a data set."""
+def test_check_dataset__every_odd_image(shared_data: Path, tmp_path: Path, write_xml: WriteXml) -> None:
+    """The collected images of all formats, as a dataset."""
     for path in sorted((shared_data / "quirks" / "pillow").iterdir()):
         (tmp_path / path.name).symlink_to(path)
         write_xml(tmp_path / f"{path.stem}.xml", [("a", 2, 2, 9, 9)], size=None, name=path.name)
@@ -100,8 +100,8 @@ def test_check_dataset__every_odd_picture(shared_data: Path, tmp_path: Path, wri
     }
 
 
-def test_check_dataset__truncated_picture_shows_only_when_decoded(write_coco: WriteCoco) -> None:
-    root = write_coco(pictures=2).parents[1]
+def test_check_dataset__truncated_image_shows_only_when_decoded(write_coco: WriteCoco) -> None:
+    root = write_coco(num_images=2).parents[1]
     path = root / "train" / "2.png"
     path.write_bytes(path.read_bytes()[:3000])
 
@@ -136,7 +136,7 @@ def test_check_dataset__classes_differ(write_coco: WriteCoco, annotate: Annotate
     assert not report.clean
 
 
-def test_check_dataset__split_without_pictures(write_coco: WriteCoco) -> None:
+def test_check_dataset__split_without_images(write_coco: WriteCoco) -> None:
     report = check_dataset(write_coco(images=[]).parents[1])
 
     assert [(p.code, p.action) for p in report.problems] == [("LCD-L004", "refused")]
@@ -144,25 +144,25 @@ def test_check_dataset__split_without_pictures(write_coco: WriteCoco) -> None:
     assert "0x0" in printed(report)
 
 
-def test_check_dataset__same_pictures_in_two_splits(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_check_dataset__same_images_in_two_splits(write_coco: WriteCoco, annotate: Annotate) -> None:
     """As the same file by another way, and as files with the same bytes."""
-    root = write_coco([annotate([1, 1, 5, 5])], pictures=2).parents[1]
+    root = write_coco([annotate([1, 1, 5, 5])], num_images=2).parents[1]
     (root / "val").mkdir()
     (root / "val" / "copy.png").write_bytes((root / "train" / "2.png").read_bytes())
     names = ("../train/1.png", "copy.png")
     images = [{"id": i, "file_name": name, "height": 48, "width": 64} for i, name in enumerate(names)]
-    write_coco([annotate([1, 1, 5, 5])], images=images, pictures=0, name="val")
+    write_coco([annotate([1, 1, 5, 5])], images=images, num_images=0, name="val")
     report = check_dataset(root)
 
     assert [(p.code, p.file, p.reason) for p in report.problems] == [
         ("LCD-D125", "val/copy.png", "equals train/2.png byte by byte"),
-        ("LCD-D126", str(root), "1 pictures are in 'train' and in 'val', such as 1.png"),
+        ("LCD-D126", str(root), "1 images are in 'train' and in 'val', such as 1.png"),
     ]
     assert report.clean
 
 
 def test_check_dataset__reads_only(write_coco: WriteCoco, annotate: Annotate) -> None:
-    root = write_coco([annotate([1, 1, 0, 5])], pictures=2).parents[1]
+    root = write_coco([annotate([1, 1, 0, 5])], num_images=2).parents[1]
 
     def state() -> dict[str, tuple[int, int]]:
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(root.rglob("*"))}
@@ -172,7 +172,7 @@ def test_check_dataset__reads_only(write_coco: WriteCoco, annotate: Annotate) ->
     assert state() == before
 
 
-def test_check_dataset__no_data_set(tmp_path: Path) -> None:
+def test_check_dataset__no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="LCD-L001"):
         check_dataset(tmp_path)
 
@@ -188,7 +188,7 @@ def test_print_report__brackets_and_colons_are_not_markup(write_coco: WriteCoco,
 
 
 def test_print_report__all_that_is_bad_and_the_first_notes(write_coco: WriteCoco, annotate: Annotate) -> None:
-    root = write_coco([annotate([1, 1, 0, 5], i) for i in range(30)], pictures=25).parents[1]
+    root = write_coco([annotate([1, 1, 0, 5], i) for i in range(30)], num_images=25).parents[1]
     for number in range(1, 26):
         Image.new("LA", (64, 48), number).save(root / "train" / f"{number}.png")
     text = printed(check_dataset(root))
@@ -236,7 +236,7 @@ def test_check_dataset__damaged_annotations_end_in_a_report(
     files = {"voc": root / "train" / "1.xml", "yolo": root / "train" / "1.txt", "yaml": root / "data.yaml"}
     path = files.get(kind) or write_coco([annotate([1 + i, 2, 9, 9], i) for i in range(5)])
     if kind != "coco":
-        write_coco(pictures=1).unlink()
+        write_coco(num_images=1).unlink()
     if kind == "voc":
         write_xml(path, [("cat", 1 + i, 2, 9 + i, 9) for i in range(3)], name="1.png")
     if kind in ("yolo", "yaml"):

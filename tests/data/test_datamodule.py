@@ -20,7 +20,7 @@ from tests.data.recorder import Recorder, SaveAndStop, Seen, make_trainer
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """11 training, 5 validation and 3 test pictures."""
+    """11 training, 5 validation and 3 test images."""
     return write_synthetic_coco(tmp_path_factory.mktemp("coco"), 11, 5, 3, seed=1, min_side=32, max_side=48)
 
 
@@ -42,7 +42,7 @@ def test_properties__readable_right_after_construction(coco: Path) -> None:
     assert data_module(coco, train_transforms="lsj").resizes
 
 
-def test_fit__each_picture_once_per_epoch_in_another_order(coco: Path, tmp_path: Path) -> None:
+def test_fit__each_image_once_per_epoch_in_another_order(coco: Path, tmp_path: Path) -> None:
     model = Recorder()
     make_trainer(tmp_path).fit(model, datamodule=data_module(coco))
     for epoch in (0, 1):
@@ -67,7 +67,7 @@ def test_fit__limit_train_batches_with_persistent_workers(coco: Path, tmp_path: 
     assert helped.seen == alone.seen
 
 
-def test_fit__overfit_batches_repeats_the_same_pictures(coco: Path, tmp_path: Path) -> None:
+def test_fit__overfit_batches_repeats_the_same_images(coco: Path, tmp_path: Path) -> None:
     model = Recorder()
     make_trainer(tmp_path, overfit_batches=2).fit(model, datamodule=data_module(coco))
     assert model.seen["train0"] == model.seen["train1"]
@@ -82,7 +82,7 @@ def test_fit__fast_dev_run(coco: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 4, 6, 9], ids=["mid-first", "late-first", "between", "mid-second"])
-def test_fit__resumes_with_the_next_picture(coco: Path, tmp_path: Path, num_workers: int, stop: int) -> None:
+def test_fit__resumes_with_the_next_image(coco: Path, tmp_path: Path, num_workers: int, stop: int) -> None:
     whole, first, second = Recorder(), Recorder(), Recorder()
     make_trainer(tmp_path, max_epochs=3, limit_val_batches=0).fit(whole, datamodule=data_module(coco))
     data = data_module(coco, num_workers=num_workers)
@@ -132,7 +132,7 @@ def test_test__test_split_else_validation(coco: Path, tmp_path: Path, caplog: py
             make_trainer(tmp_path).test(fallen_back, datamodule=data, verbose=False)
     assert ids(fallen_back.seen, "test0") == [1, 2, 3, 4, 5]
     assert [r.getMessage() for r in caplog.records if "no test split" in r.getMessage()] == [
-        f"no test split in {root}: testing on the 5 validation pictures"
+        f"no test split in {root}: testing on the 5 validation images"
     ]
 
 
@@ -147,10 +147,10 @@ def test_val__set_aside_where_there_is_no_split(coco: Path, tmp_path: Path, capl
     root = copy_without(coco, tmp_path / "set", "val", "test")
     with caplog.at_level(logging.WARNING):
         data = data_module(root, val_fraction=0.3)
-        train, val = data.table("train"), data.table("val")
+        train, val = data.annotations("train"), data.annotations("val")
     assert len(val) == 3
     assert sorted([*train.image_ids, *val.image_ids]) == list(range(1, 12))
-    assert "3 of the 11 pictures of 'train' are set aside for validation" in caplog.text
+    assert "3 of the 11 images of 'train' are set aside for validation" in caplog.text
     again = data_module(root, val_fraction=0.3).table("val")
     assert again.image_ids.tolist() == val.image_ids.tolist()
     assert data_module(root, val_fraction=0.3, seed=1).table("val").image_ids.tolist() != val.image_ids.tolist()
@@ -158,8 +158,8 @@ def test_val__set_aside_where_there_is_no_split(coco: Path, tmp_path: Path, capl
 
 def test_val__trainval_keeps_a_part_for_validation(shared_data: Path) -> None:
     data = data_module(shared_data / "bccd" / "BCCD", train="trainval")
-    assert [len(data.table(stage)) for stage in ("train", "val", "test")] == [263, 29, 72]
-    assert count_shared(data.table("train"), data.table("val")) == 0
+    assert [len(data.annotations(stage)) for stage in ("train", "val", "test")] == [263, 29, 72]
+    assert count_shared(data.annotations("train"), data.annotations("val")) == 0
 
 
 def test_train__difficult_objects_are_learnt_from_but_not_evaluated(shared_data: Path) -> None:
@@ -174,10 +174,10 @@ def test_train__difficult_objects_are_learnt_from_but_not_evaluated(shared_data:
     ("root", "num_classes", "counts"),
     [("bccd/BCCD", 3, [205, 87, 72]), ("coco_mini", 80, [128, 50, 50]), ("voc2012_mini", 20, [67, 33, 33])],
 )
-def test_loaders__real_pictures(shared_data: Path, root: str, num_classes: int, counts: list[int]) -> None:
+def test_loaders__real_images(shared_data: Path, root: str, num_classes: int, counts: list[int]) -> None:
     data = data_module(shared_data / root, batch_size=8, train_transforms="multiscale", sizes=(96, 128))
     assert data.num_classes == num_classes
-    assert [len(data.table(stage)) for stage in ("train", "val", "test")] == counts
+    assert [len(data.annotations(stage)) for stage in ("train", "val", "test")] == counts
     for loader in (data.train_dataloader(), data.val_dataloader()):
         images, targets = next(iter(loader))
         assert len(images) == len(targets) == 8
@@ -209,7 +209,7 @@ def test_val__switched_off(coco: Path, tmp_path: Path) -> None:
 def test_val__overlap_with_training_is_said(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         data_module(coco, val="train").setup("fit")
-    assert "11 of 11 validation pictures are also trained on" in caplog.text
+    assert "11 of 11 validation images are also trained on" in caplog.text
 
 
 def test_train__annotation_files_in_place_of_splits(coco: Path, tmp_path: Path) -> None:
@@ -218,29 +218,29 @@ def test_train__annotation_files_in_place_of_splits(coco: Path, tmp_path: Path) 
         train=str(annotations / "instances_train.json"), val=str(annotations / "instances_val.json"), num_workers=0
     )
     assert len(around.table("train")) == 11
-    shutil.copytree(coco / "test", tmp_path / "pictures")
+    shutil.copytree(coco / "test", tmp_path / "images")
     shutil.copy(annotations / "instances_test.json", tmp_path / "labels.json")
     named = DetectionDataModule(
-        train=str(tmp_path / "labels.json"), train_images=str(tmp_path / "pictures"), num_workers=0, val_fraction=0.4
+        train=str(tmp_path / "labels.json"), train_images=str(tmp_path / "images"), num_workers=0, val_fraction=0.4
     )
     assert len(named.table("val")) == 1
     _, targets = next(iter(named.train_dataloader()))
-    assert Path(targets[0]["file_name"]).parent == tmp_path / "pictures"
+    assert Path(targets[0]["file_name"]).parent == tmp_path / "images"
 
 
-def test_train__path_and_pictures_below_the_root(coco: Path, tmp_path: Path) -> None:
+def test_train__path_and_images_below_the_root(coco: Path, tmp_path: Path) -> None:
     root = shutil.copytree(coco, tmp_path / "root")
     (root / "train").rename(root / "shots")
     data = data_module(root, train="annotations/instances_train.json", train_images="shots")
-    assert data.table("train").path(0).parent == root / "shots"
+    assert data.annotations("train").path(0).parent == root / "shots"
 
 
 @pytest.fixture
-def voc_parts(tmp_path: Path, write_picture: Callable, write_xml: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder holds two folders of XML with their pictures, of 1 and 2 pictures."""
+def voc_parts(tmp_path: Path, write_image: Callable, write_xml: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder holds two folders of XML with their images, of 1 and 2 images."""
     for folder, count in (("first", 1), ("second", 2)):
         for i in range(count):
-            write_picture(tmp_path / folder / f"{i}.png")
+            write_image(tmp_path / folder / f"{i}.png")
             write_xml(tmp_path / folder / f"{i}.xml", [("cat", 5, 5, 30, 30)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -251,15 +251,15 @@ def voc_parts(tmp_path: Path, write_picture: Callable, write_xml: Callable, monk
 def test_train__folders_of_xml_in_the_current_folder(voc_parts: Path, root: str | None, prefix: str) -> None:
     root = str(voc_parts) if root == "ABSOLUTE" else root
     data = DetectionDataModule(root, train=f"{prefix}second", val=f"{prefix}first", num_workers=0)
-    assert (len(data.table("train")), len(data.table("val"))) == (2, 1)
-    assert data.table("train").path(0) == voc_parts / "second" / "0.png"
+    assert (len(data.annotations("train")), len(data.annotations("val"))) == (2, 1)
+    assert data.annotations("train").path(0) == voc_parts / "second" / "0.png"
 
 
 @pytest.mark.parametrize("root", [".", "voc", "../ABOVE/voc", "ABSOLUTE"])
 def test_train__the_name_of_a_split_wins_over_a_folder(
     shared_data: Path, voc_parts: Path, monkeypatch: pytest.MonkeyPatch, root: str
 ) -> None:
-    # a folder and a file are called as the splits of the data set are
+    # a folder and a file are called as the splits of the dataset are
     devkit = shutil.copytree(shared_data / "voc2012_mini" / "VOCdevkit", voc_parts / "voc" / "VOCdevkit")
     here = devkit.parent if root == "." else voc_parts
     (voc_parts / "first").rename(here / "train")
@@ -291,20 +291,20 @@ def test_classes__chosen_in_order(coco: Path) -> None:
     assert data.class_names == ["star", "disc"]
     assert data.category_ids == [5, 1]
     for stage in ("train", "val"):
-        table, full = data.table(stage), everything.table(stage)
+        table, full = data.annotations(stage), everything.table(stage)
         assert len(table) == len(full)
         assert (table.labels == 0).sum() == (full.labels == 4).sum()
         assert (table.labels == 1).sum() == (full.labels == 0).sum()
 
 
-def test_class_names__a_class_that_the_data_set_lacks_keeps_its_label(flat: Path, write_xml: Callable) -> None:
+def test_class_names__a_class_that_the_dataset_lacks_keeps_its_label(flat: Path, write_xml: Callable) -> None:
     write_xml(flat / "a.xml", [("dog", 5, 5, 30, 30)], name="a.png")
     data = data_module(flat, val_fraction=0.0, class_names=["cat", "dog"])
     assert data.class_names == ["cat", "dog"]
-    assert data.table("train").labels.tolist() == [1]
+    assert data.annotations("train").labels.tolist() == [1]
 
 
-def test_predict__numbers_pictures_and_leaves_out_the_unreadable(coco: Path, tmp_path: Path) -> None:
+def test_predict__numbers_images_and_leaves_out_the_unreadable(coco: Path, tmp_path: Path) -> None:
     for index, name in enumerate(["b.jpg", "a.JPG", "c.png"]):
         shutil.copy(coco / "val" / f"{index + 1:06d}.jpg", tmp_path / name)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -325,7 +325,7 @@ def test_predict__file_pattern_and_list(coco: Path) -> None:
     assert files(one) == ["000003.jpg"]
     assert files([one, str(coco / "val"), one]) == ["000003.jpg", *(f"00000{index}.jpg" for index in (1, 2, 4, 5))]
     assert len(files(str(coco / "**" / "*.jpg"))) == 19
-    assert len(files(str(coco / "*" / "*"))) == 19  # the annotation files are no pictures
+    assert len(files(str(coco / "*" / "*"))) == 19  # the annotation files are no images
 
 
 def test_predict__alone_has_no_classes(coco: Path) -> None:
@@ -362,7 +362,7 @@ def change_annotations(coco: Path, root: Path, split: str, **changes: object) ->
 
 def test_setup__empty_split(coco: Path, tmp_path: Path) -> None:
     root = change_annotations(coco, tmp_path / "set", "val", images=[], annotations=[])
-    with pytest.raises(DataError, match=r"split 'val' has no pictures"):
+    with pytest.raises(DataError, match=r"split 'val' has no images"):
         data_module(root).setup("fit")
 
 
@@ -428,7 +428,7 @@ def test_train_dataloader__little_shared_memory_is_said(
     assert "LCD-R001" in caplog.text
 
 
-def test_two_processes__each_picture_once(coco: Path, tmp_path: Path) -> None:
+def test_two_processes__each_image_once(coco: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = [sys.executable, recorder.__file__, str(coco), str(tmp_path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)

@@ -6,21 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_convnext_det.data.batch import UnreadablePicture, collate
-from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
+from lightning_convnext_det.data.batch import UnreadableImage, collate
+from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
-from tests.data.builders import Box, Picture, make_table
+from tests.data.builders import Box, TinyImage, make_annotations
 
-PICTURES = [
-    Picture(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),
-    Picture(30, 20),
-    Picture(24, 24, (Box((0, 0, 24, 24)),)),
+IMAGES = [
+    TinyImage(20, 30, (Box((1, 2, 11, 12), 1), Box((5, 5, 25, 15), 0, crowd=True, area=77.0))),
+    TinyImage(30, 20),
+    TinyImage(24, 24, (Box((0, 0, 24, 24)),)),
 ]
 
 
 def test_getitem__training_leaves_crowd_boxes_out(tmp_path: Path) -> None:
-    image, target = DetectionDataset(make_table(tmp_path, PICTURES), training=True)[0]
+    image, target = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)[0]
     assert image.dtype == torch.uint8
     assert image.shape == (3, 20, 30)
     assert target["boxes"].tolist() == [[1.0, 2.0, 11.0, 12.0]]
@@ -31,7 +31,7 @@ def test_getitem__training_leaves_crowd_boxes_out(tmp_path: Path) -> None:
 
 
 def test_getitem__evaluation_keeps_crowd_and_area(tmp_path: Path) -> None:
-    _, target = DetectionDataset(make_table(tmp_path, PICTURES), training=False)[0]
+    _, target = DetectionDataset(make_annotations(tmp_path, IMAGES), training=False)[0]
     assert target["labels"].tolist() == [1, 0]
     assert target["crowd"].tolist() == [False, True]
     assert target["area"].tolist() == [100.0, 77.0]
@@ -43,22 +43,22 @@ def test_getitem__evaluation_keeps_crowd_and_area(tmp_path: Path) -> None:
     }
 
 
-def test_getitem__picture_without_boxes(tmp_path: Path) -> None:
+def test_getitem__image_without_boxes(tmp_path: Path) -> None:
     for training in (True, False):
-        _, target = DetectionDataset(make_table(tmp_path, PICTURES), training=training)[1]
+        _, target = DetectionDataset(make_annotations(tmp_path, IMAGES), training=training)[1]
         assert target["boxes"].shape == (0, 4)
         assert target["boxes"].dtype == torch.float32
         assert target["labels"].dtype == torch.int64
 
 
 def test_getitem__the_table_cannot_be_changed_through_a_sample(tmp_path: Path) -> None:
-    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)
     dataset[2][1]["boxes"].zero_()
     assert dataset[2][1]["boxes"].tolist() == [[0.0, 0.0, 24.0, 24.0]]
 
 
 def test_getitem__key_decides_the_transform_and_the_global_generator_is_left(tmp_path: Path) -> None:
-    table = make_table(tmp_path, PICTURES)
+    table = make_annotations(tmp_path, IMAGES)
     dataset = DetectionDataset(table, create_transforms("lsj", crop_size=32), training=True, seed=5)
     before = torch.random.get_rng_state()
     first = dataset[(3, 0)]
@@ -74,14 +74,14 @@ def test_getitem__key_decides_the_transform_and_the_global_generator_is_left(tmp
 
 
 def test_getitem__list_of_keys(tmp_path: Path) -> None:
-    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)
     images, targets = collate(dataset[[(0, 2), (0, 0)]])
     assert [image.shape[-2:] for image in images] == [(24, 24), (20, 30)]
     assert [target["image_id"] for target in targets] == [102, 100]
 
 
-def test_getitem__damaged_picture_is_named_with_its_id(tmp_path: Path) -> None:
-    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+def test_getitem__damaged_image_is_named_with_its_id(tmp_path: Path) -> None:
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)
     content = (tmp_path / "02.png").read_bytes()
     (tmp_path / "02.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"02\.png.*\(image id 102, epoch 4\)$") as caught:
@@ -90,7 +90,7 @@ def test_getitem__damaged_picture_is_named_with_its_id(tmp_path: Path) -> None:
 
 
 def test_getitem__size_differs_from_the_annotation(tmp_path: Path) -> None:
-    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=True)
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)
     Image.new("RGB", (24, 25)).save(tmp_path / "02.png")
     with pytest.raises(DataError, match=r"LCD-I020.*02\.png is 24x25, but its boxes refer to 24x24 \(image id 102"):
         dataset[2]
@@ -98,47 +98,47 @@ def test_getitem__size_differs_from_the_annotation(tmp_path: Path) -> None:
 
 def test_pickle__is_small(tmp_path: Path) -> None:
     count = 2000
-    pictures = [Picture(20, 30, (Box((1, 2, 11, 12)),) * 7)] * count
+    images = [TinyImage(20, 30, (Box((1, 2, 11, 12)),) * 7)] * count
     dataset = DetectionDataset(
-        make_table(tmp_path, pictures, write=False), create_transforms("multiscale"), training=True
+        make_annotations(tmp_path, images, write=False), create_transforms("multiscale"), training=True
     )
     content = pickle.dumps(dataset)
-    assert len(content) / count < 400  # bytes per picture with 7 boxes; 118,000 pictures stay below 50 MB
+    assert len(content) / count < 400  # bytes per image with 7 boxes; 118,000 images stay below 50 MB
     assert np.array_equal(pickle.loads(content).table.boxes, dataset.table.boxes)
 
 
-def test_picture_dataset__numbers_pictures_from_one(tmp_path: Path) -> None:
-    make_table(tmp_path, PICTURES)
-    image, target = PictureDataset([tmp_path / "02.png", tmp_path / "00.png"])[1]
+def test_image_dataset__numbers_images_from_one(tmp_path: Path) -> None:
+    make_annotations(tmp_path, IMAGES)
+    image, target = ImageDataset([tmp_path / "02.png", tmp_path / "00.png"])[1]
     assert image.shape == (3, 20, 30)
     assert target["image_id"] == 2
     assert target["file_name"] == str(tmp_path / "00.png")
     assert target["boxes"].shape == (0, 4)
 
 
-def test_picture_dataset__says_what_cannot_be_read(tmp_path: Path) -> None:
+def test_image_dataset__says_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
-    dataset = PictureDataset([tmp_path / "empty.jpg", tmp_path / "missing.jpg"])
+    dataset = ImageDataset([tmp_path / "empty.jpg", tmp_path / "missing.jpg"])
     for index, name in enumerate(["empty.jpg", "missing.jpg"]):
         sample = dataset[index]
-        assert isinstance(sample, UnreadablePicture)
+        assert isinstance(sample, UnreadableImage)
         assert sample.file_name == str(tmp_path / name)
         assert name in sample.reason
 
 
-def test_find_pictures__each_once_in_the_order_given(tmp_path: Path) -> None:
-    make_table(tmp_path, PICTURES)
+def test_find_images__each_once_in_the_order_given(tmp_path: Path) -> None:
+    make_annotations(tmp_path, IMAGES)
     (tmp_path / "below").mkdir()
     for name in ("notes.txt", "below/a.JPG", "odd.dat"):
         (tmp_path / name).touch()
     odd = tmp_path / "odd.dat"
-    names = [str(path.relative_to(tmp_path)) for path in find_pictures([odd, tmp_path, tmp_path / "01.png"])]
+    names = [str(path.relative_to(tmp_path)) for path in find_images([odd, tmp_path, tmp_path / "01.png"])]
     assert names == ["odd.dat", "00.png", "01.png", "02.png"]
-    names = [str(path.relative_to(tmp_path)) for path in find_pictures([tmp_path / "**" / "*"])]
+    names = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path / "**" / "*"])]
     assert names == ["00.png", "01.png", "02.png", "below/a.JPG"]
 
 
-@pytest.mark.parametrize(("name", "message"), [("", "holds no pictures itself"), ("a.jpg", "is not there")])
-def test_find_pictures__none(tmp_path: Path, name: str, message: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [("", "holds no images itself"), ("a.jpg", "is not there")])
+def test_find_images__none(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        find_pictures([tmp_path / name])
+        find_images([tmp_path / name])

@@ -80,8 +80,8 @@ def test_image_folder__evaluation_cuts_as_timm_does(tmp_path: Path) -> None:
         ("none", "data.root is not given"),
         ("absent", "there is no such folder"),
         ("one class", "fewer than two class folders: a"),
-        ("empty class", "b holds no pictures"),
-        ("other class", "c is no class of the training pictures"),
+        ("empty class", "b holds no images"),
+        ("other class", "c is no class of the training images"),
     ],
 )
 def test_image_folder__what_is_wrong_is_said(case: str, message: str, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_image_folder__what_is_wrong_is_said(case: str, message: str, tmp_path: 
         data.num_classes, data.train_dataloader(), data.val_dataloader()
 
 
-def test_image_folder__validation_pictures_of_one_class(tmp_path: Path) -> None:
+def test_image_folder__validation_images_of_one_class(tmp_path: Path) -> None:
     write(tmp_path / "train", ("a", "b"))
     write(tmp_path / "val", ("b",))
     assert module(tmp_path)._split("val")[1] == [1] * len(module(tmp_path)._split("val")[0])

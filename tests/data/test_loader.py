@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from lightning_convnext_det.data.batch import pack
-from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset
-from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader
+from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
+from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader
 from lightning_convnext_det.data.sampler import TrainingBatches
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
-from tests.data.builders import Box, Picture, make_table
+from tests.data.builders import Box, TinyImage, make_annotations
 
-PICTURES = [Picture(20, 30, (Box((1, 2, 11, 12)),)), Picture(30, 20)] * 5
+IMAGES = [TinyImage(20, 30, (Box((1, 2, 11, 12)),)), Image(30, 20)] * 5
 
 
 def training_loader(folder: Path, num_workers: int = 0) -> TrainingLoader:
-    table = make_table(folder, PICTURES)
+    table = make_annotations(folder, IMAGES)
     dataset = DetectionDataset(table, create_transforms("lsj", crop_size=24), training=True)
     return TrainingLoader(
         dataset,
@@ -35,7 +35,7 @@ def image_ids(batches: Sequence[tuple[object, list[dict[str, object]]]]) -> list
     return [[target["image_id"] for target in targets] for _, targets in batches]
 
 
-def test_training_loader__workers_do_not_change_the_pictures(tmp_path: Path) -> None:
+def test_training_loader__workers_do_not_change_the_images(tmp_path: Path) -> None:
     passes = {}
     for num_workers in (0, 2):
         loader = training_loader(tmp_path, num_workers)
@@ -86,41 +86,41 @@ def test_training_loader__state_of_a_finished_epoch_does_not_touch_the_next(tmp_
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_evaluation_loader__unreadable_picture_is_one_line(tmp_path: Path, num_workers: int) -> None:
-    dataset = DetectionDataset(make_table(tmp_path, PICTURES), training=False)
-    (tmp_path / "03.png").write_bytes(b"no picture")
+def test_evaluation_loader__unreadable_image_is_one_line(tmp_path: Path, num_workers: int) -> None:
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=False)
+    (tmp_path / "03.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"^\[LCD-I001\].*03\.png.*\(image id 103, epoch 0\)$") as caught:
         list(EvaluationLoader(dataset, batch_size=2, collate_fn=pack, num_workers=num_workers))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_picture_loader__leaves_out_what_cannot_be_read(
+def test_image_loader__leaves_out_what_cannot_be_read(
     tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_table(tmp_path, PICTURES)
+    make_annotations(tmp_path, IMAGES)
     for index in (1, 2, 3):
-        (tmp_path / f"{index:02d}.png").write_bytes(b"no picture")
+        (tmp_path / f"{index:02d}.png").write_bytes(b"no image")
     files = sorted(tmp_path.glob("*.png"))
-    loader = PictureLoader(PictureDataset(files), batch_size=2, collate_fn=pack, num_workers=num_workers)
+    loader = ImageLoader(ImageDataset(files), batch_size=2, collate_fn=pack, num_workers=num_workers)
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
     assert image_ids(batches) == [[1], [5, 6], [7, 8], [9, 10]]  # the second batch has nothing left
     assert [len(images) for images, _ in batches] == [1, 2, 2, 2]
     messages = [record.getMessage() for record in caplog.records]
     assert [Path(files[index]).name in messages[index - 1] for index in (1, 2, 3)] == [True] * 3
-    assert messages[3] == "3 of 10 pictures could not be read and were left out"
+    assert messages[3] == "3 of 10 images could not be read and were left out"
 
 
-def test_picture_loader__nothing_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    loader = PictureLoader(PictureDataset([tmp_path / "a.png"]), batch_size=2, collate_fn=pack)
-    with pytest.raises(DataError, match="none of 1 pictures can be read"):
+def test_image_loader__nothing_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    loader = ImageLoader(ImageDataset([tmp_path / "a.png"]), batch_size=2, collate_fn=pack)
+    with pytest.raises(DataError, match="none of 1 images can be read"):
         list(loader)
 
 
 def test_training_loader__two_ranks_share_an_epoch(tmp_path: Path) -> None:
-    table = make_table(tmp_path, PICTURES)
+    table = make_annotations(tmp_path, IMAGES)
     seen = []
     for rank in (0, 1):
         sampler = TrainingBatches(np.ones(10, np.bool_), 2, num_replicas=2, rank=rank)

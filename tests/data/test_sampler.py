@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.sampler import EvaluationShare, TrainingBatches, batch_sizes
+from lightning_convnext_det.data.sampler import EvaluationSampler, TrainingBatches, batch_sizes
 
 
 def mixed_orientations(count: int, seed: int = 0) -> NDArray[np.bool_]:
@@ -25,7 +25,7 @@ def all_batches(landscape: NDArray[np.bool_], batch_size: int, replicas: int, ep
 
 @settings(max_examples=200, deadline=None)
 @given(count=st.integers(1, 90), batch_size=st.integers(1, 7), replicas=st.integers(1, 5), drop_last=st.booleans())
-def test_training_batches__cover_each_picture_once(count: int, batch_size: int, replicas: int, drop_last: bool) -> None:
+def test_training_batches__cover_each_image_once(count: int, batch_size: int, replicas: int, drop_last: bool) -> None:
     landscape = mixed_orientations(count)
     sizes = batch_sizes(count, batch_size, replicas, drop_last)
     if not sizes or min(sizes) == 0:
@@ -50,7 +50,7 @@ def test_batch_sizes__by_hand() -> None:
     assert batch_sizes(10, 4, 1, True) == [4, 4]
     assert batch_sizes(8, 4, 2, False) == [4, 4]
     assert batch_sizes(11, 4, 2, False) == [4, 4, 2, 1]
-    assert batch_sizes(9, 4, 2, False) == [3, 2, 2, 2]  # one picture is too few for two ranks: two steps share 9
+    assert batch_sizes(9, 4, 2, False) == [3, 2, 2, 2]  # one image is too few for two ranks: two steps share 9
     assert batch_sizes(5, 1, 2, False) == [1, 1, 1, 1]
 
 
@@ -95,8 +95,8 @@ def test_training_batches__start_leaves_out_the_first_batches_once() -> None:
     assert len(list(sampler)) == len(everything)
 
 
-def test_training_batches__fewer_pictures_than_processes() -> None:
-    with pytest.raises(ValueError, match="2 training pictures do not give each of 3 processes one picture"):
+def test_training_batches__fewer_images_than_processes() -> None:
+    with pytest.raises(ValueError, match="2 training images do not give each of 3 processes one image"):
         TrainingBatches(np.ones(2, np.bool_), 4, num_replicas=3)
 
 
@@ -107,7 +107,7 @@ def test_training_batches__no_batch_size() -> None:
 
 @given(count=st.integers(0, 60), replicas=st.integers(1, 9))
 def test_evaluation_share__contiguous_and_exact(count: int, replicas: int) -> None:
-    shares = [EvaluationShare(count, replicas, rank) for rank in range(replicas)]
+    shares = [EvaluationSampler(count, replicas, rank) for rank in range(replicas)]
     assert [index for share in shares for index in share] == list(range(count))
     assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
     if count:

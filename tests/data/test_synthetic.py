@@ -74,8 +74,8 @@ def test_write_synthetic_coco__is_read_without_a_problem(tmp_path: Path) -> None
     content = json.loads((root / "annotations" / "instances_train.json").read_text())
     assert len(table.boxes) == len(content["annotations"]) > 12
     for index in range(12):
-        with Image.open(table.path(index)) as picture:
-            assert (picture.height, picture.width) == tuple(table.sizes[index])
+        with Image.open(table.path(index)) as image:
+            assert (image.height, image.width) == tuple(table.sizes[index])
 
 
 def test_write_synthetic_coco__same_seed_same_files(tmp_path: Path) -> None:

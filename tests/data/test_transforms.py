@@ -22,7 +22,7 @@ from lightning_convnext_det.data.transforms import (
 )
 from lightning_convnext_det.types import Target
 
-# (preset, arguments): each with sizes that suit a picture of 90 x 130
+# (preset, arguments): each with sizes that suit an image of 90 x 130
 CHANGES: list[tuple[Preset, dict[str, object]]] = [
     ("flip", {"vertical_flip": True}),
     ("multiscale", {"sizes": (60, 80, 100, 120), "max_size": 170}),
@@ -30,7 +30,7 @@ CHANGES: list[tuple[Preset, dict[str, object]]] = [
 ]
 
 
-def picture_with(
+def image_with(
     *corners: tuple[float, float, float, float], height: int = 90, width: int = 130
 ) -> tuple[Tensor, Target]:
     """Black, each box a filled rectangle: its row number in red, brightly."""
@@ -46,7 +46,7 @@ def picture_with(
 @pytest.mark.parametrize(("preset", "arguments"), CHANGES, ids=[preset for preset, _ in CHANGES])
 def test_transform_sample__boxes_follow_the_painted_rectangle(preset: Preset, arguments: dict[str, object]) -> None:
     transforms = create_transforms(preset, **arguments)
-    image, target = picture_with((31, 22, 87, 64))
+    image, target = image_with((31, 22, 87, 64))
     kept = 0
     for index in range(40):
         with seeded(0, 0, index):
@@ -68,7 +68,7 @@ def test_transform_sample__boxes_stay_inside_and_rows_together(preset: Preset, a
     generator = np.random.default_rng(0)
     low = generator.uniform(0, (120, 80), (30, 2))
     high = np.minimum(low + generator.uniform(0.5, 60, (30, 2)), (130, 90))
-    image, target = picture_with(*[tuple(row) for row in np.concatenate([low, high], axis=1).tolist()])
+    image, target = image_with(*[tuple(row) for row in np.concatenate([low, high], axis=1).tolist()])
     transforms = create_transforms(preset, **arguments)
     for index in range(20):
         with seeded(0, 1, index):
@@ -86,7 +86,7 @@ def test_transform_sample__boxes_stay_inside_and_rows_together(preset: Preset, a
 
 
 def test_transform_sample__area_of_a_segment_scales_with_its_box() -> None:
-    image, target = picture_with((10, 10, 50, 40))
+    image, target = image_with((10, 10, 50, 40))
     target["area"] = torch.tensor([300.0])  # a segment that fills a quarter of its box
     _, found = transform_sample(v2.Resize((180, 390)), image, target)
     assert found["boxes"].tolist() == [[30.0, 20.0, 150.0, 80.0]]
@@ -94,7 +94,7 @@ def test_transform_sample__area_of_a_segment_scales_with_its_box() -> None:
 
 
 def test_transform_sample__arguments_are_not_modified() -> None:
-    image, target = picture_with((10, 10, 50, 40), (0, 0, 5, 5))
+    image, target = image_with((10, 10, 50, 40), (0, 0, 5, 5))
     before = image.clone(), {key: value.clone() for key, value in target.items()}
     transform_sample(create_transforms("lsj", crop_size=64), image, target)
     assert torch.equal(image, before[0])
@@ -102,7 +102,7 @@ def test_transform_sample__arguments_are_not_modified() -> None:
 
 
 def test_transform_sample__no_boxes() -> None:
-    image, target = picture_with()
+    image, target = image_with()
     for preset, arguments in CHANGES:
         _, found = transform_sample(create_transforms(preset, **arguments), image, target)
         assert found["boxes"].shape == (0, 4)
@@ -110,7 +110,7 @@ def test_transform_sample__no_boxes() -> None:
 
 
 def test_transform_sample__a_transform_that_removes_boxes() -> None:
-    image, target = picture_with((0, 0, 4, 4), (10, 10, 50, 40), (60, 0, 62, 50))
+    image, target = image_with((0, 0, 4, 4), (10, 10, 50, 40), (60, 0, 62, 50))
     target["crowd"] = torch.tensor([False, True, False])
     _, found = transform_sample(v2.SanitizeBoundingBoxes(min_size=10), image, target)
     assert found["labels"].tolist() == [1]
@@ -119,7 +119,7 @@ def test_transform_sample__a_transform_that_removes_boxes() -> None:
 
 
 def test_transform_sample__vanishing_box_is_left_out() -> None:
-    image, target = picture_with((0, 0, 10, 10), (60, 20, 130, 90))
+    image, target = image_with((0, 0, 10, 10), (60, 20, 130, 90))
     _, found = transform_sample(v2.Resize((8, 12)), image, target)
     assert found["labels"].tolist() == [1]  # the first is 0.9 pixels high
 
@@ -146,7 +146,7 @@ def test_create_transforms__multiscale_sizes_on_a_real_photo(shared_data: Path) 
         assert long <= 1333
         assert short in MULTISCALE_SIZES or long == 1333
         plain += abs(long / short - ratio) < 0.01
-    assert 8 <= plain <= 22  # half of the pictures are not cropped
+    assert 8 <= plain <= 22  # half of the images are not cropped
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_create_transforms__multiscale_crop(
 
 
 def test_create_transforms__lsj_gives_squares() -> None:
-    image, target = picture_with((10, 10, 50, 40))
+    image, target = image_with((10, 10, 50, 40))
     sizes = {transform_sample(create_transforms("lsj", crop_size=96), image, target)[0].shape for _ in range(10)}
     assert sizes == {(3, 96, 96)}
 
@@ -179,7 +179,7 @@ def test_create_transforms__lsj_fills_right_and_bottom() -> None:
     assert (square[:, :, 65:] == FILL).all()
 
 
-def test_square_window__lies_anywhere_in_a_larger_picture() -> None:
+def test_square_window__lies_anywhere_in_a_larger_image() -> None:
     rows, columns = torch.meshgrid(torch.arange(90), torch.arange(130), indexing="ij")
     image = torch.stack([rows, columns, rows]).to(torch.uint8)
     target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -192,7 +192,7 @@ def test_square_window__lies_anywhere_in_a_larger_picture() -> None:
 
 def test_create_transforms__lsj_scales_are_uniform() -> None:
     jitter = create_transforms("lsj", crop_size=130, scale_range=(0.5, 2.0)).transforms[1]
-    image, _ = picture_with()
+    image, _ = image_with()
     widths = [jitter.make_params([image])["size"][1] / 130 for _ in range(300)]
     assert 0.5 <= min(widths) < 0.55
     assert 1.95 < max(widths) <= 2.0
@@ -200,7 +200,7 @@ def test_create_transforms__lsj_scales_are_uniform() -> None:
 
 
 def test_random_size_crop__short_sides_are_kept() -> None:
-    image, target = picture_with((5, 5, 30, 20), height=40, width=100)
+    image, target = image_with((5, 5, 30, 20), height=40, width=100)
     changed, found = transform_sample(RandomSizeCrop(60, 80), image, target)
     assert changed.shape[-2] == 40
     assert 60 <= changed.shape[-1] <= 80
@@ -212,15 +212,15 @@ def test_create_transforms__none() -> None:
 
 
 def test_create_transforms__color_jitter_leaves_boxes() -> None:
-    image, target = picture_with((10, 10, 50, 40))
+    image, target = image_with((10, 10, 50, 40))
     changed, found = transform_sample(create_transforms("none", color_jitter=0.4), image, target)
     assert torch.equal(found["boxes"], target["boxes"])
     assert not torch.equal(changed, image)
 
 
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 2), (3, 7)])
-def test_create_transforms__narrow_pictures_keep_a_pixel(size: tuple[int, int]) -> None:
-    image, target = picture_with(height=size[0], width=size[1])
+def test_create_transforms__narrow_images_keep_a_pixel(size: tuple[int, int]) -> None:
+    image, target = image_with(height=size[0], width=size[1])
     for preset, arguments in CHANGES:
         changed, _ = transform_sample(create_transforms(preset, **arguments), image, target)
         assert min(changed.shape[-2:]) >= 1

@@ -22,7 +22,7 @@ TINY = {"backbone": "test_convnext", "min_size": 64, "max_size": 96, "fpn_channe
 
 
 class Foretold(nn.Module):
-    """Finds in each picture its whole area, as class 0, 1 and 2; remembers what it was given."""
+    """Finds in each image its whole area, as class 0, 1 and 2; remembers what it was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def assert_same(one: Detection, other: Detection, tolerance: float = 1e-4) -> No
 # ---- what comes out
 
 
-def test_predictor__one_picture_gives_one_prediction(predictor: Predictor) -> None:
+def test_predictor__one_image_gives_one_prediction(predictor: Predictor) -> None:
     found = predictor(torch.zeros(3, 40, 50))
     assert isinstance(found, dict)
     assert set(found) == {"boxes", "labels", "scores", "names", "category_ids"}
@@ -148,15 +148,15 @@ def test_predictor__sets_the_detector_to_evaluation_also_later(detector: FasterR
 def test_predictor__kinds_of_one_photo_give_the_same(detector: FasterRCNN, shared_data: Path) -> None:
     path = sorted((shared_data / "coco_mini" / "val2017").glob("*.jpg"))[0]
     with Image.open(path) as image:
-        picture = image.convert("RGB")
-    array, tensor = np.array(picture), read_image(path)
+        rgb = image.convert("RGB")
+    array, tensor = np.array(rgb), read_image(path)
     kinds = {
         "str": str(path),
         "Path": path,
-        "PIL": picture,
+        "PIL": rgb,
         "array": array,
         "array that runs backwards": np.ascontiguousarray(array[..., ::-1])[..., ::-1],
-        "array that cannot be written to": np.asarray(picture),
+        "array that cannot be written to": np.asarray(rgb),
         "array in columns": np.asfortranarray(array),
         "floats": (array / 255).astype(np.float32),
         "doubles": array / 255,
@@ -182,7 +182,7 @@ def test_predictor__half_precision_pixels(predictor: Predictor) -> None:
     predictor(np.zeros((40, 50, 3), np.float16))
 
 
-def test_predictor__boxes_are_those_of_the_upright_picture(predictor: Predictor, tmp_path: Path) -> None:
+def test_predictor__boxes_are_those_of_the_upright_image(predictor: Predictor, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 40)).save(tmp_path / "a.jpg", exif=exif)
@@ -194,7 +194,7 @@ def test_predictor__boxes_are_those_of_the_upright_picture(predictor: Predictor,
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
 @pytest.mark.filterwarnings("ignore:.*LCD-I010")
-def test_predictor__pictures_of_any_mode(mode: str, predictor: Predictor) -> None:
+def test_predictor__images_of_any_mode(mode: str, predictor: Predictor) -> None:
     assert len(predictor(Image.new(mode, (50, 40)))["boxes"]) == 3
 
 
@@ -230,7 +230,7 @@ GREY, ALPHA, LIST = "repeat the grey channel three times", "drop the alpha chann
         pytest.param(torch.full((3, 40, 50), -2.1), "not normalised", id="normalised tensor"),
         pytest.param(torch.full((3, 40, 50), torch.nan), r"\[LCD-I031\] .* not finite", id="nan"),
         pytest.param(np.full((40, 50, 3), np.inf), r"\[LCD-I031\]", id="inf"),
-        pytest.param(np.zeros((40, 50, 3), np.int64), r"\[LCD-I032\] the picture holds int64 pixels", id="int64"),
+        pytest.param(np.zeros((40, 50, 3), np.int64), r"\[LCD-I032\] the image holds int64 pixels", id="int64"),
         pytest.param(np.zeros((40, 50, 3), np.uint16), "holds uint16 pixels", id="uint16"),
         pytest.param(np.zeros((40, 50, 3), bool), "holds bool pixels", id="bool"),
         pytest.param(np.zeros((40, 50, 3), object), "holds object pixels", id="objects"),
@@ -239,10 +239,10 @@ GREY, ALPHA, LIST = "repeat the grey channel three times", "drop the alpha chann
         pytest.param(np.zeros((0, 0, 3)), r"\[LCD-I022\]", id="no pixels in an array"),
         pytest.param(torch.zeros(3, 1, 50), r"\[LCD-I022\]", id="one line"),
         pytest.param(Image.new("RGB", (1000, 4)), r"\[LCD-I021\] .* 1000x4; one side is over 200 x", id="strip"),
-        pytest.param(Image.new("F", (50, 40)), r"\[LCD-I011\] the picture: the pixels are floats", id="PIL of floats"),
+        pytest.param(Image.new("F", (50, 40)), r"\[LCD-I011\] the image: the pixels are floats", id="PIL of floats"),
     ],
 )
-def test_predictor__what_is_no_rgb_picture_is_refused(image: object, message: str, predictor: Predictor) -> None:
+def test_predictor__what_is_no_rgb_image_is_refused(image: object, message: str, predictor: Predictor) -> None:
     with pytest.raises(DataError, match=message):
         predictor(image)
     with pytest.raises(DataError, match=r"images\[1\]"):
@@ -260,8 +260,8 @@ def test_predictor__overshoot_of_interpolation_is_not_refused(predictor: Predict
 
 
 @pytest.mark.parametrize("image", [None, b"bytes", 3, {"a": 1}, io.BytesIO(), iter([]), [["a.jpg"]]])
-def test_predictor__what_is_no_picture_at_all_is_refused(image: object, predictor: Predictor) -> None:
-    with pytest.raises(TypeError, match=r"(the picture|images\[0\]) is of type \w+; give a path, a Pillow picture"):
+def test_predictor__what_is_no_image_at_all_is_refused(image: object, predictor: Predictor) -> None:
+    with pytest.raises(TypeError, match=r"(the image|images\[0\]) is of type \w+; give a path, a Pillow image"):
         predictor(image)
 
 

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from lightning_convnext_det.errors import DivergenceError
-from lightning_convnext_det.metrics.coco_map import FIGURES, DetectionEvaluator
+from lightning_convnext_det.metrics.coco_map import METRICS, DetectionEvaluator
 from lightning_convnext_det.types import Detection, Target
 
 PAIRS = ["coco_fakebbox100", "coco_fakebbox100_boxarea", "fce_crowd1img", "odm_sample2", "podm_voc38", "voc2012_100"]
@@ -65,7 +65,7 @@ def test_evaluator__equals_pycocotools_on_published_pairs(shared_data: Path, pai
     evaluator = DetectionEvaluator([str(i) for i in ids])
     evaluator.update(detections, targets)
     figures = evaluator.compute()
-    for name, value in zip(FIGURES, expected["pycocotools_stats"].values(), strict=True):
+    for name, value in zip(METRICS, expected["pycocotools_stats"].values(), strict=True):
         if value == -1:
             assert math.isnan(figures[name]), name
         else:
@@ -75,7 +75,7 @@ def test_evaluator__equals_pycocotools_on_published_pairs(shared_data: Path, pai
             assert figures[f"map/{category}"] == pytest.approx(values["AP"], abs=1e-6)
 
 
-def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_pictures(
+def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_images(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = shared_data / "coco_mini" / "annotations" / "instances_val2017.json"
@@ -101,7 +101,7 @@ def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_pictures(
         evaluator.update([d], [t])
     figures = evaluator.compute()
     assert 0.1 < figures["map"] < 0.9
-    for name, value in zip(FIGURES, reference.stats, strict=True):
+    for name, value in zip(METRICS, reference.stats, strict=True):
         assert figures[name] == pytest.approx(value, abs=1e-6), name
     assert capsys.readouterr().out == ""
 
@@ -119,7 +119,7 @@ def test_evaluator__truth_as_prediction_is_exactly_one(shared_data: Path) -> Non
     assert figures["map"] == figures["map_50"] == figures["map_75"] == figures["mar_100"] == 1.0
 
 
-def test_evaluator__a_picture_counts_once_and_reset_forgets() -> None:
+def test_evaluator__a_image_counts_once_and_reset_forgets() -> None:
     evaluator = DetectionEvaluator(["cat", "dog"])
     box = [[0.0, 0.0, 10.0, 10.0]]
     for _ in range(3):
@@ -155,14 +155,14 @@ def test_evaluator__refuses_non_finite_predictions(bad: float) -> None:
             evaluator.update([found], [target(1, [], [], file_name="a.jpg")])
 
 
-def test_evaluator__needs_the_picture() -> None:
+def test_evaluator__needs_the_image() -> None:
     with pytest.raises(ValueError, match="no 'image_id'"):
         DetectionEvaluator(["cat"]).update(
             [detection([], [], [])], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}]
         )
 
 
-def test_evaluator__a_hundred_detections_per_picture_count() -> None:
+def test_evaluator__a_hundred_detections_per_image_count() -> None:
     boxes = [[0.0, 0.0, 10.0, 10.0]] * 150
     evaluator = DetectionEvaluator(["cat"])
     evaluator.update(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes import run_script
 
-# row -> the pictures of each process
+# row -> the images of each process
 SHARES = {
     "1 process": [range(9)],
     "2 even": [range(5), range(5, 9)],
@@ -17,14 +17,14 @@ SHARES = {
     "2, one idle": [range(9), range(0)],
     "2, the first idle": [range(0), range(9)],
     "2, interleaved": [range(0, 9, 2), range(1, 9, 2)],
-    "2, one picture twice": [range(5), range(4, 9)],
+    "2, one image twice": [range(5), range(4, 9)],
     "3 uneven": [range(2), range(2, 3), range(3, 9)],
     "3, two idle": [range(0), range(9), range(0)],
-    "3, only pictures without boxes on one": [[0, 3], [1, 2, 4, 5, 6], [7, 8]],
+    "3, only images without boxes on one": [[0, 3], [1, 2, 4, 5, 6], [7, 8]],
 }
 UNDEFINED = {
-    "1, nobody has pictures": [range(0)],
-    "2, nobody has pictures": [range(0), range(0)],
+    "1, nobody has images": [range(0)],
+    "2, nobody has images": [range(0), range(0)],
     "2, no boxes": [[0], [3]],
     "3, one crowd": [[0], [8], [3]],
 }
@@ -37,8 +37,8 @@ import torch.distributed as dist
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
 from tests.processes import launch
 
-def pictures():
-    # 9 pictures of up to 6 objects of 3 classes; 0 and 3 have none, 8 only a crowd; two digits of score: many ties
+def images():
+    # 9 images of up to 6 objects of 3 classes; 0 and 3 have none, 8 only a crowd; two digits of score: many ties
     generator = torch.Generator().manual_seed(5)
     for i in range(9):
         count = 0 if i in (0, 3) else 1 if i == 8 else 2 + i % 5
@@ -60,7 +60,7 @@ def pictures():
 def evaluate(rank, world_size):
     if world_size > 1:
         dist.init_process_group("gloo")
-    everything = list(pictures())
+    everything = list(images())
     for name, shares in rows[world_size].items():
         evaluator = DetectionEvaluator(["a", "b", "c"])
         for i in shares[rank]:
@@ -112,10 +112,10 @@ def test_compute__undefined_says_why_on_every_process(
     figures: dict[str, list[tuple[dict[str, float], str | None]]], row: str
 ) -> None:
     whys = {
-        "1, nobody has pictures": "no picture was evaluated",
-        "2, nobody has pictures": "no picture was evaluated",
-        "2, no boxes": "the 2 pictures have no boxes",
-        "3, one crowd": "the 3 pictures have 1 boxes, which all are crowd regions",
+        "1, nobody has images": "no image was evaluated",
+        "2, nobody has images": "no image was evaluated",
+        "2, no boxes": "the 2 images have no boxes",
+        "3, one crowd": "the 3 images have 1 boxes, which all are crowd regions",
     }
     for found, reason in figures[row]:
         assert all(math.isnan(value) for value in found.values())

@@ -57,7 +57,7 @@ def test_timm_pyramid__equals_timms_own_features(photos: list[torch.Tensor]) -> 
 
 
 def test_timm_pyramid__output_norm_standardises_each_position() -> None:
-    maps = TimmPyramid("test_convnext", output_norm=True).eval()(torch.rand(1, 3, 64, 64))
+    maps = TimmPyramid("test_convnext", out_norm=True).eval()(torch.rand(1, 3, 64, 64))
     for x in maps:
         torch.testing.assert_close(x.mean(1), torch.zeros_like(x.mean(1)), atol=1e-4, rtol=0)
         torch.testing.assert_close(x.var(1, unbiased=False), torch.ones_like(x.mean(1)), atol=1e-2, rtol=0)

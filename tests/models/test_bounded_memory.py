@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - scripts as text
-"""Pictures with thousands of objects: the same matches in parts, and within a limit of memory."""
+"""Images with thousands of objects: the same matches in parts, and within a limit of memory."""
 
 import subprocess
 import sys
@@ -13,12 +13,12 @@ from torchvision.ops import box_iou
 from lightning_convnext_det.models.deformable_detr import criterion
 from lightning_convnext_det.models.deformable_detr.criterion import Objects, Predictions, SetCriterion
 from lightning_convnext_det.models.rcnn import matcher as matching
-from lightning_convnext_det.models.rcnn.matcher import BoundedMatcher, OwnMatcher, Pairs
+from lightning_convnext_det.models.rcnn.matcher import BestOverlapMatcher, BoxPairs, ChunkedMatcher
 
 MATCHERS = {
     "torchvision": Matcher(0.7, 0.3, allow_low_quality_matches=True),
     "torchvision, heads": Matcher(0.5, 0.5, allow_low_quality_matches=False),
-    "mmdetection": OwnMatcher(0.7, 0.3, 0.3),
+    "mmdetection": BestOverlapMatcher(0.7, 0.3, 0.3),
 }
 
 
@@ -34,9 +34,9 @@ def test_bounded_matcher__parts_equal_the_whole(
     matcher: Matcher, objects: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matching, "_PAIRS", limit)
-    pairs = Pairs(boxes(objects, 0), boxes(500, 1))
+    pairs = BoxPairs(boxes(objects, 0), boxes(500, 1))
     expected = matcher(box_iou(*pairs))
-    assert torch.equal(BoundedMatcher(matcher)(pairs), expected)
+    assert torch.equal(ChunkedMatcher(matcher)(pairs), expected)
     assert (expected >= 0).any()
 
 

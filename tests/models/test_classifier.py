@@ -16,7 +16,7 @@ from lightning_convnext_det.models.classifier import Classifier
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 255, (90, 140, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((300, 260))
 
@@ -27,7 +27,7 @@ def timm_input(net: torch.nn.Module, image: Image.Image) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto", "resnet18"])
-def test_classify_and_extract_features__equal_timm(name: str, picture: Image.Image) -> None:
+def test_classify_and_extract_features__equal_timm(name: str, image: Image.Image) -> None:
     model = create_classifier(name)
     torch.manual_seed(0)
     plain = timm.create_model(name).eval()
@@ -35,43 +35,43 @@ def test_classify_and_extract_features__equal_timm(name: str, picture: Image.Ima
     pyramid = timm.create_model(name, features_only=True).eval()
     own = {key.replace(".", "_"): value for key, value in plain.state_dict().items()}
     pyramid.load_state_dict({key: own[key.replace(".", "_")] for key in pyramid.state_dict()})
-    batch = timm_input(plain, picture)
+    batch = timm_input(plain, image)
     with torch.no_grad():
         scores = plain(batch).softmax(-1)[0]
         maps, pooled = pyramid(batch), plain.forward_head(plain.forward_features(batch), pre_logits=True)[0]
-    found = classify(model, picture, top=3)
+    found = classify(model, image, top=3)
     assert [f.label for f in found] == scores.topk(3).indices.tolist()
     assert [f.score for f in found] == pytest.approx(scores.topk(3).values.tolist(), abs=1e-6)
-    features = extract_features(model, picture)
+    features = extract_features(model, image)
     assert features.pooled.shape == (plain.num_features,)
     torch.testing.assert_close(features.pooled, pooled, atol=1e-6, rtol=1e-5)
     for own_map, its_map in zip(features.maps[-4:], maps[-4:], strict=True):
         torch.testing.assert_close(own_map, its_map[0], atol=1e-6, rtol=1e-5)
 
 
-def test_classify__names_files_and_tensors(picture: Image.Image, tmp_path: Path) -> None:
+def test_classify__names_files_and_tensors(image: Image.Image, tmp_path: Path) -> None:
     assert create_classifier("test_convnext").class_names[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
     model = create_classifier("test_convnext", num_classes=3, class_names=["cat", "dog", "owl"])
-    picture.save(tmp_path / "a.png")
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    found = [classify(model, x)[0] for x in (picture, str(tmp_path / "a.png"), pixels, pixels.double() / 255)]
+    image.save(tmp_path / "a.png")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    found = [classify(model, x)[0] for x in (image, str(tmp_path / "a.png"), pixels, pixels.double() / 255)]
     assert len(set(found)) == 1
     assert found[0].name == ["cat", "dog", "owl"][found[0].label]
-    assert len(classify(model, picture, top=9)) == 3
+    assert len(classify(model, image, top=9)) == 3
     with pytest.raises(ValueError, match="2 class_names, but 'test_convnext' has 3 classes"):
         create_classifier("test_convnext", num_classes=3, class_names=["cat", "dog"])
     with pytest.raises(ValueError, match="did you mean 'convnext_tiny'"):
         create_classifier("convnext_tinny")
 
 
-def test_classify__files_are_turned_upright(picture: Image.Image, tmp_path: Path) -> None:
+def test_classify__files_are_turned_upright(image: Image.Image, tmp_path: Path) -> None:
     model = create_classifier("convnext_atto", num_classes=5).eval()
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    picture.save(tmp_path / "a.png", exif=exif)
-    upright = classify(model, picture.transpose(Image.Transpose.ROTATE_270))
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = classify(model, image.transpose(Image.Transpose.ROTATE_270))
     assert classify(model, tmp_path / "a.png") == upright
-    assert classify(model, picture) != upright
+    assert classify(model, image) != upright
 
 
 def test_list_classifiers__names_and_tags() -> None:

@@ -69,7 +69,7 @@ def test_image_transform__extreme_aspect_keeps_a_pixel() -> None:
         (torch.zeros(3, 10, 10, dtype=torch.int64), TypeError, "int64; expected uint8 or floating point"),
     ],
 )
-def test_image_transform__wrong_picture(image: Tensor, error: type[Exception], message: str) -> None:
+def test_image_transform__wrong_image(image: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ImageTransform()([image])
 

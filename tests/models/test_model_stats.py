@@ -68,7 +68,7 @@ def test_measure_detector__every_kind() -> None:
     boxref = measure_detector("deformable_detr_boxref_convnextv2_tiny")
     assert (boxref.strides, boxref.channels) == ((4, 8, 16, 32), (96, 192, 384, 768))
     paper = measure_detector("deformable_detr_resnet50", strides=(8, 16, 32), extra_levels=1)
-    # arXiv:2010.04159, table 1: 173 G on average over COCO's pictures, which are smaller than 800 x 1333
+    # arXiv:2010.04159, table 1: 173 G on average over COCO's images, which are smaller than 800 x 1333
     assert 173 < paper.gflops < 173 * 1.2
     faster, cascade = (measure_detector(f"{kind}_convnext_tiny_fpn") for kind in ("fasterrcnn", "cascadercnn"))
     assert cascade.gflops > faster.gflops

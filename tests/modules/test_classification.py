@@ -121,7 +121,7 @@ def test_commands__released_weights_on_a_folder_of_some_imagenet_classes(
 def test_setup__unknown_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     module = ClassifierModule(3, ["blue", "green", "yellow"], backbone="test_convnext")
     data = ImageFolderDataModule(str(folder), image_size=32, num_workers=0)
-    with pytest.raises(DataError, match="class 2 is 'yellow', the data set's is 'red'"):
+    with pytest.raises(DataError, match="class 2 is 'yellow', the dataset's is 'red'"):
         create_trainer(tmp_path).validate(module, data, verbose=False)
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_convnext_det.cli.trainer import _named_start
 from lightning_convnext_det.errors import CheckpointError, DataError
-from lightning_convnext_det.metrics.coco_map import FIGURES
+from lightning_convnext_det.metrics.coco_map import METRICS
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module, start_module
 from lightning_convnext_det.modules.detection import Batch
 from lightning_convnext_det.modules.registry import save_module
@@ -26,11 +26,11 @@ def test_detection_module__logs_every_loss_and_figure(loader: DataLoader[Batch],
     trainer = create_trainer(tmp_path, enable_checkpointing=False)
     trainer.fit(create_module(class_names=["dark", "bright"]), loader, loader)
     logged = trainer.callback_metrics
-    losses = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+    losses = ("loss_objectness", "loss_rpn_box", "loss_classification", "loss_box")
     assert float(logged["train/loss"]) == pytest.approx(
         sum(float(logged[f"train/{name}"]) for name in losses), rel=1e-5
     )
-    assert {f"val/{name}" for name in (*FIGURES, "map/dark", "map/bright")} <= set(logged)
+    assert {f"val/{name}" for name in (*METRICS, "map/dark", "map/bright")} <= set(logged)
 
 
 def test_detection_module__learns_and_tests(loader: DataLoader[Batch], tmp_path: Path) -> None:
@@ -52,11 +52,11 @@ def test_detection_module__sanity_check_is_not_evaluated(loader: DataLoader[Batc
     module.evaluator.compute = lambda: calls.append(len(module.evaluator._records)) or compute()  # type: ignore[method-assign]
     trainer = create_trainer(tmp_path, num_sanity_val_steps=2, max_epochs=2, enable_checkpointing=False)
     trainer.fit(module, loader, loader)
-    assert calls == [6, 6]  # all pictures, once per epoch, nothing kept
+    assert calls == [6, 6]  # all images, once per epoch, nothing kept
 
 
 def test_parameter_groups__decay_and_backbone_factor() -> None:
-    module = create_module(lr=1e-3, weight_decay=0.1, backbone_lr_factor=0.25, output_norm=True)
+    module = create_module(lr=1e-3, weight_decay=0.1, backbone_lr_factor=0.25, out_norm=True)
     groups = {g["name"]: g for g in module.parameter_groups()}
     names = {id(p): n for n, p in module.detector.named_parameters()}
     of_group = {name: {names[id(p)] for p in g["params"]} for name, g in groups.items()}
@@ -151,7 +151,7 @@ def test_checkpoint__never_asks_for_pretrained_weights(
 
 def test_checkpoint__other_classes_are_refused(tmp_path: Path, loader: DataLoader[Batch]) -> None:
     path, _ = fit_and_save(tmp_path, loader)
-    with pytest.raises(CheckpointError, match="class 0 is 'dark', the data set's is 'bright'"):
+    with pytest.raises(CheckpointError, match="class 0 is 'dark', the dataset's is 'bright'"):
         create_trainer(tmp_path).test(create_module(class_names=["bright", "dark"]), loader, ckpt_path=path)
 
 
@@ -160,7 +160,7 @@ def test_checkpoint__other_classes_are_refused(tmp_path: Path, loader: DataLoade
     [
         (b"", "is not a checkpoint of this package"),
         (b"<html>not found</html>", "is not a checkpoint of this package"),
-        ({"state_dict": {"a": torch.zeros(1)}}, "weights from elsewhere need convnext-det import-weights"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "third-party weights need convnext-det import-weights"),
         ({"lightning_convnext_det": {"module": "os.system"}}, "is not a checkpoint of this package"),
         ({"lightning_convnext_det": {"module": "FasterRCNNModule"}}, "lacks hyper-parameters or weights"),
         (
@@ -217,7 +217,7 @@ def test_setup__takes_or_checks_the_classes_of_the_data(monkeypatch: pytest.Monk
     assert (unnamed.class_names, unnamed.category_ids) == (["a", "b"], [5, 6])
     assert isinstance(unnamed.detector, nn.Module)
     assert not unnamed.detector.transform.resize_in_training
-    with pytest.raises(DataError, match=r"LCD-D120.*class 0 is 'b', the data set's is 'a'"):
+    with pytest.raises(DataError, match=r"LCD-D120.*class 0 is 'b', the dataset's is 'a'"):
         named.setup("test")
 
 
@@ -240,11 +240,11 @@ def test_on_load_checkpoint__of_another_network() -> None:
 
 def test_start_module__batch_norm_that_learns_again_and_tensors_without_a_place(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    save_module(create_module(backbone="test_resnet", output_norm=True), path)
+    save_module(create_module(backbone="test_resnet", out_norm=True), path)
     module = start_module(path, 3, batch_norm="train")
     assert "detector.backbone.body.net.conv1.1.num_batches_tracked" in module.state_dict()
     with pytest.raises(CheckpointError, match=r"LCD-K014.*'detector.backbone.body.norms.0.weight' has no place in it"):
-        start_module(path, 3, output_norm=False)
+        start_module(path, 3, out_norm=False)
 
 
 def test_named_start__from_a_configuration(tmp_path: Path) -> None:

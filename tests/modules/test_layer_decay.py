@@ -30,9 +30,7 @@ def authors_scale(name: str, depths: tuple[int, ...], decay: float) -> float:
 @pytest.mark.parametrize(("backbone", "decay"), [("convnext_tiny", 0.95), ("convnext_base", 0.8)])
 def test_parameter_groups__equal_the_authors_rule(backbone: str, decay: float) -> None:
     with torch.device("meta"):
-        module = FasterRCNNModule(
-            80, backbone=backbone, output_norm=True, lr=1e-4, weight_decay=0.05, layer_decay=decay
-        )
+        module = FasterRCNNModule(80, backbone=backbone, out_norm=True, lr=1e-4, weight_decay=0.05, layer_decay=decay)
     groups = module.parameter_groups()
     print("\n" + backbone)  # shown by pytest -s
     print(format_groups(groups))

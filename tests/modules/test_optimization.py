@@ -63,7 +63,7 @@ def test_lr_batch_size__scales_and_says_so(
         datamodule, world_size, accumulate_grad_batches = _Data(), 2, 2
         estimated_stepping_batches, max_epochs = 100, 1
 
-    module = create_module(lr=1e-3, lr_batch_size=reference, backbone_lr_factor=0.1)
+    module = create_module(lr=1e-3, base_batch_size=reference, backbone_lr_factor=0.1)
     monkeypatch.setattr(type(module), "trainer", _Trainer())
     caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
     found = module.configure_optimizers()
@@ -73,15 +73,15 @@ def test_lr_batch_size__scales_and_says_so(
     said = [r.getMessage() for r in caplog.records if "total batch" in r.getMessage()]
     if reference == 16:
         assert said == [
-            "learning rate 0.001 x 8 / 16 = 0.0005: total batch 8 = 2 pictures x 2 processes x 2 accumulated batches"
+            "learning rate 0.001 x 8 / 16 = 0.0005: total batch 8 = 2 images x 2 processes x 2 accumulated batches"
         ]
     else:
         assert len(said) == (reference is not None)
 
 
 def test_lr_batch_size__without_a_data_module(tmp_path: Path, loader: DataLoader[Batch]) -> None:
-    with pytest.raises(ValueError, match="lr_batch_size needs a data module"):
-        create_trainer(tmp_path, enable_checkpointing=False).fit(create_module(lr_batch_size=16), loader)
+    with pytest.raises(ValueError, match="base_batch_size needs a data module"):
+        create_trainer(tmp_path, enable_checkpointing=False).fit(create_module(base_batch_size=16), loader)
 
 
 def test_layer_decay__groups_are_said_when_training_begins(

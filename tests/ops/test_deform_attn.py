@@ -144,7 +144,7 @@ def test_multi_scale_deformable_attention__the_fast_path_is_deterministic() -> N
 
 
 def test_multi_scale_deformable_attention__reads_photos(photos: list[Tensor]) -> None:
-    levels = [nn.functional.avg_pool2d(photo[None] / 255, 8) for photo in photos]  # three pictures as three levels
+    levels = [nn.functional.avg_pool2d(photo[None] / 255, 8) for photo in photos]  # three images as three levels
     value = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)[:, :, None]  # [1, S, 1, 3]
     shapes = [(level.shape[2], level.shape[3]) for level in levels]
     _, _, locations, weights = attention_arguments(shapes, queries=400, heads=1, points=4, margin=0.05)

@@ -27,7 +27,7 @@ def test_resize_like_opencv__within_a_level_of_exact_interpolation(size: tuple[i
     assert (resize_like_opencv(image, size) - exact).abs().max() < 1.01
 
 
-def test_resize_like_opencv__same_size_and_flat_pictures_stay() -> None:
+def test_resize_like_opencv__same_size_and_flat_images_stay() -> None:
     image = torch.randint(0, 256, (3, 61, 47), dtype=torch.uint8)
     assert torch.equal(resize_like_opencv(image, (61, 47)), image)
     assert resize_like_opencv(torch.full((1, 7, 9), 201, dtype=torch.uint8), (50, 20)).unique().tolist() == [201]

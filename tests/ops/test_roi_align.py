@@ -222,10 +222,10 @@ def test_roi_align__a_box_too_large_to_sample_every_pixel() -> None:
 
 def test_roi_align__on_photos(photos: list[Tensor]) -> None:
     for photo in photos:
-        picture = photo[None] / 255
-        rois = _boxes(300, picture.shape[2], picture.shape[3])
-        expected = torchvision.ops.roi_align(picture, rois, 7, 1.0, 2, True)
-        torch.testing.assert_close(_gather(picture, rois, (7, 7), 1.0, 2, True), expected, rtol=0, atol=1e-5)
+        image = photo[None] / 255
+        rois = _boxes(300, image.shape[2], image.shape[3])
+        expected = torchvision.ops.roi_align(image, rois, 7, 1.0, 2, True)
+        torch.testing.assert_close(_gather(image, rois, (7, 7), 1.0, 2, True), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not GOLDENS.is_file(), reason="MMDetection's figures are not here")

@@ -15,7 +15,7 @@ class _Step(NamedTuple):
     epoch: int
     step: int
     losses: dict[str, Tensor]
-    pictures: list[str]
+    images: list[str]
     reason: str | None
     """What the network has said itself."""
 
@@ -36,7 +36,7 @@ class LossWatch:
     def add(
         self,
         losses: Mapping[str, Tensor],
-        pictures: Sequence[str],
+        images: Sequence[str],
         epoch: int,
         step: int,
         reason: str | None = None,
@@ -45,12 +45,12 @@ class LossWatch:
 
         Args:
             losses: scalars by name.
-            pictures: names of the step's pictures.
+            images: names of the step's images.
             epoch: counts from 0.
             step: of the optimizer, counts from 0.
             reason: why the losses are known not to be finite.
         """
-        self._steps.append(_Step(epoch, step, {k: v.detach() for k, v in losses.items()}, list(pictures), reason))
+        self._steps.append(_Step(epoch, step, {k: v.detach() for k, v in losses.items()}, list(images), reason))
 
     def read(self, process: int = 0) -> str | None:
         """Read the losses taken since the last time; a line about the first that is not finite, None if all are.
@@ -70,7 +70,7 @@ class LossWatch:
             if self._bad_in_a_row > self.patience:
                 what = step.reason.removeprefix("[LCD-N001] ").partition(";")[0] if step.reason else ", ".join(bad)
                 where = f"epoch {step.epoch}, step {step.step}, process {process}"
-                return f"[LCD-N001] {what} at {where}, pictures {', '.join(step.pictures)}"
+                return f"[LCD-N001] {what} at {where}, images {', '.join(step.images)}"
         return None
 
 

@@ -1,7 +1,7 @@
 """Continuing a training as if it had not been interrupted.
 
-The pictures of a step are a function of seed and epoch (`data.sampler`), their random changes of seed, epoch and
-picture (`data.dataset`). Here, whatever else draws random numbers in a step (drop path, the sampling of proposals) is
+The images of a step are a function of seed and epoch (`data.sampler`), their random changes of seed, epoch and
+image (`data.dataset`). Here, whatever else draws random numbers in a step (drop path, the sampling of proposals) is
 made a function of seed, epoch, step and process, and no state of a generator has to be saved.
 """
 

@@ -18,26 +18,26 @@ from lightning_convnext_det.types import Detection, Target
 from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
 
 _RESULTS = "predictions.json"
-_LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # pictures without the noise of JPEG are drawn as PNG
+_LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the noise of JPEG are drawn as PNG
 
 
 # Not Lightning's BasePredictionWriter: that one warns of every loader without a batch sampler, whose indices are no use
-# here, for a picture that cannot be read is left out of its batch.
+# here, for an image that cannot be read is left out of its batch.
 class PredictionWriter(Callback):
-    """Writes predictions while they are made: a file of COCO results, and the pictures with boxes drawn.
+    """Writes predictions while they are made: a file of COCO results, and the images with boxes drawn.
 
     ``predictions.json`` is a list of ``{image_id, category_id, bbox, score, category_name, file_name}`` with the data
-    set's own category ids and boxes (x, y, width, height) in pixels of the upright picture: all that the detector
-    returns. pycocotools reads it. It appears when the prediction is complete, with the pictures of all processes.
+    set's own category ids and boxes (x, y, width, height) in pixels of the upright image: all that the detector
+    returns. pycocotools reads it. It appears when the prediction is complete, with the images of all processes.
 
-    A drawing has the name of its picture; where that is taken, the image id is added. What an earlier prediction wrote
+    A drawing has the name of its image; where that is taken, the image id is added. What an earlier prediction wrote
     into the folder is replaced; other files are left alone.
 
     Args:
         folder: where to write.
         score_threshold: boxes with a lower score are not drawn; the file holds them.
-        draw: write pictures with boxes, names and scores.
-        draw_limit: draw no more than this many pictures; all if not given.
+        draw: write images with boxes, names and scores.
+        draw_limit: draw no more than this many images; all if not given.
         font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
     """
 
@@ -52,7 +52,7 @@ class PredictionWriter(Callback):
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold is {score_threshold}; scores run from 0 to 1")
         if draw_limit is not None and draw_limit < 0:
-            raise ValueError(f"draw_limit is {draw_limit}; it is a number of pictures")
+            raise ValueError(f"draw_limit is {draw_limit}; it is a number of images")
         self.folder = Path(folder)
         self.score_threshold = score_threshold
         self.draw = draw
@@ -106,7 +106,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the records of a batch and draw its pictures.
+        """Write the records of a batch and draw its images.
 
         Raises:
             DivergenceError: if a box or score is not finite.
@@ -126,7 +126,7 @@ class PredictionWriter(Callback):
         if stage != "predict":
             return
         self._close()
-        # not at the end of the epoch: a process without pictures has none
+        # not at the end of the epoch: a process without images has none
         trainer.strategy.barrier("PredictionWriter: parts complete")
         if trainer.is_global_zero:
             parts = [_hidden(self.folder, rank, "part") for rank in range(trainer.world_size)]
@@ -148,7 +148,7 @@ class PredictionWriter(Callback):
 
 
 class _Part:
-    """What one process has written: a line of records for each picture, its drawings, and a list of their names.
+    """What one process has written: a line of records for each image, its drawings, and a list of their names.
 
     Both files are JSON in ASCII, so that they hold any file name.
     """
@@ -189,7 +189,7 @@ class _Part:
 
 def _identity(target: Target) -> tuple[int, str]:
     if "image_id" not in target:
-        raise ValueError("a target has no 'image_id'; predictions are written with the id of their picture")
+        raise ValueError("a target has no 'image_id'; predictions are written with the id of their image")
     image_id = int(target["image_id"])
     return image_id, target.get("file_name", str(image_id))
 
@@ -220,10 +220,10 @@ def _listed(path: Path) -> Iterator[str]:
             yield str(json.loads(line))
 
 
-def _reserve(folder: Path, picture: Path, image_id: int) -> Path:
-    """Create an empty file for the drawing of a picture, under a name that neither process nor user has taken."""
-    suffix = ".png" if picture.suffix.lower() in _LOSSLESS else ".jpg"
-    for name in _names(picture.stem, image_id):
+def _reserve(folder: Path, image: Path, image_id: int) -> Path:
+    """Create an empty file for the drawing of an image, under a name that neither process nor user has taken."""
+    suffix = ".png" if image.suffix.lower() in _LOSSLESS else ".jpg"
+    for name in _names(image.stem, image_id):
         path = folder / f"{name}{suffix}"
         try:
             path.touch(exist_ok=False)

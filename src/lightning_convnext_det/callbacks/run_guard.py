@@ -39,7 +39,7 @@ class RunGuard(Callback):
     A signal to any process ends all of them after the step under way, or at once in a validation, with ``last.ckpt``
     saved and exit status 143; the validation is done again when the training is resumed. Evaluation and prediction end
     at once. A loss that is not finite ends the training within ``check_every`` steps with a `DivergenceError` that
-    names loss, step, process and pictures. Weights that are not finite are neither evaluated nor saved.
+    names loss, step, process and images. Weights that are not finite are neither evaluated nor saved.
 
     Args:
         check_every: steps between two readings of the losses (default: 1 on a CPU, 10 on an accelerator).
@@ -134,7 +134,7 @@ class RunGuard(Callback):
         """Leave out the rest of a validation that will not count.
 
         Raises:
-            StopIteration: which Lightning takes for the end of the pictures.
+            StopIteration: which Lightning takes for the end of the images.
         """
         if _is_fitting(trainer) and (self._stopping or self._received is not None):
             raise StopIteration
@@ -243,7 +243,7 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def _names(batch: tuple[Sequence[Tensor], Any]) -> list[str]:
-    """What the pictures of a batch are called; nothing if its targets do not say."""
+    """What the images of a batch are called; nothing if its targets do not say."""
     targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else []
     named = [t for t in targets if isinstance(t, dict)] if isinstance(targets, list | tuple) else []
     return [str(t.get("file_name", t.get("image_id", "?"))) for t in named]

@@ -9,7 +9,7 @@ import torch
 
 from lightning_convnext_det.checkpoints.file import read_checkpoint_file
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, accepted, is_own
-from lightning_convnext_det.checkpoints.validation import find_misstatement
+from lightning_convnext_det.checkpoints.validation import find_contradiction
 from lightning_convnext_det.errors import CheckpointError
 
 Classes = Mapping[str, type[pl.LightningModule]]
@@ -44,7 +44,7 @@ def _read(
     if not isinstance(section, dict) or str(section.get("module")) not in classes:
         raise CheckpointError(
             f"[LCD-K001] {path} is not a checkpoint of this package; "
-            "weights from elsewhere need convnext-det import-weights"
+            "third-party weights need convnext-det import-weights"
         )
     parameters, tensors = content.get("hyper_parameters"), content.get("state_dict")
     if not isinstance(parameters, dict) or not isinstance(tensors, dict):
@@ -53,7 +53,7 @@ def _read(
     parameters = parameters if is_own(build) else accepted(build, parameters)
     content["hyper_parameters"] = parameters = {**parameters, **_nothing_to_fetch(parameters)}
     # what the caller gives counts only where the file says nothing
-    if reason := find_misstatement(build, parameters, options, tensors, Path(path).stat().st_size):
+    if reason := find_contradiction(build, parameters, options, tensors, Path(path).stat().st_size):
         raise CheckpointError(
             f"[LCD-K015] {path} does not hold the network that it describes: {reason}; use another copy of it, "
             "or the version of this package that wrote it"

@@ -13,12 +13,12 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def class_difference(trained: list[str], given: list[str]) -> str:
-    """Say how the classes of a data set differ from those of a network."""
+    """Say how the classes of a dataset differ from those of a network."""
     way_out = "use the classes it was trained on, or name them by data.class_names"
     for i, (a, b) in enumerate(zip(trained, given, strict=False)):
         if a != b:
-            return f"the network's class {i} is '{a}', the data set's is '{b}'; {way_out}"
-    return f"the network has {len(trained)} classes, the data set {len(given)}; {way_out}"
+            return f"the network's class {i} is '{a}', the dataset's is '{b}'; {way_out}"
+    return f"the network has {len(trained)} classes, the dataset {len(given)}; {way_out}"
 
 
 def is_own(kind: type) -> bool:

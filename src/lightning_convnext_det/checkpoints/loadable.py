@@ -76,7 +76,7 @@ class LoadableModule(pl.LightningModule):
             for name in self._argument_names:
                 plain(self.hparams.get(name), f"argument '{name}' of {type(self).__name__}")
 
-    def stated_arguments(self, facts: dict[str, Any]) -> dict[str, Any]:
+    def declared_arguments(self, facts: dict[str, Any]) -> dict[str, Any]:
         """The arguments with which the constructor makes this module again, those that a checkpoint can hold.
 
         Args:

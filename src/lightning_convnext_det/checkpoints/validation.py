@@ -21,7 +21,7 @@ _LAYERS = ("encoder_layers", "decoder_layers", "extra_levels")
 
 
 # hyper-parameters and state dict are whatever plain data the file holds
-def find_misstatement(
+def find_contradiction(
     build: type[nn.Module],
     parameters: Mapping[Any, Any],
     options: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""The demonstration: a made-up data set, then the very commands that a user gives for their own."""
+"""The demonstration: a made-up dataset, then the very commands that a user gives for their own."""
 
 import argparse
 import shutil
@@ -12,7 +12,7 @@ from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.visualization import contact_sheet
 
-# a small network for small pictures; on a larger machine the defaults of the package are the better choice
+# a small network for small images; on a larger machine the defaults of the package are the better choice
 NETWORK = [
     "--model.backbone=convnext_atto",
     "--model.fpn_channels=64",
@@ -34,7 +34,7 @@ TRAINING = [
 
 
 def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int:
-    """Write pictures, train, test and predict.
+    """Write images, train, test and predict.
 
     Args:
         arguments: of the command line, see ``--help``.
@@ -44,26 +44,26 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
         The exit status of the first command that failed, or 0.
     """
     parser = argparse.ArgumentParser(
-        "convnext-det demo", description="Train a detector on pictures made up on the spot and look at what it finds."
+        "convnext-det demo", description="Train a detector on images made up on the spot and look at what it finds."
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to; an older demo is replaced")
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the training pictures")
-    parser.add_argument("--pictures", type=int, default=400, help="for training; a fifth of that each for val and test")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
+    parser.add_argument("--images", type=int, default=400, help="for training; a fifth of that each for val and test")
     options = parser.parse_args(arguments)
-    folder, held_out = options.folder, max(2, options.pictures // 5)
+    folder, held_out = options.folder, max(2, options.images // 5)
     _make_room(folder)
-    write_synthetic_coco(folder / "data", options.pictures, held_out, held_out)
+    write_synthetic_coco(folder / "data", options.images, held_out, held_out)
     checkpoint = folder / "checkpoints" / "best.ckpt"
     data = f"--data.root={folder / 'data'}"
     runs = ["--trainer.default_root_dir", str(folder / "runs"), "--trainer.precision=bf16-mixed"]
     fit = [f"--trainer.max_epochs={options.epochs}", f"--checkpoint.dirpath={checkpoint.parent}"]
     fit.append(f"--trainer.check_val_every_n_epoch={max(1, min(3, options.epochs))}")  # at least once: best.ckpt
     trained = f"--ckpt_path={checkpoint}"
-    pictures, output = f"--data.predict={folder / 'data' / 'test'}", f"--output.folder={folder / 'predictions'}"
+    images, output = f"--data.predict={folder / 'data' / 'test'}", f"--output.folder={folder / 'predictions'}"
     commands = [
         ["fit", data, *NETWORK, *TRAINING, *runs, *fit],
         ["test", data, trained, *runs],
-        ["predict", pictures, trained, output, *runs],
+        ["predict", images, trained, output, *runs],
     ]
     for command in commands:
         sys.stdout.write(f"\n$ convnext-det {' '.join(command)}\n")

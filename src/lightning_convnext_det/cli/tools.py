@@ -16,28 +16,28 @@ Command = Callable[[Sequence[str]], int]
 
 
 def check(arguments: Sequence[str], run: Command) -> int:
-    """List every bad record of a data set."""
+    """List every invalid annotation of a dataset."""
     from lightning_convnext_det.data.check import check_dataset, print_report
     from lightning_convnext_det.data.formats.exif_frames import Exif
-    from lightning_convnext_det.data.formats.records import BadRecords
+    from lightning_convnext_det.data.formats.records import InvalidAnnotations
 
-    parser = argparse.ArgumentParser("convnext-det check", description="List every bad record of a data set.")
-    parser.add_argument("root", help="folder with a COCO, VOC or YOLO data set")
+    parser = argparse.ArgumentParser("convnext-det check", description="List every invalid annotation of a dataset.")
+    parser.add_argument("root", help="folder with a COCO, VOC or YOLO dataset")
     parser.add_argument(
         "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found by looking"
     )
-    parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    parser.add_argument("--decode", action="store_true", help="decode every image, not only its header")
     parser.add_argument(
         "--exif",
         default="auto",
         choices=get_args(Exif),
-        help="what boxes refer to in pictures with an EXIF orientation; default: their annotated size decides",
+        help="what boxes refer to in images with an EXIF orientation; default: their annotated size decides",
     )
     parser.add_argument("--class_names", nargs="+", metavar="NAME", help="the classes in order of label")
     parser.add_argument(
-        "--bad_records",
+        "--invalid_annotations",
         default="auto",
-        choices=get_args(BadRecords),
+        choices=get_args(InvalidAnnotations),
         help="what is to become of records that cannot be used; default: harmless ones are dropped, others refused",
     )
     options = vars(parser.parse_args(arguments))
@@ -47,16 +47,16 @@ def check(arguments: Sequence[str], run: Command) -> int:
 
 
 def demo(arguments: Sequence[str], run: Command) -> int:
-    """Train and look at a detector on pictures made up on the spot."""
+    """Train and look at a detector on images made up on the spot."""
     from lightning_convnext_det.cli.demo import run_demo
 
     return run_demo(arguments, run)
 
 
 def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
-    """Turn weights from elsewhere into a checkpoint."""
+    """Turn third-party weights into a checkpoint."""
     parser = argparse.ArgumentParser(
-        "convnext-det import-weights", description="Turn weights from elsewhere into a checkpoint of this package."
+        "convnext-det import-weights", description="Turn third-party weights into a checkpoint of this package."
     )
     parser.add_argument(
         "source",
@@ -134,9 +134,9 @@ def models(arguments: Sequence[str], run: Command) -> int:
 
 
 TOOLS: dict[str, tuple[Callable[[Sequence[str], Command], int], str]] = {
-    "check": (check, "list every bad record of a data set"),
+    "check": (check, "list every invalid annotation of a dataset"),
     "models": (models, "print what backbones and detectors cost"),
-    "import-weights": (import_weights_tool, "turn weights from elsewhere into a checkpoint"),
+    "import-weights": (import_weights_tool, "turn third-party weights into a checkpoint"),
     "export-backbone": (export_backbone, "save a detector's backbone for timm"),
-    "demo": (demo, "train and look at a detector on pictures made up on the spot"),
+    "demo": (demo, "train and look at a detector on images made up on the spot"),
 }

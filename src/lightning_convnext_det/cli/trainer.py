@@ -36,9 +36,9 @@ from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
-from lightning_convnext_det.modules.optimization import OptimizedModule
+from lightning_convnext_det.modules.optimization import TrainableModule
 from lightning_convnext_det.modules.registry import MODULES
-from lightning_convnext_det.ops.nms import Suppression
+from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.suggestions import suggest
 
 EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
@@ -50,7 +50,7 @@ _DESCRIPTION = (
     + f". {EXIT_STATUS}"
 )
 
-_LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the data set answers
+_LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the dataset answers
 _DETECTORS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR, ClassifierModule)
 _MODEL = [name for callee in _DETECTORS for name in inspect.signature(callee).parameters]
 _DATA = [name for kind in (DetectionDataModule, ImageFolderDataModule) for name in inspect.signature(kind).parameters]
@@ -91,7 +91,7 @@ class DetectionCLI(LightningCLI):
         )
         self._named_model = _option(arguments, ("--model", "--model.class_path")) or _configured_model(arguments)
         super().__init__(
-            OptimizedModule,
+            TrainableModule,
             LightningDataModule,
             args=list(arguments),
             subclass_mode_model=True,
@@ -120,7 +120,7 @@ class DetectionCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "output")
         parser.add_argument(
             "--nms",
-            type=Suppression | None,
+            type=NMSMethod | None,
             default=None,
             help="what happens to overlapping detections of a class (default: as the model or its checkpoint says)",
         )
@@ -149,7 +149,7 @@ class DetectionCLI(LightningCLI):
         options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in _LINKED}
         return {"class_path": f"{module.__module__}.{module.__name__}", "init_args": options}
 
-    def _classes(self, name: str, module: type[OptimizedModule]) -> int | list[int] | list[str] | None:
+    def _classes(self, name: str, module: type[TrainableModule]) -> int | list[int] | list[str] | None:
         is_classifier = issubclass(module, ClassifierModule)
         if self._checkpoint is not None and (self.subcommand == "predict" or is_classifier):
             value: int | list[int] | list[str] | None = self._checkpoint["hyper_parameters"][name]
@@ -236,8 +236,8 @@ class DetectionCLI(LightningCLI):
         for callback in own:
             if isinstance(callback, ModelCheckpoint) and not self._validates(config):
                 callback.monitor = None  # nothing is measured: the last checkpoint is the best one
-            elif isinstance(callback, ModelCheckpoint) and callback.monitor == OptimizedModule.monitor:
-                callback.monitor = cast(OptimizedModule, self.model).monitor
+            elif isinstance(callback, ModelCheckpoint) and callback.monitor == TrainableModule.monitor:
+                callback.monitor = cast(TrainableModule, self.model).monitor
         return super()._instantiate_trainer(config, own)
 
     def _validates(self, config: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Weights from elsewhere, with a report of what became of every tensor.
+"""Third-party weights, with a report of what became of every tensor.
 
 Files are read without running code. The family is told from the names of the tensors; a family knows how to rename them
 and which network they are; then every tensor of the source must find its place and every tensor of ours must be filled,
@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: Argument) -> Converted:
-    """Read and convert a file of weights from elsewhere.
+    """Read and convert a file of third-party weights.
 
     Args:
         path: Deformable DETR of birder (``.pt``, ``.safetensors``), of its authors (``.pth``) or of Hugging Face

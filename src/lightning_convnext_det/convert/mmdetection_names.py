@@ -94,7 +94,7 @@ def infer_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Argument]:
     arguments: dict[str, Argument] = {
         "num_classes": len(logits) - 1,
         "dialect": "mmdetection",
-        "output_norm": "backbone.body.norms.0.weight" in tensors,
+        "out_norm": "backbone.body.norms.0.weight" in tensors,
         "fpn_channels": len(tensors["rpn.head.conv.0.0.weight"]),
         "box_head": "four_conv" if any(".box_head.0.0." in k for k in tensors) else "two_fc",
         "box_head_features": logits.shape[1],

@@ -1,4 +1,4 @@
-"""What becomes of weights from elsewhere: the converted network, and an account of every tensor."""
+"""What becomes of third-party weights: the converted network, and an account of every tensor."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class ImportReport:
 
 
 class Converted(NamedTuple):
-    """A network of ours with weights from elsewhere."""
+    """A network of ours with third-party weights."""
 
     arguments: dict[str, Argument]
     """For the detector's constructor."""

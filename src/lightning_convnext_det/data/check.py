@@ -1,6 +1,6 @@
-"""A report on a data set before anything is trained on it: what is in it, and every record that is not as it should be.
+"""A report on a dataset before anything is trained on it: what is in it, and every record that is not as it should be.
 
-The data set is only read. Beyond what the readers find, pictures are looked at one by one: formats that differ from the
+The dataset is only read. Beyond what the readers find, images are looked at one by one: formats that differ from the
 file name, alpha, 16 bits, several frames, EXIF orientation, and files that are equal byte by byte.
 """
 
@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_convnext_det.data.annotations import Action, DetectionAnnotations, Format, Problem, UnreadableError
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import LISTED, BadRecords
+from lightning_convnext_det.data.formats.records import LISTED, InvalidAnnotations
 from lightning_convnext_det.data.io.decode import ImageHeader, read_header, read_image
-from lightning_convnext_det.data.table import Action, DetectionTable, Format, Problem, UnreadableError
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's limits of small, medium and large objects, in square pixels
 _STYLES: dict[Action, str] = {"refused": "red", "dropped": "yellow", "clipped": "cyan", "noted": "dim"}
@@ -43,7 +43,7 @@ class SplitSummary(NamedTuple):
     boxes_per_class: tuple[int, ...]
     """In order of label, crowd included."""
     smallest: tuple[int, int]
-    """Height and width of the picture of the least area; 0, 0 without pictures."""
+    """Height and width of the image of the least area; 0, 0 without images."""
     largest: tuple[int, int]
 
 
@@ -52,16 +52,16 @@ class Report:
     """What :func:`check_dataset` finds.
 
     Attributes:
-        root: folder of the data set.
+        root: folder of the dataset.
         format: of its annotations.
         tables: the records that can be used, by split.
         problems: each once, however many splits share it.
-        modes: how many pictures have each of Pillow's colour modes, by split.
+        modes: how many images have each of Pillow's colour modes, by split.
     """
 
     root: Path
     format: Format
-    tables: dict[str, DetectionTable]
+    tables: dict[str, DetectionAnnotations]
     problems: tuple[Problem, ...]
     modes: dict[str, Counter[str]]
 
@@ -76,26 +76,26 @@ def check_dataset(
     format: Literal["auto", "coco", "voc", "yolo"] = "auto",
     *,
     class_names: Sequence[str] | None = None,
-    bad_records: BadRecords = "auto",
+    invalid_annotations: InvalidAnnotations = "auto",
     exif: Exif = "auto",
     follow_symlinks: bool = True,
     decode: bool = False,
 ) -> Report:
-    """Read all splits of a data set and collect what is wrong with them.
+    """Read all splits of a dataset and collect what is wrong with them.
 
     Args:
-        root: folder of the data set, its ``data.yaml``, or one COCO file.
+        root: folder of the dataset, its ``data.yaml``, or one COCO file.
         format: ``auto`` looks at the folder.
-        class_names: the names of the classes in order of label; those of the data set if not given.
-        bad_records: what is to become of records that cannot be used, see ``read_split``.
-        exif: what boxes refer to in pictures with an EXIF orientation, see ``read_split``.
-        follow_symlinks: accept pictures that are links out of the root.
-        decode: decode every picture, about 3 ms each, as a header does not show that the rest is damaged.
+        class_names: the names of the classes in order of label; those of the dataset if not given.
+        invalid_annotations: what is to become of records that cannot be used, see ``read_split``.
+        exif: what boxes refer to in images with an EXIF orientation, see ``read_split``.
+        follow_symlinks: accept images that are links out of the root.
+        decode: decode every image, about 3 ms each, as a header does not show that the rest is damaged.
 
     Raises:
         DataError: if no split is found.
     """
-    tables: dict[str, DetectionTable] = {}
+    tables: dict[str, DetectionAnnotations] = {}
     problems: list[Problem] = []
     splits = find_splits(root, format)
     for name, split in splits.items():
@@ -103,7 +103,7 @@ def check_dataset(
             tables[name] = read_split(
                 split,
                 class_names=class_names,
-                bad_records=bad_records,
+                invalid_annotations=invalid_annotations,
                 exif=exif,
                 follow_symlinks=follow_symlinks,
                 collect=True,
@@ -113,18 +113,18 @@ def check_dataset(
             continue
         problems += tables[name].problems
         if not len(tables[name]):
-            reason = f"split {name!r} has no pictures that can be used"
+            reason = f"split {name!r} has no images that can be used"
             problems.append(Problem("LCD-L004", str(split.root), "", reason, "refused"))
     problems += compare_classes(tables)
     split = next(iter(splits.values()))
-    modes, pictures = _inspect_pictures(tables, split.root)
-    problems += [*pictures, *_equal_files(tables, split.root), *_shared_pictures(tables, split.root)]
+    modes, images = _inspect_images(tables, split.root)
+    problems += [*images, *_equal_files(tables, split.root), *_shared_images(tables, split.root)]
     if decode:
         problems += _undecodable(tables, split.root)
     return Report(split.root, split.format, tables, tuple(dict.fromkeys(problems)), modes)
 
 
-def summarize_table(table: DetectionTable) -> SplitSummary:
+def summarize_table(table: DetectionAnnotations) -> SplitSummary:
     """Count what a split holds; small and large are COCO's areas of 32 x 32 and 96 x 96 pixels."""
     per_image = np.diff(table.offsets)
     small, large = int((table.area < SMALL_AREA).sum()), int((table.area >= LARGE_AREA).sum())
@@ -179,7 +179,7 @@ def _overview(report: Report) -> Table:
     for name in report.tables:
         grid.add_column(Text(name), justify="right")
     rows = {
-        "pictures": [f"{one.images:,}" for one in summaries],
+        "images": [f"{one.images:,}" for one in summaries],
         "  without boxes": [f"{one.images_without_boxes:,}" for one in summaries],
         "  smallest": [f"{one.smallest[1]}x{one.smallest[0]}" for one in summaries],
         "  largest": [f"{one.largest[1]}x{one.largest[0]}" for one in summaries],
@@ -208,8 +208,10 @@ def _class_counts(report: Report) -> Table:
     return grid
 
 
-def _inspect_pictures(tables: dict[str, DetectionTable], root: Path) -> tuple[dict[str, Counter[str]], list[Problem]]:
-    """Colour modes by split, and what is unusual about single pictures."""
+def _inspect_images(
+    tables: dict[str, DetectionAnnotations], root: Path
+) -> tuple[dict[str, Counter[str]], list[Problem]]:
+    """Colour modes by split, and what is unusual about single images."""
     modes: dict[str, Counter[str]] = {}
     problems = []
     for name, table in tables.items():
@@ -224,7 +226,7 @@ def _inspect_pictures(tables: dict[str, DetectionTable], root: Path) -> tuple[di
 
 
 def _peculiarities(header: ImageHeader, path: Path, upright: bool) -> Iterator[tuple[str, str]]:
-    """Code and text for each thing about a picture that a user may not expect."""
+    """Code and text for each thing about an image that a user may not expect."""
     if not header.suits(path.suffix):
         yield "LCD-I012", f"holds {header.format}, though it is named {path.suffix}"
     if header.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -235,17 +237,17 @@ def _peculiarities(header: ImageHeader, path: Path, upright: bool) -> Iterator[t
         yield "LCD-I014", "has several frames; the first is used"
     if header.size.orientation != 1:
         frame = "upright" if upright else "stored"
-        yield "LCD-I026", f"EXIF orientation {header.size.orientation}; boxes are taken to refer to the {frame} picture"
+        yield "LCD-I026", f"EXIF orientation {header.size.orientation}; boxes are taken to refer to the {frame} image"
 
 
-def _paths(tables: dict[str, DetectionTable]) -> dict[Path, None]:
-    """All pictures, each once, however their names lead to them."""
+def _paths(tables: dict[str, DetectionAnnotations]) -> dict[Path, None]:
+    """All images, each once, however their names lead to them."""
     every = (table.path(index) for table in tables.values() for index in range(len(table)))
     return dict.fromkeys(Path(os.path.normpath(path)) for path in every)
 
 
-def _equal_files(tables: dict[str, DetectionTable], root: Path) -> Iterator[Problem]:
-    """Pictures that equal another one byte by byte; only those of equal length are read."""
+def _equal_files(tables: dict[str, DetectionAnnotations], root: Path) -> Iterator[Problem]:
+    """Images that equal another one byte by byte; only those of equal length are read."""
     by_length: dict[int, list[Path]] = {}
     for path in _paths(tables):
         by_length.setdefault(path.stat().st_size, []).append(path)
@@ -258,18 +260,18 @@ def _equal_files(tables: dict[str, DetectionTable], root: Path) -> Iterator[Prob
                 yield Problem("LCD-D125", os.path.relpath(path, root), "", reason, "noted")
 
 
-def _shared_pictures(tables: dict[str, DetectionTable], root: Path) -> Iterator[Problem]:
+def _shared_images(tables: dict[str, DetectionAnnotations], root: Path) -> Iterator[Problem]:
     """Splits that hold the same files; that ``trainval`` holds ``train`` and ``val`` is its purpose."""
     paths = {name: set(_paths({name: table})) for name, table in tables.items()}
     for one, other in combinations(paths, 2):
         shared = paths[one] & paths[other]
         if shared and not ("trainval" in (one, other) and {"train", "val"} & {one, other}):
-            reason = f"{len(shared)} pictures are in {one!r} and in {other!r}, such as {min(shared).name}"
+            reason = f"{len(shared)} images are in {one!r} and in {other!r}, such as {min(shared).name}"
             yield Problem("LCD-D126", str(root), "", reason, "noted")
 
 
-def _undecodable(tables: dict[str, DetectionTable], root: Path) -> list[Problem]:
-    """Pictures whose pixels cannot be decoded."""
+def _undecodable(tables: dict[str, DetectionAnnotations], root: Path) -> list[Problem]:
+    """Images whose pixels cannot be decoded."""
 
     def problem_of(path: Path) -> Problem | None:
         try:

@@ -10,61 +10,61 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset, Sampler
 
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.batch import Batch, pack
-from lightning_convnext_det.data.dataset import DetectionDataset, PictureDataset, find_pictures
+from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import BadRecords
-from lightning_convnext_det.data.loader import EvaluationLoader, PictureLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
-from lightning_convnext_det.data.splits import SplitReader, warn_of_shared_pictures
-from lightning_convnext_det.data.table import DetectionTable, Format
+from lightning_convnext_det.data.formats.records import InvalidAnnotations
+from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, outlast_signals
+from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatches
+from lightning_convnext_det.data.splits import SplitReader, warn_of_shared_images
 from lightning_convnext_det.data.transforms import MULTISCALE_SIZES, RESIZING_PRESETS, Preset, create_transforms
 from lightning_convnext_det.errors import DataError
 
 _logger = logging.getLogger(__name__)
-_Loader = TypeVar("_Loader", TrainingLoader, EvaluationLoader, PictureLoader)
+_Loader = TypeVar("_Loader", TrainingLoader, EvaluationLoader, ImageLoader)
 PREFETCH = 2  # batches per worker: torch's default
 
 
 class DetectionDataModule(LightningDataModule):
-    """Pictures with boxes for a ``Trainer``, from a folder in COCO, Pascal VOC or YOLO layout.
+    """Images with boxes for a ``Trainer``, from a folder in COCO, Pascal VOC or YOLO layout.
 
     The layout and the splits are found by looking. Validation uses the split ``val``; where there is none, and when
-    training is on ``trainval``, a part of the training pictures is set aside. Testing uses ``test``, else validation.
-    Nothing is read before it is needed, and each split once. Batches are lists of pictures of any sizes and of targets.
+    training is on ``trainval``, a part of the training images is set aside. Testing uses ``test``, else validation.
+    Nothing is read before it is needed, and each split once. Batches are lists of images of any sizes and of targets.
 
-    Prediction numbers its pictures from 1. One that cannot be read is left out and named in a warning, not an error.
+    Prediction numbers its images from 1. One that cannot be read is left out and named in a warning, not an error.
 
     Args:
-        root: folder of the data set.
+        root: folder of the dataset.
         format: layout of the folder; ``auto`` looks.
         train: split to train on (default: train); or the path of a COCO file or a folder of VOC's XML, written ./NAME
             where a split has the same name.
         val: split to validate on (default: val), or such a path.
         test: split to test on (default: test), or such a path.
-        train_images: folder of the pictures when ``train`` is a path (default: looked for around it).
-        val_images: folder of the pictures when ``val`` is a path (default: looked for around it).
-        test_images: folder of the pictures when ``test`` is a path (default: looked for around it).
-        predict: pictures to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
-        batch_size: pictures per batch on each device.
-        num_workers: processes that read pictures; 0 reads in the training process (default: one per core, at most 4).
-        train_transforms: random changes of training pictures: ``none``; ``flip``: mirrored half of the time;
+        train_images: folder of the images when ``train`` is a path (default: looked for around it).
+        val_images: folder of the images when ``val`` is a path (default: looked for around it).
+        test_images: folder of the images when ``test`` is a path (default: looked for around it).
+        predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
+        batch_size: images per batch on each device.
+        num_workers: processes that read images; 0 reads in the training process (default: one per core, at most 4).
+        train_transforms: random changes of training images: ``none``; ``flip``: mirrored half of the time;
             ``multiscale``: also resized to one of ``sizes`` and often cropped before that; ``lsj``: scaled by 0.1 to 2
             and cut to a square.
         sizes: shorter sides in pixels that ``multiscale`` draws from.
         max_size: limit of the longer side in pixels for ``multiscale``.
         crop_size: side of the square in pixels for ``lsj``.
         scale_range: smallest and largest scale for ``lsj``.
-        vertical_flip: also turn training pictures upside down half of the time.
-        color_jitter: change brightness, contrast and saturation of training pictures by up to this factor.
-        val_fraction: share of the training pictures to set aside where there is no validation split; 0 for none.
-        seed: of the order of the pictures, their random changes, and the pictures set aside.
-        class_names: names of the classes in order of label, where the data set does not tell them, or where some
-            classes of a trained model do not occur in it (default: those of the data set).
+        vertical_flip: also turn training images upside down half of the time.
+        color_jitter: change brightness, contrast and saturation of training images by up to this factor.
+        val_fraction: share of the training images to set aside where there is no validation split; 0 for none.
+        seed: of the order of the images, their random changes, and the images set aside.
+        class_names: names of the classes in order of label, where the dataset does not tell them, or where some
+            classes of a trained model do not occur in it (default: those of the dataset).
         classes: names of the classes to use, in order of label (default: all).
-        bad_records: records that cannot be used: ``auto`` leaves out those that are harmless to lose and refuses the
-            others; ``drop`` leaves all out; ``refuse`` refuses all.
-        exif: whether boxes refer to pictures turned by their EXIF orientation; ``auto`` goes by the stated sizes.
+        invalid_annotations: annotations that cannot be used: ``auto`` leaves out those that are harmless to lose and
+            refuses the others; ``drop`` leaves all out; ``refuse`` refuses all.
+        exif: whether boxes refer to images turned by their EXIF orientation; ``auto`` goes by the stated sizes.
         train_on_difficult: train on objects that VOC marks as difficult.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
         persistent_workers: keep the worker processes from one epoch to the next.
@@ -98,7 +98,7 @@ class DetectionDataModule(LightningDataModule):
         seed: int = 0,
         class_names: list[str] | None = None,
         classes: list[str] | None = None,
-        bad_records: BadRecords = "auto",
+        invalid_annotations: InvalidAnnotations = "auto",
         exif: Exif = "auto",
         train_on_difficult: bool = False,
         drop_last: bool = False,
@@ -122,7 +122,7 @@ class DetectionDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.persistent_workers = persistent_workers
         self.timeout = timeout
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # evaluation of fewer pictures than devices
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # evaluation of fewer images than devices
         self._transforms = create_transforms(
             train_transforms, sizes, max_size, crop_size, scale_range, vertical_flip, color_jitter
         )
@@ -130,12 +130,12 @@ class DetectionDataModule(LightningDataModule):
             root=root,
             format=format,
             wanted={"train": train, "val": val, "test": test},
-            pictures={"train": train_images, "val": val_images, "test": test_images},
+            images={"train": train_images, "val": val_images, "test": test_images},
             val_fraction=val_fraction,
             seed=seed,
             class_names=class_names,
             classes=classes,
-            bad_records=bad_records,
+            invalid_annotations=invalid_annotations,
             exif=exif,
             train_on_difficult=train_on_difficult,
         )
@@ -147,7 +147,7 @@ class DetectionDataModule(LightningDataModule):
 
     @property
     def category_ids(self) -> list[int]:
-        """The data set's own ids of the classes, in order of label."""
+        """The dataset's own ids of the classes, in order of label."""
         return list(self._reader.class_table()[1])
 
     @property
@@ -157,11 +157,11 @@ class DetectionDataModule(LightningDataModule):
 
     @property
     def resizes(self) -> bool:
-        """Whether the training pictures have their final size: the detector must then not resize them in training."""
+        """Whether the training images have their final size: the detector must then not resize them in training."""
         return self.train_transforms in RESIZING_PRESETS
 
-    def table(self, stage: Literal["train", "val", "test"]) -> DetectionTable | None:
-        """The pictures and boxes of a stage; None for a validation that is switched off.
+    def table(self, stage: Literal["train", "val", "test"]) -> DetectionAnnotations | None:
+        """The images and boxes of a stage; None for a validation that is switched off.
 
         Raises:
             DataError: if the split is missing or cannot be used.
@@ -178,9 +178,9 @@ class DetectionDataModule(LightningDataModule):
             train, val = self.table("train"), self.table("val")
             assert train is not None
             if train.crowd.all():
-                raise DataError(f"[LCD-D134] the training pictures in {train.image_root} have no boxes to learn from")
+                raise DataError(f"[LCD-D134] the training images in {train.image_root} have no boxes to learn from")
             if val is not None:
-                warn_of_shared_pictures(train, val)
+                warn_of_shared_images(train, val)
         elif stage == "validate":
             if self.table("val") is None:
                 raise DataError("[LCD-D131] there is no validation split, and val_fraction is 0; set data.val")
@@ -206,37 +206,37 @@ class DetectionDataModule(LightningDataModule):
         return self._loader(TrainingLoader, dataset, batches, None)
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
-        """Each validation picture once, shared out over the processes; an empty list if there are none."""
+        """Each validation image once, shared out over the processes; an empty list if there are none."""
         table = self.table("val")
         return [] if table is None else self._evaluation_loader(table)
 
     def test_dataloader(self) -> EvaluationLoader:
-        """Each test picture once, shared out over the processes."""
+        """Each test image once, shared out over the processes."""
         table = self.table("test")
         assert table is not None
         return self._evaluation_loader(table)
 
-    def predict_dataloader(self) -> PictureLoader:
-        """Pictures without boxes; their targets hold ``file_name`` and ``image_id``, which counts from 1.
+    def predict_dataloader(self) -> ImageLoader:
+        """Images without boxes; their targets hold ``file_name`` and ``image_id``, which counts from 1.
 
         Raises:
-            DataError: if no pictures are given or found.
+            DataError: if no images are given or found.
         """
         if not self.predict:
-            raise DataError("[LCD-P001] data.predict is not given: name a picture, a folder or a pattern")
-        files = find_pictures(self.predict)
-        share = EvaluationShare(len(files), *self._replicas())
-        return self._loader(PictureLoader, PictureDataset(files), share, self.batch_size)
+            raise DataError("[LCD-P001] data.predict is not given: name an image, a folder or a pattern")
+        files = find_images(self.predict)
+        share = EvaluationSampler(len(files), *self._replicas())
+        return self._loader(ImageLoader, ImageDataset(files), share, self.batch_size)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch; not to an XLA device, which would compile anew for each picture's size: the detector does."""
+        """Move a batch; not to an XLA device, which would compile anew for each image's size: the detector does."""
         if device.type == "xla":
             return batch
         return cast(Batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
-    def _evaluation_loader(self, table: DetectionTable) -> EvaluationLoader:
+    def _evaluation_loader(self, table: DetectionAnnotations) -> EvaluationLoader:
         dataset = DetectionDataset(table, training=False)
-        share = EvaluationShare(len(table), *self._replicas())
+        share = EvaluationSampler(len(table), *self._replicas())
         return self._loader(EvaluationLoader, dataset, share, self.batch_size)
 
     def _loader(

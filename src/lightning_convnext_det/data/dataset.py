@@ -1,4 +1,4 @@
-"""Pictures and their boxes, one at a time: for training and evaluation from a table, for prediction from files."""
+"""Images and their boxes, one at a time: for training and evaluation from a table, for prediction from files."""
 
 from collections.abc import Sequence
 from glob import glob
@@ -10,32 +10,32 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from lightning_convnext_det.data.batch import Sample, UnreadablePicture
+from lightning_convnext_det.data.annotations import DetectionAnnotations
+from lightning_convnext_det.data.batch import Sample, UnreadableImage
 from lightning_convnext_det.data.io.decode import read_image
-from lightning_convnext_det.data.io.listing import is_picture_name, picture_names
+from lightning_convnext_det.data.io.listing import image_names, is_image_name
 from lightning_convnext_det.data.sampler import Key
-from lightning_convnext_det.data.table import DetectionTable
 from lightning_convnext_det.data.transforms import seeded, transform_sample
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
 
 
 class DetectionDataset(Dataset[Sample]):
-    """The pictures of a table, of whatever format it was read from.
+    """The images of a table, of whatever format it was read from.
 
-    Indexed by a picture's number or by ``(epoch, number)``, or by a list of either for a list of samples. A number
+    Indexed by an image's number or by ``(epoch, number)``, or by a list of either for a list of samples. A number
     alone is of epoch 0. What the transforms draw from torch is a function of seed, epoch and number, so the same key
     gives the same sample in any process, with any number of workers; torch's own generator is left as it was.
 
     Args:
         table: the split; its arrays are shared by worker processes, not copied, where they are forked.
-        transforms: torchvision v2 transforms of picture and boxes; None for none.
+        transforms: torchvision v2 transforms of image and boxes; None for none.
         training: leave crowd boxes out. Otherwise targets also hold ``crowd`` and ``area``.
         seed: of the transforms.
     """
 
     def __init__(
-        self, table: DetectionTable, transforms: v2.Transform | None = None, *, training: bool, seed: int = 0
+        self, table: DetectionAnnotations, transforms: v2.Transform | None = None, *, training: bool, seed: int = 0
     ) -> None:
         self.table = table
         self.transforms = transforms
@@ -50,10 +50,10 @@ class DetectionDataset(Dataset[Sample]):
     @overload
     def __getitem__(self, key: list[int] | list[Key]) -> list[Sample]: ...
     def __getitem__(self, key: int | Key | list[int] | list[Key]) -> Sample | list[Sample]:
-        """Read and transform a picture, or several.
+        """Read and transform an image, or several.
 
         Raises:
-            DataError: if a picture cannot be read or has another size than its boxes refer to.
+            DataError: if an image cannot be read or has another size than its boxes refer to.
         """
         if isinstance(key, list):
             return [self[one] for one in key]
@@ -66,7 +66,7 @@ class DetectionDataset(Dataset[Sample]):
             return transform_sample(self.transforms, image, target)
 
     def target(self, index: int) -> Target:
-        """The objects of a picture, before any transform; tensors of its own."""
+        """The objects of an image, before any transform; tensors of its own."""
         table, rows = self.table, self.table.rows(index)
         crowd = torch.from_numpy(table.crowd[rows].copy())
         target: Target = {
@@ -84,7 +84,7 @@ class DetectionDataset(Dataset[Sample]):
         return target
 
     def _read(self, epoch: int, index: int) -> Tensor:
-        """The picture, uint8 [3, H, W], of the size that its boxes refer to."""
+        """The image, uint8 [3, H, W], of the size that its boxes refer to."""
         table = self.table
         path, where = table.path(index), f"(image id {table.image_ids[index]}, epoch {epoch})"
         try:
@@ -95,18 +95,18 @@ class DetectionDataset(Dataset[Sample]):
         if image.shape[-2:] != (height, width):
             raise DataError(
                 f"[LCD-I020] {path} is {image.shape[-1]}x{image.shape[-2]}, but its boxes refer to {width}x{height} "
-                f"{where}; correct the annotation or the picture"
+                f"{where}; correct the annotation or the image"
             )
         return image
 
 
-class PictureDataset(Dataset[Sample | UnreadablePicture]):
-    """Pictures without annotations, numbered from 1 in the order given.
+class ImageDataset(Dataset[Sample | UnreadableImage]):
+    """Images without annotations, numbered from 1 in the order given.
 
-    A picture that cannot be read does not end a prediction over many: its item says why instead.
+    An image that cannot be read does not end a prediction over many: its item says why instead.
 
     Args:
-        files: the pictures; turned upright by their EXIF orientation.
+        files: the images; turned upright by their EXIF orientation.
     """
 
     def __init__(self, files: Sequence[str | Path]) -> None:
@@ -115,13 +115,13 @@ class PictureDataset(Dataset[Sample | UnreadablePicture]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample | UnreadablePicture:
-        """Read a picture; its target has no boxes, ``image_id`` and ``file_name``."""
+    def __getitem__(self, index: int) -> Sample | UnreadableImage:
+        """Read an image; its target has no boxes, ``image_id`` and ``file_name``."""
         file = self.files[index]
         try:
             image = read_image(file, upright=True)
         except DataError as error:
-            return UnreadablePicture(file, str(error))
+            return UnreadableImage(file, str(error))
         target: Target = {
             "boxes": torch.zeros(0, 4),
             "labels": torch.zeros(0, dtype=torch.int64),
@@ -131,12 +131,12 @@ class PictureDataset(Dataset[Sample | UnreadablePicture]):
         return image, target
 
 
-def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
+def find_images(sources: Sequence[str | Path]) -> list[Path]:
     """The files that prediction is asked for, each once.
 
     Args:
-        sources: files, whatever their names; folders, of which the pictures in them are taken, sorted, but not those in
-            folders below; and patterns such as ``photos/**/*.jpg``, of which only pictures are taken.
+        sources: files, whatever their names; folders, of which the images in them are taken, sorted, but not those in
+            folders below; and patterns such as ``photos/**/*.jpg``, of which only images are taken.
 
     Raises:
         DataError: if a source yields none.
@@ -144,17 +144,13 @@ def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for source in map(Path, sources):
         if source.is_dir():
-            files = [source / name for name in picture_names(source)]
+            files = [source / name for name in image_names(source)]
         elif source.is_file():
             files = [source]
         else:
-            files = [
-                Path(name) for name in sorted(glob(str(source), recursive=True)) if is_picture_name(Path(name).name)
-            ]
+            files = [Path(name) for name in sorted(glob(str(source), recursive=True)) if is_image_name(Path(name).name)]
         if not files:
-            what = (
-                "holds no pictures itself; for those below it, end it in /**/*" if source.is_dir() else "is not there"
-            )
+            what = "holds no images itself; for those below it, end it in /**/*" if source.is_dir() else "is not there"
             raise DataError(f"[LCD-P001] {source} {what}")
         found.update(dict.fromkeys(files))
     return list(found)

@@ -1,4 +1,4 @@
-"""Pictures in one folder per class, for training and evaluating classifiers."""
+"""Images in one folder per class, for training and evaluating classifiers."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_convnext_det.data.dataset import find_pictures
+from lightning_convnext_det.data.dataset import find_images
 from lightning_convnext_det.data.io.decode import read_image
-from lightning_convnext_det.data.io.listing import picture_names
+from lightning_convnext_det.data.io.listing import image_names
 from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.sampler import EvaluationShare, Key, TrainingBatches
+from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatches
 from lightning_convnext_det.data.transforms import seeded
 from lightning_convnext_det.errors import DataError
 
@@ -30,8 +30,8 @@ _SPLITS: dict[Stage, tuple[str, ...]] = {
 }
 
 
-class LabeledPicture(TypedDict, total=False):
-    """A picture and what it shows."""
+class LabeledImage(TypedDict, total=False):
+    """An image and what it shows."""
 
     image: Tensor
     """uint8 [3, H, W]."""
@@ -39,16 +39,16 @@ class LabeledPicture(TypedDict, total=False):
     file_name: str
 
 
-class ImageFolderDataset(Dataset[LabeledPicture | list[LabeledPicture]]):
-    """Pictures with labels, or without for prediction.
+class ImageFolderDataset(Dataset[LabeledImage | list[LabeledImage]]):
+    """Images with labels, or without for prediction.
 
-    Indexed by a picture's number or by ``(epoch, number)``, or by a list of either. What the transform draws is a
+    Indexed by an image's number or by ``(epoch, number)``, or by a list of either. What the transform draws is a
     function of seed, epoch and number.
 
     Args:
-        files: the pictures; turned upright by their EXIF orientation.
+        files: the images; turned upright by their EXIF orientation.
         labels: as many, or None.
-        transform: from a Pillow picture to uint8 [3, H, W].
+        transform: from a Pillow image to uint8 [3, H, W].
         seed: of the transform.
     """
 
@@ -61,48 +61,48 @@ class ImageFolderDataset(Dataset[LabeledPicture | list[LabeledPicture]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: int | Key | list[int] | list[Key]) -> LabeledPicture | list[LabeledPicture]:
-        """Read and transform a picture, or several.
+    def __getitem__(self, key: int | Key | list[int] | list[Key]) -> LabeledImage | list[LabeledImage]:
+        """Read and transform an image, or several.
 
         Raises:
-            DataError: if a picture cannot be read.
+            DataError: if an image cannot be read.
         """
         if isinstance(key, list):
-            return [self[one] for one in key]  # type: ignore[misc]  # of one key comes one picture
+            return [self[one] for one in key]  # type: ignore[misc]  # of one key comes one image
         epoch, index = key if isinstance(key, tuple) else (0, key)
         file = str(self.files[index])
-        picture = Image.fromarray(read_image(file, upright=True).permute(1, 2, 0).contiguous().numpy())
+        image = Image.fromarray(read_image(file, upright=True).permute(1, 2, 0).contiguous().numpy())
         with _seeded_everything(self.seed, epoch, index):
-            sample: LabeledPicture = {"image": self.transform(picture), "file_name": file}
+            sample: LabeledImage = {"image": self.transform(image), "file_name": file}
         if self.labels is not None:
             sample["label"] = int(self.labels[index])
         return sample
 
 
 class ImageFolderDataModule(LightningDataModule):
-    """Pictures in one folder per class for a ``Trainer``: ``ROOT/train/CLASS/*.jpg``, or ``ROOT/CLASS/*.jpg``.
+    """Images in one folder per class for a ``Trainer``: ``ROOT/train/CLASS/*.jpg``, or ``ROOT/CLASS/*.jpg``.
 
-    Where there is no folder ``val``, a part of the training pictures is set aside. Testing uses ``test``, else
-    validation. Training pictures are changed by timm, and evaluation pictures cut as timm does.
+    Where there is no folder ``val``, a part of the training images is set aside. Testing uses ``test``, else
+    validation. Training images are changed by timm, and evaluation images cut as timm does.
 
     Args:
-        root: folder of the data set.
+        root: folder of the dataset.
         train: folder of class folders to train on (default: found in ``root``).
         val: folder of class folders to validate on (default: found in ``root``).
         test: folder of class folders to test on (default: found in ``root``).
-        predict: pictures to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
-        image_size: side of the pictures in pixels.
-        batch_size: pictures per batch on each device.
-        num_workers: processes that read pictures; 0 reads in the training process.
-        scale: smallest and largest share of a training picture that is cut out.
+        predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
+        image_size: side of the images in pixels.
+        batch_size: images per batch on each device.
+        num_workers: processes that read images; 0 reads in the training process.
+        scale: smallest and largest share of a training image that is cut out.
         ratio: narrowest and widest shape, width over height, of what is cut out.
-        horizontal_flip: share of the training pictures that are mirrored.
-        vertical_flip: share of the training pictures that are turned upside down.
-        color_jitter: change brightness, contrast and saturation of training pictures by up to this factor.
+        horizontal_flip: share of the training images that are mirrored.
+        vertical_flip: share of the training images that are turned upside down.
+        color_jitter: change brightness, contrast and saturation of training images by up to this factor.
         auto_augment: timm's name of an augmentation policy, e.g. 'rand-m9-mstd0.5-inc1' (default: none).
-        crop_pct: share of the resized picture that evaluation cuts out of its middle.
-        val_fraction: share of the training pictures to set aside where there is no validation split.
-        seed: of the order of the pictures, their random changes, and the pictures set aside.
+        crop_pct: share of the resized image that evaluation cuts out of its middle.
+        val_fraction: share of the training images to set aside where there is no validation split.
+        seed: of the order of the images, their random changes, and the images set aside.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
 
     Raises:
@@ -182,26 +182,26 @@ class ImageFolderDataModule(LightningDataModule):
         return _TrainingLoader(dataset, sampler=batches, batch_size=None, **self._options())
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
-        """Each validation picture once; an empty list if there are none."""
+        """Each validation image once; an empty list if there are none."""
         files, labels = self._split("val")
         return self._evaluation_loader(files, labels) if files else []
 
     def test_dataloader(self) -> EvaluationLoader:
-        """Each test picture once."""
+        """Each test image once."""
         return self._evaluation_loader(*self._split("test"))
 
     def predict_dataloader(self) -> EvaluationLoader:
-        """Pictures without labels.
+        """Images without labels.
 
         Raises:
-            DataError: if no pictures are given or found.
+            DataError: if no images are given or found.
         """
         if not self.predict:
-            raise DataError("[LCD-P001] data.predict is not given: name a picture, a folder or a pattern")
-        return self._evaluation_loader(find_pictures(self.predict), None)
+            raise DataError("[LCD-P001] data.predict is not given: name an image, a folder or a pattern")
+        return self._evaluation_loader(find_images(self.predict), None)
 
     def _evaluation_loader(self, files: list[Path], labels: list[int] | None) -> EvaluationLoader:
-        share = EvaluationShare(len(files), *self._replicas())
+        share = EvaluationSampler(len(files), *self._replicas())
         dataset = ImageFolderDataset(files, labels, self._cut)
         return _EvaluationLoader(dataset, sampler=share, batch_size=self.batch_size, **self._options())
 
@@ -252,17 +252,17 @@ class ImageFolderDataModule(LightningDataModule):
 
 
 class _EvaluationLoader(EvaluationLoader):
-    unpack = staticmethod(lambda batch: batch)  # stacked pictures need no unpacking
+    unpack = staticmethod(lambda batch: batch)  # stacked images need no unpacking
 
     def __len__(self) -> int:
-        return DataLoader.__len__(self)  # there is no batch without pictures
+        return DataLoader.__len__(self)  # there is no batch without images
 
 
 class _TrainingLoader(TrainingLoader):
     unpack = staticmethod(lambda batch: batch)
 
 
-def _stack(samples: Sequence[LabeledPicture]) -> dict[str, Tensor | list[str]]:
+def _stack(samples: Sequence[LabeledImage]) -> dict[str, Tensor | list[str]]:
     batch: dict[str, Tensor | list[str]] = {
         "images": torch.stack([sample["image"] for sample in samples]),
         "file_names": [sample["file_name"] for sample in samples],
@@ -288,13 +288,13 @@ def _class_folders(folder: Path) -> list[str]:
 def _read_folder(folder: Path, class_names: list[str]) -> tuple[list[Path], list[int]]:
     names = _class_folders(folder)
     if unknown := [name for name in names if name not in class_names]:
-        raise DataError(f"[LCD-D140] {folder / unknown[0]} is no class of the training pictures")
+        raise DataError(f"[LCD-D140] {folder / unknown[0]} is no class of the training images")
     files: list[Path] = []
     labels: list[int] = []
     for name in names:
-        found = [folder / name / picture for picture in picture_names(folder / name)]
+        found = [folder / name / image for image in image_names(folder / name)]
         if not found:
-            raise DataError(f"[LCD-D140] {folder / name} holds no pictures")
+            raise DataError(f"[LCD-D140] {folder / name} holds no images")
         files += found
         labels += [class_names.index(name)] * len(found)
     return files, labels

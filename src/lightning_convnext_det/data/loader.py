@@ -1,4 +1,4 @@
-"""Loaders whose errors are one line, that can continue in the middle of an epoch, and that outlive a broken picture."""
+"""Loaders whose errors are one line, that can continue in the middle of an epoch, and that outlive a broken image."""
 
 import logging
 import signal
@@ -38,8 +38,8 @@ def outlast_signals(worker: int) -> None:
 class EvaluationLoader(DataLoader[object]):
     """A loader whose data errors read the same with workers as without: one line, no traceback of another process.
 
-    The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked. Where there are fewer pictures
-    than processes, a process without any has one batch without pictures: Lightning would leave it out of the validation
+    The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked. Where there are fewer images
+    than processes, a process without any has one batch without images: Lightning would leave it out of the validation
     altogether, and the others would wait for it.
     """
 
@@ -53,7 +53,7 @@ class EvaluationLoader(DataLoader[object]):
         """Yield batches.
 
         Raises:
-            DataError: if a picture cannot be read.
+            DataError: if an image cannot be read.
         """
         if len(self) > super().__len__():
             yield [], []
@@ -96,31 +96,31 @@ class TrainingLoader(EvaluationLoader):
         self.sampler.start = self._received = state["batches"]
 
 
-class PictureLoader(EvaluationLoader):
-    """A loader that leaves out pictures that cannot be read, reports each as it comes and their number at the end.
+class ImageLoader(EvaluationLoader):
+    """A loader that leaves out images that cannot be read, reports each as it comes and their number at the end.
 
     A batch of which nothing is left is not yielded.
     """
 
     def __len__(self) -> int:
-        """Number of batches; 0 on a process without pictures."""
+        """Number of batches; 0 on a process without images."""
         return DataLoader.__len__(self)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
-        """Yield batches of pictures and targets.
+        """Yield batches of images and targets.
 
         Raises:
-            DataError: if not one picture could be read.
+            DataError: if not one image could be read.
         """
         num_read = num_failed = 0
         for batch in self._packed():
             num_read += len(batch.sizes)
             num_failed += len(batch.unreadable)
-            for picture in batch.unreadable:
-                _logger.warning("left out: %s", picture.reason)
+            for image in batch.unreadable:
+                _logger.warning("left out: %s", image.reason)
             if batch.sizes:
                 yield unpack(batch)
         if num_failed == len(cast(Sized, self.dataset)):
-            raise DataError(f"[LCD-P002] none of {num_failed} pictures can be read; the reasons are given above")
+            raise DataError(f"[LCD-P002] none of {num_failed} images can be read; the reasons are given above")
         if num_failed:
-            _logger.warning("%d of %d pictures could not be read and were left out", num_failed, num_read + num_failed)
+            _logger.warning("%d of %d images could not be read and were left out", num_failed, num_read + num_failed)

@@ -1,4 +1,4 @@
-"""Which pictures make up which batch, on which process, in which epoch.
+"""Which images make up which batch, on which process, in which epoch.
 
 Both samplers are subclasses of ``DistributedSampler`` *and* of ``SequentialSampler`` for Lightning's sake: it replaces
 the sampler of a loader by its own under several processes unless it is the first, and under ``overfit_batches`` unless
@@ -13,16 +13,16 @@ from torch.utils.data import SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 Key = tuple[int, int]
-"""Epoch and index of a picture: together with the seed they decide every random choice made for it."""
+"""Epoch and index of an image: together with the seed they decide every random choice made for it."""
 
 
-def batch_sizes(num_pictures: int, batch_size: int, num_replicas: int, drop_last: bool) -> list[int]:
+def batch_sizes(num_images: int, batch_size: int, num_replicas: int, drop_last: bool) -> list[int]:
     """Sizes of all batches of an epoch, in order; every ``num_replicas`` of them make up one step.
 
-    All are ``batch_size`` but those of the last step, which shares the rest evenly. Fewer pictures than processes are
+    All are ``batch_size`` but those of the last step, which shares the rest evenly. Fewer images than processes are
     shared out over the last two steps. Only with ``batch_size=1`` that is impossible: they then sit out this epoch.
     """
-    full_steps, rest = divmod(num_pictures, batch_size * num_replicas)
+    full_steps, rest = divmod(num_images, batch_size * num_replicas)
     sizes = [batch_size] * (full_steps * num_replicas)
     if rest == 0 or drop_last or (rest < num_replicas and batch_size == 1):
         return sizes
@@ -37,7 +37,7 @@ def batch_sizes(num_pictures: int, batch_size: int, num_replicas: int, drop_last
 class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
     """The batches of one process: lists of ``(epoch, index)``, landscape with landscape and portrait with portrait.
 
-    The order is a function of the seed and the epoch alone. Over all processes an epoch holds each picture exactly once
+    The order is a function of the seed and the epoch alone. Over all processes an epoch holds each image exactly once
     (with ``drop_last`` at most once), each process has the same number of batches, and only what is left over when the
     two groups are cut into whole batches is mixed, at the epoch's end.
 
@@ -45,8 +45,8 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
         start: how many batches the next pass leaves out at its beginning; 0 again after that, or with another epoch.
 
     Args:
-        landscape: whether a picture is at least as wide as it is high, bool [N].
-        batch_size: pictures per batch and process.
+        landscape: whether an image is at least as wide as it is high, bool [N].
+        batch_size: images per batch and process.
         seed: of the order.
         shuffle: ``False`` gives the same batches in every epoch, by rising index.
         drop_last: leave out the last step of an epoch when it is smaller than the others.
@@ -54,7 +54,7 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
         rank: which of them this is.
 
     Raises:
-        ValueError: if there are fewer pictures than an epoch needs for one batch on each process.
+        ValueError: if there are fewer images than an epoch needs for one batch on each process.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
         self.start = 0
         self.sizes = batch_sizes(len(landscape), batch_size, num_replicas, drop_last)
         if not self.sizes or min(self.sizes) == 0:
-            kind = "full batch" if drop_last else "picture"
+            kind = "full batch" if drop_last else "image"
             raise ValueError(
-                f"{len(landscape)} training pictures do not give each of {num_replicas} processes one {kind} at "
+                f"{len(landscape)} training images do not give each of {num_replicas} processes one {kind} at "
                 f"batch_size={batch_size}, drop_last={drop_last}; lower batch_size or use fewer processes."
             )
 
@@ -104,7 +104,7 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
         self.epoch = epoch
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """All pictures such that whole batches hold one orientation, int64 [N]."""
+        """All images such that whole batches hold one orientation, int64 [N]."""
         generator = np.random.default_rng((self.seed, epoch))
         whole: list[NDArray[np.int64]] = []
         rest: list[NDArray[np.int64]] = []
@@ -121,18 +121,18 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
         return np.concatenate([batches.ravel(), left_over])
 
 
-class EvaluationShare(DistributedSampler[int], SequentialSampler):
-    """The contiguous run of pictures that one process evaluates: each picture once, none added to make shares equal.
+class EvaluationSampler(DistributedSampler[int], SequentialSampler):
+    """The contiguous run of images that one process evaluates: each image once, none added to make shares equal.
 
     Args:
-        num_pictures: of the split.
+        num_images: of the split.
         num_replicas: number of processes.
         rank: which of them this is.
     """
 
-    def __init__(self, num_pictures: int, num_replicas: int = 1, rank: int = 0) -> None:
-        # rounded up, so that with fewer pictures than processes the first process is not the idle one
-        bounds = [-(-num_pictures * replica // num_replicas) for replica in (rank, rank + 1)]
+    def __init__(self, num_images: int, num_replicas: int = 1, rank: int = 0) -> None:
+        # rounded up, so that with fewer images than processes the first process is not the idle one
+        bounds = [-(-num_images * replica // num_replicas) for replica in (rank, rank + 1)]
         self.indices = range(bounds[0], bounds[1])
         self.epoch = 0
 

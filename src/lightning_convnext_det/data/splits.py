@@ -1,4 +1,4 @@
-"""Which split of a data set serves training, validation and testing, and its table, read when it is first needed."""
+"""Which split of a dataset serves training, validation and testing, and its table, read when it is first needed."""
 
 import logging
 import os
@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Format, Split, canonical_split
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, make_split, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import BadRecords, summarize_problems
+from lightning_convnext_det.data.formats.records import InvalidAnnotations, summarize_problems
 from lightning_convnext_det.data.io.listing import list_names
-from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_pictures
-from lightning_convnext_det.data.table import DetectionTable, Format, Split, canonical_split
+from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_images
 from lightning_convnext_det.errors import DataError
 
 Stage = Literal["train", "val", "test"]
@@ -26,24 +26,24 @@ _warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class SplitReader:
-    """Finds the splits of a data set and reads each once.
+    """Finds the splits of a dataset and reads each once.
 
     The class names of the training split, or of the first that there is, are those of all: another split with other
     classes is refused. Where there is no validation split, or training is on ``trainval``, a part of the training
-    pictures is set aside by a seed; where there is no test split, validation serves as one.
+    images is set aside by a seed; where there is no test split, validation serves as one.
 
     Args:
-        root: folder of the data set; None if ``wanted`` gives paths only.
+        root: folder of the dataset; None if ``wanted`` gives paths only.
         format: of the folder, or ``auto``.
         wanted: for each stage the name of a split, the path of a COCO file or of a folder of VOC's XML, or None for the
             usual name. A name that is also a folder's means the split; ./NAME means the folder.
-        pictures: for each stage the folder of the pictures that go with such a path, or None to look around it.
-        val_fraction: share of the training pictures to set aside; 0 for no validation.
+        images: for each stage the folder of the images that go with such a path, or None to look around it.
+        val_fraction: share of the training images to set aside; 0 for no validation.
         seed: of that choice.
-        class_names: the names of the classes in order of label; None for those of the data set.
+        class_names: the names of the classes in order of label; None for those of the dataset.
         classes: train on and evaluate these only, in this order; None for all.
-        bad_records: what becomes of records that cannot be used.
-        exif: whether boxes refer to upright pictures.
+        invalid_annotations: what becomes of records that cannot be used.
+        exif: whether boxes refer to upright images.
         train_on_difficult: treat VOC's difficult objects as any other in training.
     """
 
@@ -52,32 +52,32 @@ class SplitReader:
         root: str | None,
         format: Literal["auto"] | Format,
         wanted: Mapping[Stage, str | None],
-        pictures: Mapping[Stage, str | None],
+        images: Mapping[Stage, str | None],
         val_fraction: float,
         seed: int,
         class_names: Sequence[str] | None,
         classes: Sequence[str] | None,
-        bad_records: BadRecords,
+        invalid_annotations: InvalidAnnotations,
         exif: Exif,
         train_on_difficult: bool,
     ) -> None:
         self.root = root
         self.format = format
         self.wanted = wanted
-        self.pictures = pictures
+        self.images = images
         self.val_fraction = val_fraction
         self.seed = seed
         self.class_names = class_names
         self.classes = classes
-        self.bad_records = bad_records
+        self.invalid_annotations = invalid_annotations
         self.exif = exif
         self.train_on_difficult = train_on_difficult
         self._found: dict[str, Split] | None = None
-        self._first: tuple[str, DetectionTable] | None = None  # the split that names the classes, without pictures
-        self._tables: dict[Stage, DetectionTable | None] = {}
+        self._first: tuple[str, DetectionAnnotations] | None = None  # the split that names the classes, without images
+        self._tables: dict[Stage, DetectionAnnotations | None] = {}
 
     def class_table(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The names of the classes in order of label, and the data set's ids of them.
+        """The names of the classes in order of label, and the dataset's ids of them.
 
         Raises:
             DataError: if no split is given, or it cannot be read.
@@ -86,8 +86,8 @@ class SplitReader:
         assert table is not None
         return table.class_names, table.category_ids
 
-    def table(self, stage: Stage) -> DetectionTable | None:
-        """The pictures of a stage; None for a validation that the user has switched off.
+    def table(self, stage: Stage) -> DetectionAnnotations | None:
+        """The images of a stage; None for a validation that the user has switched off.
 
         Raises:
             DataError: if there is no such split, it cannot be used, or its classes are not those of training.
@@ -105,12 +105,12 @@ class SplitReader:
                 return stage
         if self.root is None:
             raise DataError(
-                "[LCD-D130] no annotated pictures are given, so their classes are not known; "
-                "set data.root to the folder of a data set, or data.train to a COCO file"
+                "[LCD-D130] no annotated images are given, so their classes are not known; "
+                "set data.root to the folder of a dataset, or data.train to a COCO file"
             )
         raise DataError(f"[LCD-D131] there is no train split: {self._place()}; set data.train to one of them")
 
-    def _read_stage(self, stage: Stage) -> dict[Stage, DetectionTable | None]:
+    def _read_stage(self, stage: Stage) -> dict[Stage, DetectionAnnotations | None]:
         """The table of a stage, and of another that is read on the way."""
         split = self._locate(stage)
         if stage == "train" and self._sets_aside():
@@ -120,41 +120,41 @@ class SplitReader:
         if stage == "val" and self._locate("train"):
             return {stage: None}
         if stage == "test" and (val := self.table("val")):
-            _warn("no test split in %s: testing on the %d validation pictures", self.root, len(val))
+            _warn("no test split in %s: testing on the %d validation images", self.root, len(val))
             return {stage: val}
         raise DataError(f"[LCD-D131] there is no {stage} split: {self._place()}; set data.{stage}")
 
     def _sets_aside(self) -> bool:
-        """Whether validation pictures are taken out of the training split."""
+        """Whether validation images are taken out of the training split."""
         train = self._locate("train")
         if train is None or self.wanted["val"] is not None or self.val_fraction == 0:
             return False
         return self._locate("val") is None or canonical_split(train.name) == "trainval"
 
-    def _read_and_set_aside(self) -> dict[Stage, DetectionTable | None]:
+    def _read_and_set_aside(self) -> dict[Stage, DetectionAnnotations | None]:
         split = self._locate("train")
         assert split is not None
         table = self._read(split, training=False)
         remaining, aside = split_randomly(table, self.val_fraction, self.seed)
         _warn(
-            "%d of the %d pictures of '%s' are set aside for validation (val_fraction %g, seed %d)",
+            "%d of the %d images of '%s' are set aside for validation (val_fraction %g, seed %d)",
             len(aside), len(table), split.name, self.val_fraction, self.seed,
         )  # fmt: skip
         train = self._read(split, training=True) if self.train_on_difficult else table
-        return {"train": take_pictures(train, remaining), "val": take_pictures(table, aside)}
+        return {"train": take_images(train, remaining), "val": take_images(table, aside)}
 
-    def _read(self, split: Split, training: bool) -> DetectionTable:
+    def _read(self, split: Split, training: bool) -> DetectionAnnotations:
         """Read a split, say what was left out, and select the classes."""
         table = read_split(
             split,
             class_names=self._first[1].class_names if self._first else self.class_names,
-            bad_records=self.bad_records,
+            invalid_annotations=self.invalid_annotations,
             train_on_difficult=training and self.train_on_difficult,
             exif=self.exif,
         )
         for line in summarize_problems(table.problems):
             _warn("%s: %s", split.name, line)
-        self._first = self._first or (split.name, take_pictures(table, np.array([], np.int64)))
+        self._first = self._first or (split.name, take_images(table, np.array([], np.int64)))
         for problem in compare_classes(dict([self._first, (split.name, table)])):
             raise DataError(str(problem).removesuffix(" (refused)"))
         return table if self.classes is None else select_classes(table, self.classes)
@@ -163,9 +163,9 @@ class SplitReader:
         """Where the files of a stage are; None if the usual names are not there."""
         wanted = self.wanted[stage]
         if wanted is not None and self._is_path(wanted):
-            pictures = self.pictures[stage]
-            return make_split(self._path(wanted), None if pictures is None else self._path(pictures), stage)
-        if self.pictures[stage] is not None:
+            images = self.images[stage]
+            return make_split(self._path(wanted), None if images is None else self._path(images), stage)
+        if self.images[stage] is not None:
             raise DataError(
                 f"[LCD-D132] data.{stage}_images is given without a path in data.{stage}; "
                 "name the COCO file or the folder of VOC's XML there"
@@ -184,7 +184,7 @@ class SplitReader:
         raise DataError(f"[LCD-D131] data.{stage}: there is no split '{wanted}': {self._place()}{hint}")
 
     def _is_path(self, wanted: str) -> bool:
-        """Whether a path is meant: a split of the data set wins over a folder of XML of the same name."""
+        """Whether a path is meant: a split of the dataset wins over a folder of XML of the same name."""
         if wanted.endswith(".json") or os.sep in wanted:
             return True
         if not any(name.lower().endswith(".xml") for name in list_names(self._path(wanted))):
@@ -203,7 +203,7 @@ class SplitReader:
     def _splits(self) -> dict[str, Split]:
         """The splits below the root."""
         if self.root is None:
-            raise DataError("[LCD-D130] data.root is not given; a split can be named only in the folder of a data set")
+            raise DataError("[LCD-D130] data.root is not given; a split can be named only in the folder of a dataset")
         if self._found is None:
             self._found = find_splits(Path(self.root), format=self.format)
         return self._found
@@ -213,7 +213,7 @@ class SplitReader:
         return "data.root is not given" if self.root is None else f"{self.root} has {', '.join(self._splits())}"
 
 
-def warn_of_shared_pictures(train: DetectionTable, val: DetectionTable) -> None:
-    """Say how many validation pictures are trained on."""
+def warn_of_shared_images(train: DetectionAnnotations, val: DetectionAnnotations) -> None:
+    """Say how many validation images are trained on."""
     if shared := count_shared(train, val):
-        _warn("%d of %d validation pictures are also trained on: the score is too good", shared, len(val))
+        _warn("%d of %d validation images are also trained on: the score is too good", shared, len(val))

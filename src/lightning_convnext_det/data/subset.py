@@ -1,4 +1,4 @@
-"""Parts of a table: some of its pictures, or some of its classes."""
+"""Parts of a table: some of its images, or some of its classes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.table import DetectionTable
+from lightning_convnext_det.data.annotations import DetectionAnnotations
 from lightning_convnext_det.errors import DataError
 
 
-def take_pictures(table: DetectionTable, indices: NDArray[np.int64]) -> DetectionTable:
-    """The table of some pictures, in the order given."""
+def take_images(table: DetectionAnnotations, indices: NDArray[np.int64]) -> DetectionAnnotations:
+    """The table of some images, in the order given."""
     counts = np.diff(table.offsets)[indices]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     rows = np.arange(offsets[-1]) + np.repeat(table.offsets[indices] - offsets[:-1], counts)
@@ -24,8 +24,8 @@ def take_pictures(table: DetectionTable, indices: NDArray[np.int64]) -> Detectio
     )
 
 
-def select_classes(table: DetectionTable, class_names: Sequence[str]) -> DetectionTable:
-    """The table with the objects of some classes only, labelled in the order given; all pictures stay.
+def select_classes(table: DetectionAnnotations, class_names: Sequence[str]) -> DetectionAnnotations:
+    """The table with the objects of some classes only, labelled in the order given; all images stay.
 
     Raises:
         DataError: if the table has no such class, or one is named twice.
@@ -51,31 +51,35 @@ def select_classes(table: DetectionTable, class_names: Sequence[str]) -> Detecti
     )
 
 
-def split_randomly(table: DetectionTable, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the pictures that remain and of those set aside, both rising; at least one of each.
+def split_randomly(
+    table: DetectionAnnotations, fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the images that remain and of those set aside, both rising; at least one of each.
 
     Args:
-        table: at least two pictures.
-        fraction: of the pictures to set aside.
+        table: at least two images.
+        fraction: of the images to set aside.
         seed: of the choice.
 
     Raises:
-        DataError: if there is one picture only.
+        DataError: if there is one image only.
     """
     if len(table) < 2:
-        raise DataError(f"[LCD-D133] {table.image_root} holds 1 picture: too few to set one aside for validation")
+        raise DataError(f"[LCD-D133] {table.image_root} holds 1 image: too few to set one aside for validation")
     count = min(max(round(len(table) * fraction), 1), len(table) - 1)
     order = np.random.default_rng(seed).permutation(len(table))
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def count_shared(first: DetectionTable, second: DetectionTable) -> int:
+def count_shared(first: DetectionAnnotations, second: DetectionAnnotations) -> int:
     """How many files two tables have in common."""
     paths = [{str(table.path(index)) for index in range(len(table))} for table in (first, second)]
     return len(paths[0] & paths[1])
 
 
-def _take_objects(table: DetectionTable, rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> DetectionTable:
+def _take_objects(
+    table: DetectionAnnotations, rows: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> DetectionAnnotations:
     return replace(
         table,
         boxes=table.boxes[rows],
@@ -87,6 +91,6 @@ def _take_objects(table: DetectionTable, rows: NDArray[np.int64], offsets: NDArr
     )
 
 
-def _listed(table: DetectionTable) -> str:
+def _listed(table: DetectionAnnotations) -> str:
     shown = ", ".join(table.class_names[:20])
     return shown + (f" and {len(table.class_names) - 20} more" if len(table.class_names) > 20 else "")

@@ -2,7 +2,7 @@
 
 Shapes of five classes on textured backgrounds, strokes as clutter. Classes share textures, sizes and rotations; each
 has a usual colour, from which one object in seven strays, so that the outline counts too. Objects overlap and stick out
-of the picture, and some pictures have none. A small network learns it from random weights in minutes.
+of the image, and some images have none. A small network learns it from random weights in minutes.
 """
 
 import json
@@ -18,7 +18,7 @@ from lightning_convnext_det.errors import DataError
 
 CLASS_NAMES = ("disc", "ring", "square", "triangle", "star")
 MIN_VISIBLE = 0.6  # of an object's pixels; less is not drawn
-EMPTY_SHARE = 0.06  # of the pictures, so that several hundred hold a few dozen negatives
+EMPTY_SHARE = 0.06  # of the images, so that several hundred hold a few dozen negatives
 MAX_OBJECTS = 8
 MIN_RADIUS, MAX_RADIUS = 0.07, 0.24  # of the shorter side: objects of about 30 to 120 pixels
 STRAY_SHARE = 1 / 7  # of the objects have any colour
@@ -36,7 +36,7 @@ Colours = NDArray[np.float32]
 
 
 class Scene(NamedTuple):
-    """A drawn picture and what it shows."""
+    """A drawn image and what it shows."""
 
     image: NDArray[np.uint8]
     """RGB, [H, W, 3]."""
@@ -65,16 +65,16 @@ def write_synthetic_coco(
 ) -> Path:
     """Write ``annotations/instances_SPLIT.json`` and a folder ``SPLIT`` of JPEG files for each split.
 
-    The same arguments give the same pictures, and a picture does not depend on how many there are.
+    The same arguments give the same images, and an image does not depend on how many there are.
 
     Args:
         folder: where to; made if it does not exist.
-        num_train: training pictures.
-        num_val: validation pictures.
-        num_test: test pictures; 0 writes no such split.
+        num_train: training images.
+        num_val: validation images.
+        num_test: test images; 0 writes no such split.
         seed: of all random choices.
-        min_side: smallest side of a picture in pixels.
-        max_side: largest side of a picture in pixels.
+        min_side: smallest side of an image in pixels.
+        max_side: largest side of an image in pixels.
 
     Returns:
         The folder.
@@ -90,20 +90,20 @@ def write_synthetic_coco(
     for number, (split, count) in enumerate({"train": num_train, "val": num_val, "test": num_test}.items()):
         if count:
             (folder / split).mkdir(exist_ok=True)
-            content = _write_pictures(folder / split, count, (seed, number), (min_side, max_side))
+            content = _write_images(folder / split, count, (seed, number), (min_side, max_side))
             (annotations / f"instances_{split}.json").write_text(json.dumps(content))
     return folder
 
 
 def draw_scene(generator: np.random.Generator, height: int, width: int) -> Scene:
-    """Draw a picture with up to 8 objects, later ones in front of earlier ones."""
+    """Draw an image with up to 8 objects, later ones in front of earlier ones."""
     muted = 128 + 0.35 * (_colours(generator, 3) - 128)
     canvas = _texture(generator, height, width, muted)
     canvas = _with_strokes(generator, canvas)
     count = 0 if generator.random() < EMPTY_SHARE else int(generator.integers(1, MAX_OBJECTS + 1))
     masks = np.zeros((0, height, width), np.bool_)
     labels: list[int] = []
-    pixels = np.zeros(0, np.int64)  # of each object, were nothing in front of it and the picture larger
+    pixels = np.zeros(0, np.int64)  # of each object, were nothing in front of it and the image larger
     for _ in range(3 * count):
         if len(labels) == count:
             break
@@ -119,8 +119,8 @@ def draw_scene(generator: np.random.Generator, height: int, width: int) -> Scene
     return Scene(_photograph(generator, canvas), masks, np.array(labels, np.int64))
 
 
-def _write_pictures(folder: Path, count: int, seed: tuple[int, int], sides: tuple[int, int]) -> dict[str, object]:
-    """Draw and save the pictures of a split; return its annotations in COCO's form."""
+def _write_images(folder: Path, count: int, seed: tuple[int, int], sides: tuple[int, int]) -> dict[str, object]:
+    """Draw and save the images of a split; return its annotations in COCO's form."""
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     for index in range(count):
@@ -203,8 +203,8 @@ def _texture(generator: np.random.Generator, height: int, width: int, colours: C
 def _with_strokes(generator: np.random.Generator, canvas: Colours) -> Colours:
     """Draw lines and arcs that belong to no class."""
     height, width = canvas.shape[:2]
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     for colour in _colours(generator, int(generator.integers(2, 8))):
         ink = (int(colour[0]), int(colour[1]), int(colour[2]))
         x, y = generator.uniform(0, width), generator.uniform(0, height)
@@ -217,7 +217,7 @@ def _with_strokes(generator: np.random.Generator, canvas: Colours) -> Colours:
             draw.arc(
                 (x - reach, y - reach, x + reach, y + reach), start, start + generator.uniform(40, 150), ink, stroke
             )
-    return np.asarray(picture, np.float32)
+    return np.asarray(image, np.float32)
 
 
 def _shades(generator: np.random.Generator, name: str) -> Colours:
@@ -249,8 +249,8 @@ def _paint(generator: np.random.Generator, canvas: Colours, mask: Mask, name: st
 
 
 def _photograph(generator: np.random.Generator, canvas: Colours) -> NDArray[np.uint8]:
-    """A slightly blurred picture with the noise of a sensor, [H, W, 3]."""
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(float(generator.uniform(0.3, 0.8)))), np.float32)
+    """A slightly blurred image with the noise of a sensor, [H, W, 3]."""
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(float(generator.uniform(0.3, 0.8)))), np.float32)
     noise = generator.uniform(1, 6) * generator.standard_normal(canvas.shape, np.float32)
     return np.asarray((blurred + noise).clip(0, 255), np.uint8)

@@ -1,7 +1,7 @@
-"""Random changes of a training picture and its boxes: four named presets on torchvision's v2 transforms.
+"""Random changes of a training image and its boxes: four named presets on torchvision's v2 transforms.
 
 Sides are rounded to the nearest pixel and are at least 1, where torchvision's own resizing rounds down, to 0 for a very
-narrow picture. All random choices are drawn from torch's generator on the CPU, which ``seeded`` fixes per picture.
+narrow image. All random choices are drawn from torch's generator on the CPU, which ``seeded`` fixes per image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from lightning_convnext_det.types import Target
 
 Preset = Literal["none", "flip", "multiscale", "lsj"]
 RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
-"""Presets that fix the size of a picture: the detector must not resize it once more in training."""
+"""Presets that fix the size of an image: the detector must not resize it once more in training."""
 MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR, arXiv:2005.12872, section 4
 MIN_VISIBLE_SIDE = 1.0  # pixels; the proposal heads cannot regress a box without area
 FILL = 114  # mean of ImageNet's mean colour 124, 116, 104: close to 0 once normalised, as the padding of detectors
@@ -42,7 +42,7 @@ class ShortestSide(v2.RandomShortestSize):
         return {"size": scaled_size(height, width, factor)}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
-        """Resize a picture or its boxes."""
+        """Resize an image or its boxes."""
         return self._call_kernel(F.resize, _channels_innermost(inpt), size=params["size"], antialias=True)
 
 
@@ -71,12 +71,12 @@ class LargeScaleJitter(v2.Transform):
         return {"size": scaled_size(height, width, scale * self.side / max(height, width))}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
-        """Resize a picture or its boxes."""
+        """Resize an image or its boxes."""
         return self._call_kernel(F.resize, _channels_innermost(inpt), size=params["size"], antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
-    """Cut out a window whose sides are drawn independently; a side of the picture that is too short is kept.
+    """Cut out a window whose sides are drawn independently; a side of the image that is too short is kept.
 
     Args:
         min_side: smallest side of the window in pixels.
@@ -102,16 +102,16 @@ class RandomSizeCrop(v2.Transform):
         }
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
-        """Cut a picture or its boxes."""
+        """Cut an image or its boxes."""
         return self._call_kernel(F.crop, inpt, **params)
 
 
 class SquareWindow(v2.Transform):
-    """A square cut out at random where the picture is larger, and filled up at right and bottom where it is smaller.
+    """A square cut out at random where the image is larger, and filled up at right and bottom where it is smaller.
 
     Args:
         side: of the square in pixels.
-        fill: grey value, 0 ... 255, of the part that the picture does not cover.
+        fill: grey value, 0 ... 255, of the part that the image does not cover.
     """
 
     def __init__(self, side: int, fill: int = FILL) -> None:
@@ -131,7 +131,7 @@ class SquareWindow(v2.Transform):
         return {"crop": crop, "padding": [0, 0, self.side - crop["width"], self.side - crop["height"]]}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
-        """Cut and fill a picture or its boxes."""
+        """Cut and fill an image or its boxes."""
         window = self._call_kernel(F.crop, inpt, **params["crop"])
         if not isinstance(window, tv_tensors.Image):
             return self._call_kernel(F.pad, window, padding=params["padding"])
@@ -150,10 +150,10 @@ def create_transforms(
     vertical_flip: bool = False,
     color_jitter: float = 0.0,
 ) -> v2.Transform | None:
-    """Build what happens to a training picture.
+    """Build what happens to a training image.
 
     Args:
-        preset: ``none``; ``flip``: half of the pictures are mirrored; ``multiscale``: mirrored, then resized to one of
+        preset: ``none``; ``flip``: half of the images are mirrored; ``multiscale``: mirrored, then resized to one of
             ``sizes``, half of them cropped before that (DETR, arXiv:2005.12872); ``lsj``: mirrored, resized to
             0.1 ... 2 times ``crop_size`` and cut or filled to that square (arXiv:2012.07177).
         sizes: shorter sides of ``multiscale`` in pixels. Its crop keeps the proportions that it has for 800, the
@@ -161,11 +161,11 @@ def create_transforms(
         max_size: the longer side of ``multiscale`` is at most this many pixels.
         crop_size: side of the square of ``lsj`` in pixels.
         scale_range: smallest and largest scale of ``lsj``.
-        vertical_flip: also turn half of the pictures upside down; for pictures from above or through a microscope.
+        vertical_flip: also turn half of the images upside down; for images from above or through a microscope.
         color_jitter: change brightness, contrast and saturation by up to this factor; 0.4 is common.
 
     Returns:
-        A transform of pictures and boxes; None if there is nothing to do.
+        A transform of images and boxes; None if there is nothing to do.
 
     Raises:
         ValueError: if a preset is not known or a size is not positive.
@@ -190,7 +190,7 @@ def create_transforms(
 
 
 def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Apply v2 transforms to a picture and its boxes, and leave out the boxes that vanish.
+    """Apply v2 transforms to an image and its boxes, and leave out the boxes that vanish.
 
     A box stays if its visible part is at least 1 pixel wide and high. All fields of ``target`` that have a row per box
     follow, and ``area`` changes in the proportion in which its box does. Neither argument is modified.
@@ -201,7 +201,7 @@ def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) ->
         target: its objects.
 
     Returns:
-        The new picture and its objects.
+        The new image and its objects.
     """
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
     # row numbers in place of the labels: they tell which boxes a transform such as SanitizeBoundingBoxes has left
@@ -235,7 +235,7 @@ def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
 
 
 def _channels_innermost(inpt: Tensor) -> Any:
-    """A picture laid out as [H, W, 3] in memory: resizing it takes less than half of the time, this copy included."""
+    """An image laid out as [H, W, 3] in memory: resizing it takes less than half of the time, this copy included."""
     if not isinstance(inpt, tv_tensors.Image):
         return inpt
     return tv_tensors.wrap(inpt.permute(1, 2, 0).contiguous().permute(2, 0, 1), like=inpt)

@@ -1,4 +1,4 @@
-"""Finding objects in pictures from anywhere: files, Pillow, numpy, torch."""
+"""Finding objects in images from anywhere: files, Pillow, numpy, torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,37 +13,37 @@ from torch import Tensor, nn
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.errors import DataError, DivergenceError
 from lightning_convnext_det.modules import load_module
-from lightning_convnext_det.ops.nms import Suppression, check_suppression
+from lightning_convnext_det.ops.nms import NMSMethod, check_nms_method
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection
 from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
 
-Picture = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.float64] | Tensor
-"""A file, a Pillow picture, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
+ImageSource = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.float64] | Tensor
+"""A file, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
 
 _OVERSHOOT = 0.25  # what resizing with bicubic or Lanczos weights may add beyond 0 and 1
 
 
 class Prediction(Detection):
-    """What was found in one picture, by falling score; on the CPU."""
+    """What was found in one image, by descending score; on the CPU."""
 
     names: list[str]
     """Names of the classes [N]."""
     category_ids: Tensor
-    """The data set's own ids of the classes, int64 [N]."""
+    """The dataset's own ids of the classes, int64 [N]."""
 
 
 class Predictor:
-    """Finds objects in pictures, singly or in batches.
+    """Finds objects in images, singly or in batches.
 
     Args:
         detector: the network; it is set to evaluation mode and stays on its device.
         class_names: in order of label.
-        category_ids: the data set's own ids, in order of label (default: the labels).
+        category_ids: the dataset's own ids, in order of label (default: the labels).
         device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU (default: where it is).
         score_threshold: leave out boxes with a lower score; the detector's own threshold applies before.
         classes: names of the classes to keep (default: all).
-        batch_size: pictures that go through the network at once.
+        batch_size: images that go through the network at once.
         precision: ``bf16-mixed`` is faster where the device computes in bfloat16; boxes and scores stay float32.
         nms: what becomes of overlapping detections, ``hard``, ``soft`` or ``none`` (default: its own).
 
@@ -62,7 +62,7 @@ class Predictor:
         classes: Sequence[str] | None = None,
         batch_size: int = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
-        nms: Suppression | None = None,
+        nms: NMSMethod | None = None,
     ) -> None:
         self.class_names = list(class_names)
         self.category_ids = list(range(len(self.class_names)) if category_ids is None else category_ids)
@@ -77,7 +77,7 @@ class Predictor:
         self.device = _device_of(detector) if device is None else _device(device)
         self.detector = detector.to(self.device).eval()
         if nms is not None:
-            check_suppression(nms)
+            check_nms_method(nms)
             self.detector.nms = nms  # type: ignore[assignment]  # every detector has the choice
         self.score_threshold = score_threshold
         self.classes = list(self.class_names if classes is None else classes)
@@ -94,16 +94,16 @@ class Predictor:
         classes: Sequence[str] | None = None,
         batch_size: int = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
-        nms: Suppression | None = None,
+        nms: NMSMethod | None = None,
     ) -> Self:
-        """Load the detector, its classes and their ids from a checkpoint of this package; needs no network or data set.
+        """Load the detector, its classes and their ids from a checkpoint of this package; needs no network or dataset.
 
         Args:
             path: a local file.
             device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU.
             score_threshold: leave out boxes with a lower score; the detector's own threshold applies before.
             classes: names of the classes to keep (default: all).
-            batch_size: pictures that go through the network at once.
+            batch_size: images that go through the network at once.
             precision: ``32-true`` or ``bf16-mixed``.
             nms: ``hard``, ``soft`` or ``none`` (default: as the checkpoint says).
 
@@ -126,25 +126,25 @@ class Predictor:
         )
 
     @overload
-    def __call__(self, images: Picture) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
+    def __call__(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
     @overload
-    def __call__(self, images: Sequence[Picture]) -> list[Prediction]: ...
-    def __call__(self, images: Picture | Sequence[Picture]) -> Prediction | list[Prediction]:
-        """Find objects in a picture, or in a list of pictures of any kinds and sizes.
+    def __call__(self, images: Sequence[ImageSource]) -> list[Prediction]: ...
+    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Prediction | list[Prediction]:
+        """Find objects in an image, or in a list of images of any kinds and sizes.
 
         Args:
-            images: files and Pillow pictures are turned upright by their EXIF orientation; arrays [H, W, 3] are RGB
+            images: files and Pillow images are turned upright by their EXIF orientation; arrays [H, W, 3] are RGB
                 (OpenCV reads BGR: reverse the last axis); tensors are [3, H, W]; both uint8 or floats in 0..1.
 
         Returns:
-            For a picture a `Prediction`, for a list a list. Boxes are in pixels of the upright picture.
+            For an image a `Prediction`, for a list a list. Boxes are in pixels of the upright image.
 
         Raises:
-            DataError: if a picture cannot be read, or its shape or pixels are not those of an RGB picture.
-            TypeError: if an item is no picture.
+            DataError: if an image cannot be read, or its shape or pixels are not those of an RGB image.
+            TypeError: if an item is no image.
         """
         if not isinstance(images, list | tuple):
-            return self._predict([_read(images, "the picture")])[0]
+            return self._predict([_read(images, "the image")])[0]
         found = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
@@ -153,21 +153,21 @@ class Predictor:
 
     def draw(
         self,
-        image: Picture,
+        image: ImageSource,
         prediction: Prediction | None = None,
         font: str | None = None,
         score_threshold: float | None = None,
     ) -> Image.Image:
-        """Draw what was found in a picture on a copy of it.
+        """Draw what was found in an image on a copy of it.
 
         Args:
-            image: the picture, as in a call.
+            image: the image, as in a call.
             prediction: what was found in it (default: found now).
             font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
             score_threshold: boxes with a lower score are not drawn (default: the predictor's own, or 0.3 if it has
                 none; a Deformable DETR always finds a hundred boxes, most of them with scores near 0).
         """
-        pixels = _read(image, "the picture")
+        pixels = _read(image, "the image")
         found = self._predict([pixels])[0] if prediction is None else prediction
         thresholds = (score_threshold, self.score_threshold, SCORE_THRESHOLD)
         drawn = found["scores"] >= next(threshold for threshold in thresholds if threshold is not None)
@@ -231,7 +231,7 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _read(image: object, name: str) -> Tensor:
-    """The pixels of a picture, uint8 or float32 in 0..1, [3, H, W]; ``name`` is what messages call it."""
+    """The pixels of an image, uint8 or float32 in 0..1, [3, H, W]; ``name`` is what messages call it."""
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
@@ -242,7 +242,7 @@ def _read(image: object, name: str) -> Tensor:
         pixels = _read_tensor(image, name)
     else:
         raise TypeError(
-            f"{name} is of type {type(image).__name__}; give a path, a Pillow picture, an array [height, width, 3], "
+            f"{name} is of type {type(image).__name__}; give a path, a Pillow image, an array [height, width, 3], "
             "a tensor [3, height, width], or a list of these"
         )
     height, width = pixels.shape[1:]
@@ -277,7 +277,7 @@ def _shape_error(name: str, kind: Literal["array", "tensor"], shape: Sequence[in
     last = kind == "array"
     channels, opposite = (shape[-1:], shape[:1]) if last else (shape[:1], shape[-1:])
     if len(shape) == 4:
-        remedy = "give several pictures as a list: list(x)"
+        remedy = "give several images as a list: list(x)"
     elif len(shape) == 2 or channels == (1,):
         remedy = "repeat the grey channel three times"
     elif len(shape) == 3 and channels == (4,):

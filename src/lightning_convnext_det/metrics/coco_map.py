@@ -1,8 +1,8 @@
-"""COCO's mean average precision over the pictures that all processes have seen.
+"""COCO's mean average precision over the images that all processes have seen.
 
 The figures are torchmetrics' (backend faster_coco_eval), with float64 thresholds so that they equal pycocotools' to
-1e-7. torchmetrics' own synchronisation aborts when processes hold different numbers of pictures; here the records are
-gathered once, keyed by picture, and evaluated on one process.
+1e-7. torchmetrics' own synchronisation aborts when processes hold different numbers of images; here the records are
+gathered once, keyed by image, and evaluated on one process.
 """
 
 import math
@@ -21,7 +21,7 @@ from lightning_convnext_det.types import Detection, Target
 # pycocotools' own values in float64; torchmetrics' default is a float32 linspace, which differs by up to 6e-5 in mAP
 _IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 _RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
-FIGURES = (
+METRICS = (
     "map",
     "map_50",
     "map_75",
@@ -38,7 +38,7 @@ FIGURES = (
 
 
 class _Record(NamedTuple):
-    """One picture: what was found and what there is, on the CPU."""
+    """One image: what was found and what there is, on the CPU."""
 
     detection: dict[str, Tensor]
     target: dict[str, Tensor]
@@ -60,15 +60,15 @@ class DetectionEvaluator:
         self._records: dict[int, _Record] = {}
 
     def reset(self) -> None:
-        """Forget all pictures."""
+        """Forget all images."""
         self._records.clear()
 
     def update(self, detections: Sequence[Detection], targets: Sequence[Target]) -> None:
-        """Add pictures. A picture seen before, by its ``image_id``, replaces its record.
+        """Add images. An image seen before, by its ``image_id``, replaces its record.
 
         Args:
-            detections: boxes in pixels of the original picture.
-            targets: boxes in the same pixels, with ``crowd``, ``area`` and ``image_id`` where the data set has them.
+            detections: boxes in pixels of the original image.
+            targets: boxes in the same pixels, with ``crowd``, ``area`` and ``image_id`` where the dataset has them.
 
         Raises:
             DivergenceError: if a box or score is not finite.
@@ -76,7 +76,7 @@ class DetectionEvaluator:
         """
         for detection, target in zip(detections, targets, strict=True):
             if "image_id" not in target:
-                raise ValueError("a target has no 'image_id'; evaluation counts each picture once, by its id")
+                raise ValueError("a target has no 'image_id'; evaluation counts each image once, by its id")
             key = target["image_id"]
             if not (detection["boxes"].isfinite().all() and detection["scores"].isfinite().all()):
                 name = target.get("file_name", key)
@@ -84,7 +84,7 @@ class DetectionEvaluator:
             self._records[key] = _Record(_cpu_detection(detection), _cpu_target(target))
 
     def compute(self) -> dict[str, float]:
-        """Compute the figures over the pictures of all processes; a collective call.
+        """Compute the figures over the images of all processes; a collective call.
 
         Returns:
             ``map`` ... ``mar_large`` and ``map/<class name>``; nan where there is nothing to measure.
@@ -109,13 +109,13 @@ class DetectionEvaluator:
             sync_on_compute=False,  # it runs on one process, which holds everything; the others are not asked
         )
         metric.warn_on_many_detections = False  # COCO's rule is the first hundred by score; no need to say it again
-        # equal scores are ranked by the order of pictures, so the order is fixed: by picture
+        # equal scores are ranked by the order of images, so the order is fixed: by image
         ordered = [records[key] for key in sorted(records)]
         if not ordered:
-            return dict.fromkeys([*FIGURES, *(f"map/{c}" for c in self.class_names)], math.nan)
+            return dict.fromkeys([*METRICS, *(f"map/{c}" for c in self.class_names)], math.nan)
         metric.update([r.detection for r in ordered], [r.target for r in ordered])
         result = metric.compute()
-        figures = {name: _defined(float(result[name])) for name in FIGURES}
+        figures = {name: _defined(float(result[name])) for name in METRICS}
         precision = result["precision"][:, :, :, 0, -1]  # [IoU thresholds, recalls, classes], all areas, 100 detections
         seen = {int(label): i for i, label in enumerate(result["classes"].reshape(-1))}
         for label, name in enumerate(self.class_names):
@@ -151,10 +151,10 @@ def _defined(value: float) -> float:
 
 def _why_undefined(records: dict[int, _Record]) -> str:
     if not records:
-        return "no picture was evaluated"
+        return "no image was evaluated"
     boxes = sum(len(record.target["boxes"]) for record in records.values())
     what = "are crowd regions" if boxes else "no boxes"
-    return f"the {len(records)} pictures have " + (f"{boxes} boxes, which all {what}" if boxes else what)
+    return f"the {len(records)} images have " + (f"{boxes} boxes, which all {what}" if boxes else what)
 
 
 def _rank() -> int:
@@ -166,7 +166,7 @@ def _world_size() -> int:
 
 
 def _gather(records: dict[int, _Record]) -> dict[int, _Record] | None:
-    """Bring all records to rank 0; None on the others. A picture that two processes saw counts once."""
+    """Bring all records to rank 0; None on the others. An image that two processes saw counts once."""
     if _world_size() == 1:
         return records
     parts: list[dict[int, _Record] | None] | None = [None] * _world_size() if _rank() == 0 else None

@@ -25,14 +25,14 @@ class CocoResult(TypedDict):
 def coco_results(
     detection: Detection, image_id: int, file_name: str, class_names: Sequence[str], category_ids: Sequence[int]
 ) -> list[CocoResult]:
-    """The detections of a picture as COCO results.
+    """The detections of an image as COCO results.
 
     Args:
-        detection: boxes in pixels of the picture.
-        image_id: the data set's own id of the picture.
-        file_name: of the picture, for readers and messages.
+        detection: boxes in pixels of the image.
+        image_id: the dataset's own id of the image.
+        file_name: of the image, for readers and messages.
         class_names: in order of label.
-        category_ids: the data set's own ids, in order of label.
+        category_ids: the dataset's own ids, in order of label.
 
     Returns:
         One record per box, in the order of the detection; numbers keep the whole precision of float32.

@@ -32,7 +32,7 @@ class TimmPyramid(nn.Module):
         in_chans: channels of the input.
         strides: strides of the maps to return, rising.
         drop_path_rate: stochastic depth; 0 leaves the network's own default.
-        output_norm: put a LayerNorm over the channels of every map, as the ConvNeXt authors' detectors do.
+        out_norm: put a LayerNorm over the channels of every map, as the ConvNeXt authors' detectors do.
         frozen_stages: how many levels, from the finest, have all parameters that they depend on frozen.
         batch_norm: ``frozen`` turns BatchNorm into a fixed affine map, as is usual for small detection batches;
             ``train`` leaves it.
@@ -57,7 +57,7 @@ class TimmPyramid(nn.Module):
         in_chans: int = 3,
         strides: Sequence[int] = (4, 8, 16, 32),
         drop_path_rate: float = 0.0,
-        output_norm: bool = False,
+        out_norm: bool = False,
         frozen_stages: int = 0,
         batch_norm: Literal["frozen", "train"] = "frozen",
         gradient_checkpointing: bool = False,
@@ -74,7 +74,7 @@ class TimmPyramid(nn.Module):
             load_backbone_weights(self.net, weights, name)
         self.channels: list[int] = _feature_info(self.net).channels()
         self.is_channels_last_output = getattr(self.net, "output_fmt", None) == Format.NHWC
-        self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in self.channels) if output_norm else None
+        self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in self.channels) if out_norm else None
         if gradient_checkpointing:
             _enable_checkpointing(self.net, name)
         if batch_norm == "frozen":
@@ -116,7 +116,7 @@ class TimmPyramid(nn.Module):
         """Compute the maps.
 
         Args:
-            images: normalised pictures, float [B, in_chans, H, W] of any size; padded with zeros to a multiple of the
+            images: normalised images, float [B, in_chans, H, W] of any size; padded with zeros to a multiple of the
                 largest stride.
 
         Returns:
@@ -133,7 +133,7 @@ class TimmPyramid(nn.Module):
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pad pictures [..., H, W] with zeros at the right and the bottom until both sides are multiples."""
+    """Pad images [..., H, W] with zeros at the right and the bottom until both sides are multiples."""
     height, width = images.shape[-2:]
     pad_height, pad_width = -height % multiple, -width % multiple
     return F.pad(images, (0, pad_width, 0, pad_height)) if pad_height or pad_width else images

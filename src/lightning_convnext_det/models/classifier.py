@@ -1,7 +1,7 @@
 """Classifiers: any timm network, with its preprocessing and the names of its classes.
 
-A `Classifier` takes pictures as the detectors do, uint8 or floats in 0..1, and normalises them itself. `classify` and
-`extract_features` take a picture of any size and prepare it as timm does for evaluation.
+A `Classifier` takes images as the detectors do, uint8 or floats in 0..1, and normalises them itself. `classify` and
+`extract_features` take an image of any size and prepare it as timm does for evaluation.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Classification(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a network sees in a picture."""
+    """What a network sees in an image."""
 
     maps: list[Tensor]
     """One map [C, H, W] for each stage, the finest first; for ConvNeXt at strides 4, 8, 16 and 32."""
@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A timm classifier that normalises its pictures and knows its classes.
+    """A timm classifier that normalises its images and knows its classes.
 
     Args:
         name: timm name, e.g. ``convnext_tiny`` or ``convnext_tiny.in12k_ft_in1k``.
@@ -48,10 +48,10 @@ class Classifier(nn.Module):
         weights: a local weight file instead: a checkpoint of this package, of timm, a state dict or safetensors. The
             last layer is taken over if it has as many classes.
         class_names: names in order of label (default: ImageNet's where the number of classes tells).
-        in_chans: channels of the pictures; other than three are all normalised by the means over the weights' own.
+        in_chans: channels of the images; other than three are all normalised by the means over the weights' own.
         drop_rate: dropout before the last layer.
         drop_path_rate: stochastic depth; 0 leaves the network's own default.
-        image_size: side in pixels that pictures are cut to in evaluation (default: as the weights were tested).
+        image_size: side in pixels that images are cut to in evaluation (default: as the weights were tested).
         channels_last: memory format of the convolutions.
 
     Raises:
@@ -95,31 +95,31 @@ class Classifier(nn.Module):
             self.net.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits [B, num_classes] from pictures [B, C, H, W], uint8 or floats in 0..1."""
+        """Compute logits [B, num_classes] from images [B, C, H, W], uint8 or floats in 0..1."""
         logits: Tensor = self.net(self.normalize(images))
         return logits
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Shift and scale pictures [..., C, H, W], uint8 or floats in 0..1, as the weights expect."""
+        """Shift and scale images [..., C, H, W], uint8 or floats in 0..1, as the weights expect."""
         values = images.float() / 255 if images.dtype == torch.uint8 else images
         mean, std = (values.new_tensor(x)[:, None, None] for x in (self.image_mean, self.image_std))
         return (values - mean) / std
 
     def prepare(self, image: Image.Image | Tensor) -> Tensor:
-        """Resize and cut a picture as timm does for evaluation.
+        """Resize and cut an image as timm does for evaluation.
 
         Args:
-            image: a Pillow picture, or a tensor [3, H, W], uint8 or floats in 0..1.
+            image: a Pillow image, or a tensor [3, H, W], uint8 or floats in 0..1.
 
         Returns:
             uint8 [3, image_size, image_size].
         """
         if isinstance(image, Tensor):
             pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
-            picture: Image.Image = F.to_pil_image(pixels.cpu())
+            pil_image: Image.Image = F.to_pil_image(pixels.cpu())
         else:
-            picture = image
-        prepared: Tensor = self._prepare(picture.convert("RGB"))
+            pil_image = image
+        prepared: Tensor = self._prepare(pil_image.convert("RGB"))
         return prepared
 
 
@@ -162,11 +162,11 @@ def create_classifier(
 
 @torch.no_grad()
 def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: int = 1) -> list[Classification]:
-    """Name what a picture shows.
+    """Name what an image shows.
 
     Args:
         model: in evaluation mode.
-        image: a file, which is turned upright, a Pillow picture, or a tensor [3, H, W], uint8 or floats in 0..1, of any
+        image: a file, which is turned upright, a Pillow image, or a tensor [3, H, W], uint8 or floats in 0..1, of any
             size.
         top: how many classes to return.
 
@@ -183,7 +183,7 @@ def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: i
 
 @torch.no_grad()
 def extract_features(model: Classifier, image: Image.Image | Tensor | str | Path) -> Features:
-    """Compute the maps of every stage and the pooled vector of a picture.
+    """Compute the maps of every stage and the pooled vector of an image.
 
     Args:
         model: in evaluation mode.

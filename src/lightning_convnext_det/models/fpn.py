@@ -27,7 +27,7 @@ class PyramidFPN(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map pictures [B, C, H, W] to ``{"0": map, ..., "pool": map}``, each [B, out_channels, H / s, W / s]."""
+        """Map images [B, C, H, W] to ``{"0": map, ..., "pool": map}``, each [B, out_channels, H / s, W / s]."""
         maps = self.body(images)
         pyramid: dict[str, Tensor] = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
         return pyramid

@@ -1,8 +1,8 @@
-"""Pictures of any size to one normalised batch, and boxes back to the pictures.
+"""Images of any size to one normalised batch, and boxes back to the images.
 
 Every detector holds one `ImageTransform`, so the resize rule and the normalisation travel with the weights. Resizing
 is bilinear without antialiasing, with zeros at the right and the bottom, and follows torchvision's
-``GeneralizedRCNNTransform`` (normalised pictures in floating point, sizes rounded down) or OpenCV (8-bit pictures,
+``GeneralizedRCNNTransform`` (normalised images in floating point, sizes rounded down) or OpenCV (8-bit images,
 sizes rounded to the nearest).
 """
 
@@ -22,18 +22,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageTransform(nn.Module):
-    """Resize, normalise and pad pictures to a batch; scale boxes there and back.
+    """Resize, normalise and pad images to a batch; scale boxes there and back.
 
     Args:
-        min_size: length of the shorter side after resizing, in pixels; of several, one is drawn per picture in training
+        min_size: length of the shorter side after resizing, in pixels; of several, one is drawn per image in training
             and the last is used in evaluation.
         max_size: limit of the longer side, in pixels.
-        image_mean: mean of each channel of pictures in 0..1.
+        image_mean: mean of each channel of images in 0..1.
         image_std: standard deviation of each channel.
         size_divisible: pad both sides to a multiple of this.
-        resize: ``torchvision`` interpolates normalised pictures, ``opencv`` 8-bit ones to the same bits as OpenCV;
-            floating point pictures are then rounded to 8 bits first.
-        fixed_size: (height, width) that every batch is padded to, after pictures are resized to fit into it.
+        resize: ``torchvision`` interpolates normalised images, ``opencv`` 8-bit ones to the same bits as OpenCV;
+            floating point images are then rounded to 8 bits first.
+        fixed_size: (height, width) that every batch is padded to, after images are resized to fit into it.
 
     Attributes:
         resize_in_training: False when the data loader has chosen the sizes already (multi-scale crops, jitter).
@@ -74,18 +74,18 @@ class ImageTransform(nn.Module):
 
         Args:
             images: uint8 or float in 0..1, each [C, H, W] of its own size.
-            targets: their objects, boxes in pixels of these pictures; not modified.
+            targets: their objects, boxes in pixels of these images; not modified.
 
         Returns:
-            The batch float32 [B, C, H', W'], the (height, width) of every resized picture without its padding, and the
-            targets with boxes in pixels of the resized pictures.
+            The batch float32 [B, C, H', W'], the (height, width) of every resized image without its padding, and the
+            targets with boxes in pixels of the resized images.
 
         Raises:
-            TypeError: if a picture is neither uint8 nor floating point.
-            ValueError: if a picture is not [C, H, W] with as many channels as the normalisation.
+            TypeError: if an image is neither uint8 nor floating point.
+            ValueError: if an image is not [C, H, W] with as many channels as the normalisation.
         """
         if not images:
-            raise ValueError("images is empty; give at least one picture")
+            raise ValueError("images is empty; give at least one image")
         resized = [self._prepare(image, i) for i, image in enumerate(images)]
         sizes = [(x.shape[-2], x.shape[-1]) for x in resized]
         if targets is None:
@@ -99,14 +99,14 @@ class ImageTransform(nn.Module):
     def restore(
         self, detections: list[Detection], sizes: Sequence[tuple[int, int]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Detection]:
-        """Scale boxes from the resized pictures of ``sizes`` (height, width) to those of ``original_sizes``."""
+        """Scale boxes from the resized images of ``sizes`` (height, width) to those of ``original_sizes``."""
         return [
             Detection(boxes=scale_boxes(d["boxes"], size, original), labels=d["labels"], scores=d["scores"])
             for d, size, original in zip(detections, sizes, original_sizes, strict=True)
         ]
 
     def _prepare(self, image: Tensor, index: int) -> Tensor:
-        """Check, resize and normalise one picture, float32 [C, H', W']."""
+        """Check, resize and normalise one image, float32 [C, H', W']."""
         if image.dim() != 3 or image.shape[0] != len(self.image_mean):
             raise ValueError(
                 f"images[{index}] has shape {list(image.shape)}; expected [{len(self.image_mean)}, height, width]"
@@ -125,7 +125,7 @@ class ImageTransform(nn.Module):
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
     def _normalize(self, image: Tensor, full_scale: float) -> Tensor:
-        """Normalise a picture brought to 0..full_scale; the scale decides only how the result is rounded."""
+        """Normalise an image brought to 0..full_scale; the scale decides only how the result is rounded."""
         here = 255.0 if image.dtype == torch.uint8 else 1.0
         image = image.to(torch.float32)
         if here != full_scale:
@@ -135,7 +135,7 @@ class ImageTransform(nn.Module):
         return (image - mean) / std
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
-        """Choose height and width that a picture of these sides is resized to; drawn, in training with several."""
+        """Choose height and width that an image of these sides is resized to; drawn, in training with several."""
         if self.training and not self.resize_in_training and not self.fixed_size:
             return height, width
         choice = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
@@ -158,7 +158,7 @@ class ImageTransform(nn.Module):
 
 
 def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Scale boxes [N, 4] (x1, y1, x2, y2) from a picture of (height, width) ``size`` to one of ``new_size``."""
+    """Scale boxes [N, 4] (x1, y1, x2, y2) from an image of (height, width) ``size`` to one of ``new_size``."""
     ratio = boxes.new_tensor([new_size[1], new_size[0]]) / boxes.new_tensor([size[1], size[0]])
     return boxes * ratio.repeat(2)
 

@@ -21,7 +21,7 @@ from lightning_convnext_det.models.rcnn.roi_heads import BoxHeads
 from lightning_convnext_det.models.zoo import backbone_of, create_detector, list_detectors
 
 CLASSES = 90  # of the detectors measured; with the background 91 logits, as torchvision's
-PICTURE = (800, 1333)  # pixels, padded to multiples of 32
+IMAGE = (800, 1333)  # pixels, padded to multiples of 32
 PROPOSALS = 1000  # boxes that reach the second stage
 
 # ImageNet-1k top-1 at 224 x 224 and the weights that have it
@@ -104,7 +104,7 @@ def measure_detector(name: str, **overrides: Any) -> ModelFacts:
     assert backbone is not None
     with torch.device("meta"):
         detector = create_detector(name, CLASSES, **overrides).eval()
-        batch = pad_to_multiple(torch.zeros(1, 3, *PICTURE), 32)
+        batch = pad_to_multiple(torch.zeros(1, 3, *IMAGE), 32)
         if isinstance(detector, DeformableDETR):
             gflops = _count(_Predict(detector), batch)
         else:

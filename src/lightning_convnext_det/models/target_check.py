@@ -10,7 +10,7 @@ from lightning_convnext_det.types import Target
 
 
 def check_targets(images: Sequence[Tensor], targets: Sequence[Target], num_classes: int) -> None:
-    """Refuse boxes and labels that would crash the process or train on nonsense, with the picture's name.
+    """Refuse boxes and labels that would crash the process or train on nonsense, with the image's name.
 
     One transfer from the device for the whole batch when all is well.
 

@@ -15,13 +15,13 @@ from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, 
 from lightning_convnext_det.errors import CheckpointError, DataError
 from lightning_convnext_det.models.backbone_weights import last_layer
 from lightning_convnext_det.models.classifier import Classifier, imagenet_synsets
-from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
+from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
 
 _logger = logging.getLogger(__name__)
 
 
 class ClassificationBatch(TypedDict):
-    """Pictures of one size, and what they show."""
+    """Images of one size, and what they show."""
 
     images: Tensor
     """uint8 [B, 3, H, W]."""
@@ -31,7 +31,7 @@ class ClassificationBatch(TypedDict):
 
 
 class ClassificationResult(TypedDict):
-    """What a picture shows."""
+    """What an image shows."""
 
     file_name: str
     class_name: str
@@ -39,30 +39,30 @@ class ClassificationResult(TypedDict):
     """Softmax probability, 0 ... 1."""
 
 
-class ClassifierModule(OptimizedModule):
+class ClassifierModule(TrainableModule):
     """Trains and evaluates a timm classifier, whose weights a detector can take as ``backbone_weights``.
 
     Args:
-        num_classes: classes; from the data set when the command line trains.
-        class_names: their names in order of label; from the data set when there is one.
-        category_ids: not used; for the sake of detectors' data sets.
+        num_classes: classes; from the dataset when the command line trains.
+        class_names: their names in order of label; from the dataset when there is one.
+        category_ids: not used; for the sake of detectors' datasets.
         backbone: timm name of the network, e.g. ``convnext_tiny`` or ``convnext_tiny.in12k_ft_in1k``.
         pretrained_backbone: start from timm's pretrained weights.
         backbone_weights: start from a local weight file instead.
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         drop_rate: dropout before the last layer.
         drop_path_rate: stochastic depth; 0 leaves the network's own default.
         label_smoothing: share of the target that is spread over all classes.
         mixup: alpha of mixup, 0 for none (arXiv:1710.09412); timm's.
         cutmix: alpha of cutmix, 0 for none (arXiv:1905.04899); timm's.
         mix_probability: share of the batches that are mixed.
-        random_erasing: share of the pictures of which a part is replaced by noise (arXiv:1708.04896); timm's.
+        random_erasing: share of the images of which a part is replaced by noise (arXiv:1708.04896); timm's.
         optimizer: ``adamw`` or ``sgd`` (with momentum 0.9).
         lr: learning rate after the warm-up.
         weight_decay: not applied to norms, biases, layer scale and other one-dimensional parameters.
         backbone_lr_factor: learning rate of all but the last layer relative to ``lr``.
         layer_decay: learning rate of each layer relative to the next, e.g. 0.8.
-        lr_batch_size: total batch that ``lr`` is meant for; the learning rate is scaled in proportion to the total
+        base_batch_size: total batch that ``lr`` is meant for; the learning rate is scaled in proportion to the total
             batch of the run (default: not scaled).
         schedule: ``cosine`` to zero, ``step`` at the milestones, or ``constant``.
         milestones: epochs at which ``step`` lowers the learning rate.
@@ -93,7 +93,7 @@ class ClassifierModule(OptimizedModule):
         weight_decay: float = 0.05,
         backbone_lr_factor: float | None = None,
         layer_decay: float | None = None,
-        lr_batch_size: int | None = None,
+        base_batch_size: int | None = None,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
         milestones: list[int] | None = None,
         step_factor: float = 0.1,
@@ -140,7 +140,7 @@ class ClassifierModule(OptimizedModule):
         return not name.startswith(last_layer(self.classifier.net))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits [B, num_classes] from pictures [B, 3, H, W], uint8 or floats in 0..1."""
+        """Compute logits [B, num_classes] from images [B, 3, H, W], uint8 or floats in 0..1."""
         return cast(Tensor, self.classifier(images))
 
     def setup(self, stage: str) -> None:
@@ -203,7 +203,7 @@ class ClassifierModule(OptimizedModule):
             self.log(f"{stage}/{top}", accuracy, prog_bar=True, **options)
 
     def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> list[ClassificationResult]:
-        """Name what each picture shows."""
+        """Name what each image shows."""
         scores, labels = self.classifier(batch["images"]).float().softmax(-1).max(-1)
         return [
             ClassificationResult(file_name=file, class_name=self.class_names[label], score=score)
@@ -216,7 +216,7 @@ class ClassifierModule(OptimizedModule):
         """Make the checkpoint self-contained: its classes, its network, and nothing to fetch when it is loaded."""
         classes = {"class_names": self.class_names, "category_ids": None}
         facts = {"num_classes": self.num_classes, **classes, **NOTHING_TO_FETCH}
-        checkpoint["hyper_parameters"] = self.stated_arguments(facts)
+        checkpoint["hyper_parameters"] = self.declared_arguments(facts)
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
 

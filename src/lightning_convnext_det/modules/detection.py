@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
-from lightning_convnext_det.metrics.coco_map import FIGURES, DetectionEvaluator
+from lightning_convnext_det.metrics.coco_map import METRICS, DetectionEvaluator
 from lightning_convnext_det.models.backbone import TimmPyramid
-from lightning_convnext_det.modules.optimization import Backbone, OptimizedModule, check_rates
+from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
 from lightning_convnext_det.types import Detection, Target
 
 _logger = logging.getLogger(__name__)
@@ -29,13 +29,13 @@ class Outcome(TypedDict):
     """What the detector says of numbers that are not finite."""
 
 
-class DetectionModule(OptimizedModule):
+class DetectionModule(TrainableModule):
     """Trains and evaluates a detector; the subclass says which.
 
     Args:
-        num_classes: foreground classes; from the data set when the command line gives one.
-        class_names: their names in order of label; from the data set when there is one.
-        category_ids: the data set's own ids of the classes; predictions are written with them.
+        num_classes: foreground classes; from the dataset when the command line gives one.
+        class_names: their names in order of label; from the dataset when there is one.
+        category_ids: the dataset's own ids of the classes; predictions are written with them.
         optimizer: ``adamw`` or ``sgd`` (with momentum 0.9).
         lr: learning rate after the warm-up.
         weight_decay: not applied to norms, biases, layer scale and other one-dimensional parameters.
@@ -43,7 +43,7 @@ class DetectionModule(OptimizedModule):
             Faster R-CNN and 0.1 for Deformable DETR; 1 with ``layer_decay``.
         layer_decay: learning rate of each layer of the backbone relative to the next, e.g. 0.95; ConvNeXt is divided
             into layers as by its authors, others as by timm. It multiplies ``backbone_lr_factor``.
-        lr_batch_size: total batch that ``lr`` is meant for; the learning rate is scaled in proportion to the total
+        base_batch_size: total batch that ``lr`` is meant for; the learning rate is scaled in proportion to the total
             batch of the run, over all devices and accumulated batches (default: not scaled).
         schedule: ``cosine`` to zero, ``step`` at the milestones, or ``constant``.
         milestones: epochs at which ``step`` lowers the learning rate.
@@ -64,7 +64,7 @@ class DetectionModule(OptimizedModule):
         weight_decay: float = 0.05,
         backbone_lr_factor: float | None = None,
         layer_decay: float | None = None,
-        lr_batch_size: int | None = None,
+        base_batch_size: int | None = None,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
         milestones: list[int] | None = None,
         step_factor: float = 0.1,
@@ -88,7 +88,7 @@ class DetectionModule(OptimizedModule):
         raise NotImplementedError("use a subclass, e.g. FasterRCNNModule")
 
     def forward(self, images: list[Tensor]) -> list[Detection]:
-        """Find objects in pictures [3, H, W], uint8 or float in 0..1; the module must be in evaluation mode."""
+        """Find objects in images [3, H, W], uint8 or float in 0..1; the module must be in evaluation mode."""
         return cast(list[Detection], self.detector(images))
 
     # ---- data
@@ -121,14 +121,14 @@ class DetectionModule(OptimizedModule):
     @property
     def metric_names(self) -> list[str]:
         """The metrics that a validation logs."""
-        return [f"val/{name}" for name in (*FIGURES, *(f"map/{c}" for c in self.class_names))]
+        return [f"val/{name}" for name in (*METRICS, *(f"map/{c}" for c in self.class_names))]
 
     def discard_validation(self) -> None:
         """Forget the images of a validation that was cut short; its metrics are then undefined, not wrong."""
         self.evaluator.reset()
 
     def set_classes(self, names: list[str], ids: list[int]) -> None:
-        """Name the classes in order of label, and give the data set's own ids of them."""
+        """Name the classes in order of label, and give the dataset's own ids of them."""
         self.class_names, self.category_ids = names, ids
         self.hparams.update({"class_names": names, "category_ids": ids})
         self.evaluator = DetectionEvaluator(names)
@@ -153,7 +153,7 @@ class DetectionModule(OptimizedModule):
         return {"loss": loss, "losses": {name: x.detach() for name, x in losses.items()}, "reason": reason}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the pictures of the epoch before, or of the sanity check."""
+        """Forget the images of the epoch before, or of the sanity check."""
         self.evaluator.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -161,12 +161,12 @@ class DetectionModule(OptimizedModule):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/map`` ... once for the pictures of all processes."""
+        """Log ``val/map`` ... once for the images of all processes."""
         if not self.trainer.sanity_checking:
-            self._log_figures("val")
+            self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        """Forget all pictures."""
+        """Forget all images."""
         self.evaluator.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -175,25 +175,25 @@ class DetectionModule(OptimizedModule):
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/map`` ...."""
-        self._log_figures("test")
+        self._log_metrics("test")
 
     def _evaluate(self, batch: Batch) -> None:
-        if batch[0]:  # a process without pictures has one batch without pictures, see EvaluationLoader
+        if batch[0]:  # a process without images has one batch without images, see EvaluationLoader
             self.evaluator.update(self.detector(batch[0]), batch[1])
 
-    def _log_figures(self, stage: str) -> None:
+    def _log_metrics(self, stage: str) -> None:
         figures = self.evaluator.compute()
         self.evaluator.reset()
         if self.evaluator.undefined and self.trainer.is_global_zero:
             _logger.warning("[LCD-E001] %s/map is undefined: %s", stage, self.evaluator.undefined)
         # every process holds the same numbers already; they are no means over batches
-        shown = {f"{stage}/{name}": figures.pop(name) for name in FIGURES}
+        shown = {f"{stage}/{name}": figures.pop(name) for name in METRICS}
         self.log_dict({k: v for k, v in shown.items() if k.endswith(("/map", "/map_50"))}, prog_bar=True, batch_size=1)
         self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))}, batch_size=1)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, batch_size=1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Detection]:
-        """Find objects; boxes are in pixels of the pictures given."""
+        """Find objects; boxes are in pixels of the images given."""
         return cast(list[Detection], self.detector(batch[0]))
 
     # ---- optimisation
@@ -219,7 +219,7 @@ class DetectionModule(OptimizedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-contained: its classes, its network, and nothing to fetch when it is loaded."""
         classes = {"class_names": self.class_names, "category_ids": self.category_ids}
-        checkpoint["hyper_parameters"] = self.stated_arguments({**classes, **NOTHING_TO_FETCH})
+        checkpoint["hyper_parameters"] = self.declared_arguments({**classes, **NOTHING_TO_FETCH})
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
 

@@ -27,7 +27,7 @@ class Backbone(NamedTuple):
     """How the names of its parameters begin in the whole network, with a dot at the end or empty."""
 
 
-class OptimizedModule(ReliableModule):
+class TrainableModule(ReliableModule):
     """A LightningModule whose hyper-parameters say how its network learns; the subclass says what network."""
 
     default_backbone_lr_factor = 1.0
@@ -128,18 +128,18 @@ class OptimizedModule(ReliableModule):
 
     def _batch_scale(self) -> float:
         """What the learning rate is multiplied by for the total batch; it is printed."""
-        reference = self.hparams["lr_batch_size"]
+        reference = self.hparams["base_batch_size"]
         if reference is None:
             return 1.0
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if size is None:
-            raise ValueError("lr_batch_size needs a data module with a batch_size; give the learning rate itself")
+            raise ValueError("base_batch_size needs a data module with a batch_size; give the learning rate itself")
         processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         total = size * processes * accumulated
         lr = self.hparams["lr"]
         rank_zero_info(
             f"learning rate {lr:g} x {total} / {reference} = {lr * total / reference:g}: total batch {total} = "
-            f"{size} pictures x {processes} processes x {accumulated} accumulated batches"
+            f"{size} images x {processes} processes x {accumulated} accumulated batches"
         )
         return float(total / reference)
 
@@ -177,13 +177,13 @@ def check_rates(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    layer_decay, lr_batch_size = options["layer_decay"], options["lr_batch_size"]
+    layer_decay, base_batch_size = options["layer_decay"], options["base_batch_size"]
     if options["schedule"] == "step" and not options["milestones"]:
         raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
-    if lr_batch_size is not None and lr_batch_size < 1:
-        raise ValueError(f"lr_batch_size is {lr_batch_size}; it counts pictures and must be at least 1")
+    if base_batch_size is not None and base_batch_size < 1:
+        raise ValueError(f"base_batch_size is {base_batch_size}; it counts images and must be at least 1")
 
 
 def format_groups(groups: list[dict[str, Any]]) -> str:

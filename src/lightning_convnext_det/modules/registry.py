@@ -26,7 +26,7 @@ MODULES: dict[str, type[DetectionModule | ClassifierModule]] = {
 
 
 def load_module(path: str | Path, **options: Any) -> DetectionModule:
-    """Build the detector's module that a checkpoint describes, in evaluation mode, without network or data set.
+    """Build the detector's module that a checkpoint describes, in evaluation mode, without network or dataset.
 
     Args:
         path: a local file.
@@ -43,7 +43,7 @@ def load_module(path: str | Path, **options: Any) -> DetectionModule:
 
 
 def load_classifier(path: str | Path) -> ClassifierModule:
-    """Build the classifier's module that a checkpoint describes, in evaluation mode, without network or data set.
+    """Build the classifier's module that a checkpoint describes, in evaluation mode, without network or dataset.
 
     Raises:
         CheckpointError: as for `load_module`.
@@ -67,7 +67,7 @@ def start_module(
         path: a checkpoint of this package, e.g. of imported weights.
         num_classes: foreground classes of the new data.
         class_names: their names in order of label.
-        category_ids: the data set's own ids of the classes.
+        category_ids: the dataset's own ids of the classes.
         changes: arguments of the module that shall not be as in the checkpoint.
 
     Raises:
@@ -84,7 +84,7 @@ def start_module(
 
 
 def save_module(module: DetectionModule, path: str | Path) -> None:
-    """Write a checkpoint of a module that no trainer has trained here, e.g. with weights from elsewhere."""
+    """Write a checkpoint of a module that no trainer has trained here, e.g. with third-party weights."""
     content = {
         "state_dict": module.state_dict(),
         "epoch": 0,

@@ -191,7 +191,7 @@ def _launch(kernel: Any, pointers: list[Tensor], value: Tensor, sampling_locatio
         )
 
 
-@lru_cache(maxsize=64)  # one transfer for each new set of picture sizes, not one per layer and step
+@lru_cache(maxsize=64)  # one transfer for each new set of image sizes, not one per layer and step
 def _level_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Height, width and first position of each level, int32 [levels, 3]."""
     shapes = torch.tensor(sizes, dtype=torch.int32).view(-1, 2)

@@ -7,15 +7,15 @@ from torchvision.ops import batched_nms, nms
 
 from lightning_convnext_det.ops.soft_nms import batched_soft_nms
 
-Suppression = Literal["hard", "soft", "none"]
+NMSMethod = Literal["hard", "soft", "none"]
 Separation = Literal["torchvision", "offset"]
 
 
-def suppress(
+def apply_nms(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor,
-    method: Suppression,
+    method: NMSMethod,
     iou_threshold: float,
     sigma: float,
     separation: Separation = "torchvision",
@@ -32,7 +32,7 @@ def suppress(
         separation: how ``hard`` keeps the classes apart, see `grouped_nms`.
 
     Returns:
-        Boxes, scores and labels of those that are left, by falling score.
+        Boxes, scores and labels of those that are left, by descending score.
     """
     if method == "soft":
         keep, scores = batched_soft_nms(boxes, scores, labels, sigma)
@@ -58,7 +58,7 @@ def grouped_nms(
             group are moved away by a multiple of the largest coordinate, which rounds those of late groups to 1/128 px.
 
     Returns:
-        Indices of those that are left by falling score, int64 [K].
+        Indices of those that are left by descending score, int64 [K].
     """
     if separation == "torchvision" or len(boxes) == 0:
         keep: Tensor = batched_nms(boxes, scores, groups, iou_threshold)
@@ -71,7 +71,7 @@ def grouped_nms(
     return keep
 
 
-def check_suppression(method: str) -> None:
+def check_nms_method(method: str) -> None:
     """Refuse a method that does not exist."""
-    if method not in get_args(Suppression):
-        raise ValueError(f"nms is '{method}'; choose one of {', '.join(get_args(Suppression))}")
+    if method not in get_args(NMSMethod):
+        raise ValueError(f"nms is '{method}'; choose one of {', '.join(get_args(NMSMethod))}")

@@ -1,8 +1,8 @@
-"""Bilinear resizing of 8-bit pictures with OpenCV's arithmetic.
+"""Bilinear resizing of 8-bit images with OpenCV's arithmetic.
 
-OpenCV (``cv2.resize`` with ``INTER_LINEAR``, imgproc/src/resize.cpp) interpolates 8-bit pictures in integers: weights
-of 11 bits, 4 bits dropped between the two passes. Detectors that were trained on such pictures see others when the
-same picture is interpolated in floating point: one value in eight differs by one level.
+OpenCV (``cv2.resize`` with ``INTER_LINEAR``, imgproc/src/resize.cpp) interpolates 8-bit images in integers: weights
+of 11 bits, 4 bits dropped between the two passes. Detectors that were trained on such images see others when the
+same image is interpolated in floating point: one value in eight differs by one level.
 """
 
 import torch

@@ -33,10 +33,10 @@ def roi_align(
 
     Args:
         input: features, floating [B, C, H, W].
-        boxes: corners (x1, y1, x2, y2) in pixels of the picture: a tensor [L, 4] per image, or one tensor [K, 5] whose
+        boxes: corners (x1, y1, x2, y2) in pixels of the image: a tensor [L, 4] per image, or one tensor [K, 5] whose
             first column is the image's index.
         output_size: bins in height and width, or one number for both.
-        spatial_scale: pixels of the map per pixel of the picture, e.g. 1/16.
+        spatial_scale: pixels of the map per pixel of the image, e.g. 1/16.
         sampling_ratio: samples per bin in each direction; 0 or less takes as many as a bin has pixels, rounded up.
         aligned: shift boxes by half a pixel, so that their corners mean the pixels' edges; False is the older meaning,
             in which boxes are also at least one pixel of the map wide.
@@ -87,8 +87,8 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         canonical_scale: side in pixels of the box that ``canonical_level`` is for.
         canonical_level: level of that box, counted as the binary logarithm of the stride.
         aligned: shift boxes by half a pixel, see `roi_align`.
-        strides: pixels of the picture per pixel of each map; if None, the powers of two nearest to the ratio of the
-            unpadded pictures' heights to the maps'.
+        strides: pixels of the image per pixel of each map; if None, the powers of two nearest to the ratio of the
+            unpadded images' heights to the maps'.
         margin: what 1e-6 is added to before rounding down, so that a box of exactly ``canonical_scale`` is on the right
             side: its ``level``, or the ratio of its ``side`` to the scale of the finest level, as MMDetection does.
     """
@@ -117,8 +117,8 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
 
         Args:
             x: maps by name, fine to coarse, floating [B, C, H, W].
-            boxes: corners in pixels of the padded pictures, one float tensor [L, 4] per image.
-            image_shapes: height and width of the pictures before padding to a batch.
+            boxes: corners in pixels of the padded images, one float tensor [L, 4] per image.
+            image_shapes: height and width of the images before padding to a batch.
 
         Returns:
             Pooled features [sum of L, C, height, width].

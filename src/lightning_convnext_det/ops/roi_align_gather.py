@@ -120,7 +120,7 @@ def _count_samples(bin_sizes: Tensor, sampling_ratio: int) -> Tensor:
         box = int(samples.amax(dim=1).argmax())
         raise ValueError(
             f"the bins of box {box} are {samples[box].max():.3g} pixels of the map long, too long to sample each pixel "
-            "as sampling_ratio 0 asks; clip boxes to the picture first"
+            "as sampling_ratio 0 asks; clip boxes to the image first"
         )
     return samples.to(torch.int64)
 

@@ -36,7 +36,7 @@ def soft_nms(
         iou_threshold: overlap from which the linear decay applies.
 
     Returns:
-        Indices int64 [K] by falling decayed score, and those scores [K] in their dtype. K is 0 for no boxes.
+        Indices int64 [K] by descending decayed score, and those scores [K] in their dtype. K is 0 for no boxes.
 
     Raises:
         ValueError: if ``boxes`` is not [N, 4] or its length differs from ``scores``, or a setting is out of range.
@@ -69,7 +69,7 @@ def batched_soft_nms(
         iou_threshold: overlap from which the linear decay applies.
 
     Returns:
-        Indices int64 [K] by falling decayed score over all classes, and those scores [K] in the dtype of ``scores``.
+        Indices int64 [K] by descending decayed score over all classes, and those scores [K] in the dtype of ``scores``.
 
     Raises:
         ValueError: if the shapes do not belong together or a setting is out of range.

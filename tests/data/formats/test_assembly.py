@@ -3,15 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_convnext_det.data.formats.assembly import build_table
-from lightning_convnext_det.data.formats.records import Findings, Records
+from lightning_convnext_det.data.formats.assembly import build_annotations
+from lightning_convnext_det.data.formats.records import AnnotationProblems, Records
 from lightning_convnext_det.errors import DataError
 from tests.data.reading import Annotate, WriteCoco, found, read
 
 BOXES = [
     ("inside", [1, 2, 30, 40], [], [1, 2, 31, 42]),
     ("minus_zero", [-0.0, 2, 30, 40], [], [0, 2, 30, 42]),
-    ("whole_picture", [0, 0, 64, 48], [], [0, 0, 64, 48]),
+    ("whole_image", [0, 0, 64, 48], [], [0, 0, 64, 48]),
     ("below_one_pixel", [5, 5, 0.5, 0.3], [], [5, 5, 5.5, 5.3]),
     ("rounding", [0, 0, 64.01, 48.01], [], [0, 0, 64, 48]),
     ("overhang", [40, 20, 60, 20], [("LCD-D105", "clipped")], [40, 20, 64, 40]),
@@ -60,8 +60,8 @@ def test_build_table__boxes(
         with pytest.raises(
             DataError, match=rf"\[{refused[0]}\] annotations/instances_train.json: annotation (1|777) of"
         ):
-            read(path, collect=False, bad_records="refuse")
-        assert [action for _, action in found(read(path, bad_records="drop"))] == ["dropped"]
+            read(path, collect=False, invalid_annotations="refuse")
+        assert [action for _, action in found(read(path, invalid_annotations="drop"))] == ["dropped"]
 
 
 def test_build_table__large_number_literal_is_not_finite(write_coco: WriteCoco, annotate: Annotate) -> None:
@@ -76,8 +76,7 @@ def test_build_table__clipped_box_says_how_much_it_loses(write_coco: WriteCoco, 
     (problem,) = read(write_coco([annotate([-50, -50, 60, 70])])).problems
 
     assert (
-        problem.reason
-        == "box [-50, -50, 60, 70] reaches out of its picture of 64x48 by 50 px and loses 95% of its area"
+        problem.reason == "box [-50, -50, 60, 70] reaches out of its image of 64x48 by 50 px and loses 95% of its area"
     )
 
 
@@ -101,12 +100,12 @@ def test_build_table__corners_in_place_of_sides(write_coco: WriteCoco, annotate:
 def test_build_table__relative_coordinates(write_coco: WriteCoco, annotate: Annotate) -> None:
     annotations = [annotate([0.1, 0.2, 0.3 + i / 100, 0.4], i) for i in range(20)]
 
-    with pytest.raises(DataError, match=r"\[LCD-D113\].*they look relative to the picture"):
+    with pytest.raises(DataError, match=r"\[LCD-D113\].*they look relative to the image"):
         read(write_coco(annotations), collect=False)
 
 
 def test_build_table__repetitions(write_coco: WriteCoco, annotate: Annotate) -> None:
-    """The same box of another class, another picture, or as crowd is another object."""
+    """The same box of another class, another image, or as crowd is another object."""
     box = [1, 2, 3, 4]
     annotations = [
         annotate(box, 1),
@@ -117,7 +116,7 @@ def test_build_table__repetitions(write_coco: WriteCoco, annotate: Annotate) -> 
         annotate(box, 6),
     ]
 
-    table = read(write_coco(annotations, pictures=2))
+    table = read(write_coco(annotations, num_images=2))
 
     assert sorted(table.annotation_ids.tolist()) == [1, 3, 4, 5]
     assert [problem.record for problem in table.problems] == ["annotation 2 of '1.png'", "annotation 6 of '1.png'"]
@@ -131,7 +130,7 @@ BOX = st.tuples(*[st.floats(-200, 200) | st.sampled_from([0.0, 64.0, float("nan"
 def test_build_table__every_box_is_kept_inside_or_reported(
     stated: list[tuple[float, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever is stated, boxes end up in the picture and of some area, or among the problems, and none in both."""
+    """Whatever is stated, boxes end up in the image and of some area, or among the problems, and none in both."""
     root = tmp_path_factory.getbasetemp()
     count = len(stated)
     records = Records(
@@ -140,7 +139,7 @@ def test_build_table__every_box_is_kept_inside_or_reported(
         np.arange(count), ("a",), (1,), lambda index: ("f", ""), lambda row: ("f", str(row)),
     )  # fmt: skip
 
-    table = build_table(records, Findings("drop"), check_images=False)
+    table = build_annotations(records, AnnotationProblems("drop"), check_images=False)
 
     assert (table.boxes >= 0).all()
     assert (table.boxes <= [64, 48, 64, 48]).all()

@@ -41,7 +41,7 @@ def test_read_coco__equals_pycocotools(shared_data: Path, name: str) -> None:
 
 
 def test_read_coco__dtypes_and_shapes(write_coco: WriteCoco) -> None:
-    table = read(write_coco(pictures=2))
+    table = read(write_coco(num_images=2))
 
     assert (table.boxes.shape, table.boxes.dtype) == ((0, 4), np.float32)
     assert (table.labels.dtype, table.crowd.dtype, table.area.dtype) == (np.int64, np.bool_, np.float32)
@@ -62,7 +62,7 @@ def test_read_coco__ids_with_gaps_unordered_zero_and_strings(write_coco: WriteCo
         annotate([9, 9, 9, 9], 8, image_id="0", category_id=0),
     ]
 
-    table = read(write_coco(annotations, images, categories, pictures=2))
+    table = read(write_coco(annotations, images, categories, num_images=2))
 
     assert table.problems == ()
     assert table.class_names == ("a", "m", "z")
@@ -106,7 +106,7 @@ def test_read_coco__malformed_annotation(
     assert (problem.code, problem.record, problem.action) == ("LCD-D002", record, "refused")
     assert reason in problem.reason
     assert table.annotation_ids.tolist() == [1]
-    assert read_split(find_splits(path.parents[1])["train"], bad_records="drop").problems[0].action == "dropped"
+    assert read_split(find_splits(path.parents[1])["train"], invalid_annotations="drop").problems[0].action == "dropped"
 
 
 @pytest.mark.parametrize("key", ["id", "image_id", "category_id"])
@@ -153,7 +153,7 @@ def test_read_coco__unusable_file(write_coco: WriteCoco, change: dict[str, objec
 
 
 def test_read_coco__test_split_without_annotations(write_coco: WriteCoco) -> None:
-    path = write_coco(name="test", pictures=2)
+    path = write_coco(name="test", num_images=2)
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "annotations"}))
 
     assert len(read_split(find_splits(path.parents[1])["test"])) == 2
@@ -161,7 +161,7 @@ def test_read_coco__test_split_without_annotations(write_coco: WriteCoco) -> Non
 
 def test_read_coco__duplicate_ids(write_coco: WriteCoco, annotate: Annotate) -> None:
     images = [{"id": 1, "file_name": f"{i}.png", "height": 48, "width": 64} for i in (1, 2)]
-    path = write_coco([annotate([1, 1, 5, 5]), annotate([2, 2, 5, 5])], images, pictures=2)
+    path = write_coco([annotate([1, 1, 5, 5]), annotate([2, 2, 5, 5])], images, num_images=2)
     table = read(path)
 
     assert [(p.code, p.record, p.action) for p in table.problems] == [
@@ -173,7 +173,7 @@ def test_read_coco__duplicate_ids(write_coco: WriteCoco, annotate: Annotate) -> 
 
 
 @pytest.mark.parametrize(("good", "action"), [(99, "dropped"), (98, "refused")])
-def test_read_coco__annotation_of_an_unknown_picture(
+def test_read_coco__annotation_of_an_unknown_image(
     write_coco: WriteCoco, annotate: Annotate, good: int, action: str
 ) -> None:
     """One in a hundred is left out, more are refused."""
@@ -243,18 +243,19 @@ def test_read_coco__class_names_given(write_coco: WriteCoco, annotate: Annotate)
         read(path, class_names=["dog", "cow"])
 
 
-def test_read_coco__no_picture_left(write_coco: WriteCoco) -> None:
+def test_read_coco__no_image_left(write_coco: WriteCoco) -> None:
     path = write_coco(images=[])
 
-    with pytest.raises(DataError, match=r"\[LCD-L004\] .*split 'train' has no pictures"):
+    with pytest.raises(DataError, match=r"\[LCD-L004\] .*split 'train' has no images"):
         read(path, collect=False)
     path = write_coco(images=[{"id": 1, "file_name": "none.png"}])
-    with pytest.raises(DataError, match=r"\[LCD-L004\].*has no pictures; the first of 1 problems: \[LCD-I003\]"):
-        read(path, collect=False, bad_records="drop")
+    with pytest.raises(DataError, match=r"\[LCD-L004\].*has no images; the first of 1 problems: \[LCD-I003\]"):
+        read(path, collect=False, invalid_annotations="drop")
 
 
 @pytest.mark.parametrize(
-    ("option", "match"), [({"exif": "no"}, "exif is 'no'; it can be"), ({"bad_records": "no"}, "bad_records is 'no'")]
+    ("option", "match"),
+    [({"exif": "no"}, "exif is 'no'; it can be"), ({"invalid_annotations": "no"}, "invalid_annotations is 'no'")],
 )
 def test_read_coco__unknown_option(write_coco: WriteCoco, option: dict[str, str], match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -272,7 +273,7 @@ def test_read_coco__memory_of_a_large_file(tmp_path: Path, annotate: Annotate) -
     del members
 
     tracemalloc.start()
-    table = read_split(find_splits(tmp_path)["train"], check_images=False, bad_records="drop")
+    table = read_split(find_splits(tmp_path)["train"], check_images=False, invalid_annotations="drop")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 

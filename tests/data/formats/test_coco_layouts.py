@@ -6,7 +6,7 @@ import pytest
 
 from lightning_convnext_det.data.formats.coco import find_coco, read_coco
 from lightning_convnext_det.data.formats.discovery import find_splits, make_split, read_split
-from tests.data.reading import WriteCoco, WritePicture
+from tests.data.reading import WriteCoco, WriteImage
 
 
 def names_of(root: Path) -> dict[str, tuple[str, str]]:
@@ -44,11 +44,9 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("files", "keys"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
-def test_find_coco__layouts(
-    tmp_path: Path, write_picture: WritePicture, files: dict[str, str], keys: list[str]
-) -> None:
+def test_find_coco__layouts(tmp_path: Path, write_image: WriteImage, files: dict[str, str], keys: list[str]) -> None:
     for number, (file, folder) in enumerate(files.items()):
-        write_picture(tmp_path / folder / f"{number}.png")
+        write_image(tmp_path / folder / f"{number}.png")
         image = {"id": 1, "file_name": f"{number}.png", "height": 48, "width": 64}
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
@@ -57,14 +55,14 @@ def test_find_coco__layouts(
     assert list(find_splits(tmp_path)) == keys
 
 
-def test_find_coco__other_annotations_of_the_same_pictures(write_coco: WriteCoco) -> None:
+def test_find_coco__other_annotations_of_the_same_images(write_coco: WriteCoco) -> None:
     path = write_coco()
     (path.parent / "captions_train.json").write_text('{"images": [], "annotations": []}')
 
     assert [split.annotations for split in find_coco(path.parents[1]).values()] == [(path,)]
 
 
-def test_find_coco__long_list_of_categories_before_the_pictures(tmp_path: Path) -> None:
+def test_find_coco__long_list_of_categories_before_the_images(tmp_path: Path) -> None:
     categories = [{"id": i, "name": f"class {i}"} for i in range(3000)]
     (tmp_path / "train.json").write_text(json.dumps({"categories": categories, "images": [], "annotations": []}))
 
@@ -81,7 +79,7 @@ def test_find_coco__other_json_files_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_make_split__file_and_folder(write_coco: WriteCoco, tmp_path: Path) -> None:
-    path = write_coco(pictures=2)
+    path = write_coco(num_images=2)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "train").rename(tmp_path / "elsewhere" / "photos")
     moved = path.rename(tmp_path / "boxes.json")

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_convnext_det.data.annotations import Problem, canonical_split
 from lightning_convnext_det.data.formats import records
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, make_split, read_split
 from lightning_convnext_det.data.formats.records import refuse_problems, summarize_problems
-from lightning_convnext_det.data.table import Problem, canonical_split
 from lightning_convnext_det.errors import DataError
-from tests.data.reading import Annotate, WriteCoco, WritePicture, WriteXml, read
+from tests.data.reading import Annotate, WriteCoco, WriteImage, WriteXml, read
 
 
 def test_find_splits__missing_folder_says_what_is_there(tmp_path: Path) -> None:
@@ -27,9 +27,9 @@ def test_find_splits__empty_folder(tmp_path: Path) -> None:
         find_splits(tmp_path)
 
 
-def test_find_splits__unknown_layout_says_what_was_looked_for(tmp_path: Path, write_picture: WritePicture) -> None:
+def test_find_splits__unknown_layout_says_what_was_looked_for(tmp_path: Path, write_image: WriteImage) -> None:
     for number in range(12):
-        write_picture(tmp_path / f"{number:02}.png")
+        write_image(tmp_path / f"{number:02}.png")
 
     with pytest.raises(DataError, match=r"\[LCD-L002\]") as error:
         find_splits(tmp_path)
@@ -41,7 +41,7 @@ def test_find_splits__unknown_layout_says_what_was_looked_for(tmp_path: Path, wr
         find_splits(tmp_path, format="voc")
 
 
-def test_find_splits__data_set_one_folder_below(shared_data: Path) -> None:
+def test_find_splits__dataset_one_folder_below(shared_data: Path) -> None:
     with pytest.raises(DataError, match=r"\[LCD-L002\].*Found BCCD/, LICENSE, SOURCE.md. Is .*bccd/BCCD meant\?"):
         find_splits(shared_data / "bccd")
 
@@ -110,8 +110,8 @@ def test_make_split__what_cannot_be_used(tmp_path: Path) -> None:
         make_split(tmp_path / "a.csv")
 
 
-def test_make_split__pictures_are_looked_for(write_coco: WriteCoco) -> None:
-    path = write_coco(pictures=2)
+def test_make_split__images_are_looked_for(write_coco: WriteCoco) -> None:
+    path = write_coco(num_images=2)
 
     assert len(read_split(make_split(path))) == 2
     assert [*find_splits(path)] == ["train"]
@@ -137,7 +137,9 @@ def test_refuse_problems__only_what_is_refused(write_coco: WriteCoco) -> None:
     refuse_problems(table)
 
     one = Problem("LCD-D103", "a.json", "annotation 7", "is not finite", "refused")
-    with pytest.raises(DataError, match=r"^\[LCD-D103\] a.json: annotation 7: is not finite \(bad_records: drop .*\)$"):
+    with pytest.raises(
+        DataError, match=r"^\[LCD-D103\] a.json: annotation 7: is not finite \(invalid_annotations: drop .*\)$"
+    ):
         refuse_problems(replace(table, problems=(*table.problems, one)))
 
 
@@ -146,7 +148,7 @@ def test_records__every_code_is_explained() -> None:
     files = (
         "table",
         "images",
-        "pictures",
+        "images",
         "assembly",
         "json_stream",
         "coco",

@@ -42,17 +42,17 @@ def test_resolve_frames__dots_that_stay_inside(write_coco: WriteCoco) -> None:
 
 def test_resolve_frames__links(write_coco: WriteCoco, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_coco()
-    picture = path.parents[1] / "train" / "1.png"
+    image = path.parents[1] / "train" / "1.png"
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "1.png"
-    picture.rename(elsewhere)
-    picture.symlink_to(elsewhere)
+    image.rename(elsewhere)
+    image.symlink_to(elsewhere)
 
     assert len(read(path, collect=False)) == 1
     with pytest.raises(DataError, match=r"\[LCD-S001\].*'1.png' is a link out of .*follow_symlinks is off"):
         read(path, collect=False, follow_symlinks=False)
 
 
-def test_resolve_frames__missing_picture(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_resolve_frames__missing_image(write_coco: WriteCoco, annotate: Annotate) -> None:
     images = [
         {"id": i, "file_name": name, "height": 48, "width": 64} for i, name in enumerate(["1.png", "x.png", "1.PNG"])
     ]
@@ -65,42 +65,42 @@ def test_resolve_frames__missing_picture(write_coco: WriteCoco, annotate: Annota
     ]
     assert "is '1.png' meant?" in table.problems[1].reason
     assert "meant" not in table.problems[0].reason
-    dropped = read(path, bad_records="drop", collect=False)
+    dropped = read(path, invalid_annotations="drop", collect=False)
     assert (len(dropped), dropped.annotation_ids.tolist()) == (1, [0])
 
 
 @pytest.mark.parametrize(("content", "code"), [(b"", "LCD-I001"), (b"<html>", "LCD-I001")], ids=["empty_file", "html"])
-def test_resolve_frames__unreadable_picture(write_coco: WriteCoco, content: bytes, code: str) -> None:
-    path = write_coco(pictures=2)
+def test_resolve_frames__unreadable_image(write_coco: WriteCoco, content: bytes, code: str) -> None:
+    path = write_coco(num_images=2)
     (path.parents[1] / "train" / "2.png").write_bytes(content)
 
-    with pytest.raises(DataError, match=rf"\[{code}\] train/2.png: not a picture"):
+    with pytest.raises(DataError, match=rf"\[{code}\] train/2.png: not an image"):
         read(path, collect=False)
 
 
 def test_resolve_frames__size_differs(write_coco: WriteCoco) -> None:
     path = write_coco(images=[{"id": 1, "file_name": "1.png", "height": 64, "width": 48}])
 
-    with pytest.raises(DataError, match=r"\[LCD-I020\] train/1.png: the picture is 64x48, the annotation says 48x64"):
+    with pytest.raises(DataError, match=r"\[LCD-I020\] train/1.png: the image is 64x48, the annotation says 48x64"):
         read(path, collect=False)
 
 
-def test_resolve_frames__size_missing_is_read_from_the_picture(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_resolve_frames__size_missing_is_read_from_the_image(write_coco: WriteCoco, annotate: Annotate) -> None:
     table = read(write_coco([annotate([60, 1, 9, 9])], images=[{"id": 1, "file_name": "1.png"}]))
 
     assert table.sizes.tolist() == [[48, 64]]
     assert table.boxes.tolist() == [[60, 1, 64, 10]]
 
 
-def test_resolve_frames__without_looking_at_pictures(write_coco: WriteCoco) -> None:
+def test_resolve_frames__without_looking_at_images(write_coco: WriteCoco) -> None:
     path = write_coco(images=[{"id": 1, "file_name": "none.png", "height": 48, "width": 64}])
 
     assert len(read(path, check_images=False, collect=False)) == 1
 
 
 @pytest.mark.parametrize("frame", ["raw", "upright"])
-def test_resolve_frames__exif_of_real_pictures(shared_data: Path, frame: str) -> None:
-    """The sizes of the turned pictures also tell about the flipped ones, whose size says nothing."""
+def test_resolve_frames__exif_of_real_images(shared_data: Path, frame: str) -> None:
+    """The sizes of the turned images also tell about the flipped ones, whose size says nothing."""
     table = read_split(find_splits(shared_data / "quirks" / "exif")[frame])
 
     assert table.upright.tolist() == [False] * 2 + [frame == "upright"] * 7
@@ -131,17 +131,17 @@ EXIF = [
 )
 def test_resolve_frames__exif(
     write_coco: WriteCoco,
-    write_picture: Callable[..., Path],
+    write_image: Callable[..., Path],
     size: tuple[int, int] | None,
     orientation: int,
     exif: str,
     upright: bool | None,
     codes: list[str],
 ) -> None:
-    """A picture stored with 64 rows and 48 columns."""
+    """An image stored with 64 rows and 48 columns."""
     image = {"id": 1, "file_name": "1.png"} | ({} if size is None else {"height": size[0], "width": size[1]})
     path = write_coco(images=[image])
-    write_picture(path.parents[1] / "train" / "1.png", 64, 48, orientation)
+    write_image(path.parents[1] / "train" / "1.png", 64, 48, orientation)
     table = read(path, exif=exif)
 
     assert [code for code, _ in found(table) if code != "LCD-D109"] == codes
@@ -150,14 +150,14 @@ def test_resolve_frames__exif(
         assert table.sizes.tolist() == [[48, 64] if upright and orientation == 6 else [64, 48]]
 
 
-def test_resolve_frames__half_turn_among_pictures_of_both_frames(
-    write_coco: WriteCoco, write_picture: Callable[..., Path]
+def test_resolve_frames__half_turn_among_images_of_both_frames(
+    write_coco: WriteCoco, write_image: Callable[..., Path]
 ) -> None:
     sizes = [(64, 48), (48, 64), (64, 48)]
     images = [{"id": i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes, 1)]
     path = write_coco(images=images)
     for number, orientation in enumerate((6, 6, 3), 1):
-        write_picture(path.parents[1] / "train" / f"{number}.png", 64, 48, orientation)
+        write_image(path.parents[1] / "train" / f"{number}.png", 64, 48, orientation)
 
     with pytest.raises(DataError, match=r"\[LCD-I025\] train/3.png: EXIF orientation 3.*exif: upright or exif: raw"):
         read(path, collect=False)

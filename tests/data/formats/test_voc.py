@@ -7,7 +7,7 @@ import pytest
 from lightning_convnext_det.data.formats.discovery import find_splits, make_split, read_split
 from lightning_convnext_det.data.formats.voc import find_voc
 from lightning_convnext_det.errors import DataError
-from tests.data.reading import WritePicture, WriteXml, found
+from tests.data.reading import WriteImage, WriteXml, found
 from tests.data.reading import read_root as read
 
 SETS = [
@@ -70,7 +70,7 @@ def test_read_voc__boxes_without_area_of_real_set(shared_data: Path) -> None:
     ]
     assert table.problems[0].reason == "box [504, 337, 504, 337] has no area; VOC states xmin, ymin, xmax, ymax"
     with pytest.raises(DataError, match=r"\[LCD-D101\] 2 records cannot be used"):
-        read(shared_data / "bccd" / "BCCD", "trainval", bad_records="refuse", collect=False)
+        read(shared_data / "bccd" / "BCCD", "trainval", invalid_annotations="refuse", collect=False)
 
 
 def test_read_voc__pixels_are_counted_from_one(flat: Path, write_xml: WriteXml) -> None:
@@ -136,10 +136,10 @@ def test_read_voc__unknown_class(flat: Path, write_xml: WriteXml) -> None:
     assert read(flat, class_names=["dog", "cat"]).labels.tolist() == [1]
 
 
-def test_read_voc__picture_named_in_the_file(tmp_path: Path, write_picture: WritePicture, write_xml: WriteXml) -> None:
-    """Its own name decides; <filename> only where no picture, or more than one, has that name."""
+def test_read_voc__image_named_in_the_file(tmp_path: Path, write_image: WriteImage, write_xml: WriteXml) -> None:
+    """Its own name decides; <filename> only where no image, or more than one, has that name."""
     for name in ("one.png", "two.jpg", "two.png", "other.png", "Four.png"):
-        write_picture(tmp_path / "images" / name)
+        write_image(tmp_path / "images" / name)
     objects = [("cat", 5, 5, 9, 9)]
     write_xml(tmp_path / "annotations" / "one.xml", objects, name="other.png")
     write_xml(tmp_path / "annotations" / "two.xml", objects, name="two.png")
@@ -152,32 +152,32 @@ def test_read_voc__picture_named_in_the_file(tmp_path: Path, write_picture: Writ
     messages = {problem.file: (problem.code, problem.reason) for problem in table.problems}
     assert messages["annotations/four.xml"] == (
         "LCD-I003",
-        "no picture is called 'four' (is 'Four.png' meant?) in images",
+        "no image is called 'four' (is 'Four.png' meant?) in images",
     )
     assert messages["annotations/three.xml"][0] == "LCD-D118"
     assert messages["images"] == (
         "LCD-D121",
-        "1 pictures have no XML file and are left out: Four.png",
+        "1 images have no XML file and are left out: Four.png",
     )
 
 
-def test_read_voc__two_pictures_of_one_name(tmp_path: Path, write_picture: WritePicture, write_xml: WriteXml) -> None:
-    write_picture(tmp_path / "a.png")
-    write_picture(tmp_path / "a.jpg")
+def test_read_voc__two_images_of_one_name(tmp_path: Path, write_image: WriteImage, write_xml: WriteXml) -> None:
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "a.jpg")
     write_xml(tmp_path / "a.xml", [("cat", 5, 5, 9, 9)])
 
-    with pytest.raises(DataError, match=r"\[LCD-I003\] a.xml: several pictures are called 'a'"):
+    with pytest.raises(DataError, match=r"\[LCD-I003\] a.xml: several images are called 'a'"):
         read(tmp_path, collect=False)
 
 
 @pytest.fixture
-def devkit(tmp_path: Path, write_picture: WritePicture, write_xml: WriteXml) -> Path:
-    """VOC2007 with the pictures a, b, c and VOC2012 with d; a is in train, b in val, c in test, d in train."""
+def devkit(tmp_path: Path, write_image: WriteImage, write_xml: WriteXml) -> Path:
+    """VOC2007 with the images a, b, c and VOC2012 with d; a is in train, b in val, c in test, d in train."""
     for year, stems in (("VOC2007", "abc"), ("VOC2012", "d")):
         folder = tmp_path / "VOCdevkit" / year
         (folder / "ImageSets" / "Main").mkdir(parents=True)
         for stem in stems:
-            write_picture(folder / "JPEGImages" / f"{stem}.jpg")
+            write_image(folder / "JPEGImages" / f"{stem}.jpg")
             write_xml(folder / "Annotations" / f"{stem}.xml", [(f"class_{stem}", 5, 5, 9, 9)])
     for year, name, lines in (
         ("VOC2007", "train", "a\n"),
@@ -232,15 +232,15 @@ def test_read_voc__damaged_file_of_another_split(devkit: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("xml", "pictures"),
+    ("xml", "images"),
     [("", ""), ("Annotations", "JPEGImages"), ("annots", "photos"), ("annotations", "images"), ("labels", "")],
 )
 @pytest.mark.parametrize("parts", [("",), ("train", "valid")], ids=["one", "split"])
 def test_find_voc__folders(
-    tmp_path: Path, write_picture: WritePicture, write_xml: WriteXml, xml: str, pictures: str, parts: tuple[str, ...]
+    tmp_path: Path, write_image: WriteImage, write_xml: WriteXml, xml: str, images: str, parts: tuple[str, ...]
 ) -> None:
     for number, part in enumerate(parts):
-        write_picture(tmp_path / part / pictures / f"{number}.png")
+        write_image(tmp_path / part / images / f"{number}.png")
         write_xml(tmp_path / part / xml / f"{number}.xml", [(f"class_{number}", 5, 5, 9, 9)])
     splits = find_voc(tmp_path)
 
@@ -248,7 +248,7 @@ def test_find_voc__folders(
     for number, split in enumerate(splits.values()):
         table = read_split(split)
         assert table.class_names == ("class_0", "class_1")[: len(parts)]
-        assert table.path(0) == tmp_path / parts[number] / pictures / f"{number}.png"
+        assert table.path(0) == tmp_path / parts[number] / images / f"{number}.png"
 
 
 def test_find_voc__other_xml(tmp_path: Path) -> None:
@@ -257,10 +257,8 @@ def test_find_voc__other_xml(tmp_path: Path) -> None:
     assert find_voc(tmp_path) == {}
 
 
-def test_make_split__folders_of_xml_and_pictures(
-    tmp_path: Path, write_picture: WritePicture, write_xml: WriteXml
-) -> None:
-    write_picture(tmp_path / "x" / "photos" / "a.png")
+def test_make_split__folders_of_xml_and_images(tmp_path: Path, write_image: WriteImage, write_xml: WriteXml) -> None:
+    write_image(tmp_path / "x" / "photos" / "a.png")
     write_xml(tmp_path / "y" / "boxes" / "a.xml", [("cat", 5, 5, 9, 9)])
 
     table = read_split(make_split(tmp_path / "y" / "boxes", tmp_path / "x" / "photos"))
@@ -268,7 +266,7 @@ def test_make_split__folders_of_xml_and_pictures(
     assert table.path(0) == tmp_path / "x" / "photos" / "a.png"
 
 
-def test_read_voc__real_picture_turned_against_its_size(shared_data: Path, tmp_path: Path, write_xml: WriteXml) -> None:
+def test_read_voc__real_image_turned_against_its_size(shared_data: Path, tmp_path: Path, write_xml: WriteXml) -> None:
     """labelImg states the size that it showed; the stored one here."""
     source = shared_data / "quirks" / "exif_labelimg" / "cell0005.jpg"
     (tmp_path / "cell0005.jpg").symlink_to(source)

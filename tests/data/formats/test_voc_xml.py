@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lightning_convnext_det.data.formats.voc_xml import MAX_DEPTH
-from tests.data.reading import WritePicture, WriteXml, read_root
+from tests.data.reading import WriteImage, WriteXml, read_root
 
 OBJECT = "<object><name>cat</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object>"
 MALFORMED = [
@@ -44,9 +44,9 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("content", "reason"), [row[1:] for row in MALFORMED], ids=[row[0] for row in MALFORMED])
 def test_read_xml__unusable_file(
-    flat: Path, write_picture: WritePicture, write_xml: WriteXml, content: bytes, reason: str
+    flat: Path, write_image: WriteImage, write_xml: WriteXml, content: bytes, reason: str
 ) -> None:
-    write_picture(flat / "b.png")
+    write_image(flat / "b.png")
     write_xml(flat / "a.xml", [("cat", 5, 5, 9, 9)])
     (flat / "b.xml").write_bytes(content)
     table = read_root(flat)

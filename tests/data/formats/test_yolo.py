@@ -7,7 +7,7 @@ from lightning_convnext_det.data.formats.discovery import find_splits, read_spli
 from lightning_convnext_det.data.formats.yolo import find_yolo
 from lightning_convnext_det.data.formats.yolo_labels import label_files
 from lightning_convnext_det.errors import DataError
-from tests.data.reading import WritePicture, found
+from tests.data.reading import WriteImage, found
 from tests.data.reading import read_root as read
 
 
@@ -51,7 +51,7 @@ def test_read_yolo__equals_the_boxes_that_were_written(shared_data: Path, tmp_pa
     rows = np.concatenate([np.arange(coco.rows(index).start, coco.rows(index).stop) for index in order])
     np.testing.assert_allclose(table.boxes, coco.boxes[rows], atol=0.01)
     np.testing.assert_array_equal(table.labels, coco.labels[rows])
-    assert found(table) == [("LCD-D124", "noted")]  # the two pictures without objects have no label file
+    assert found(table) == [("LCD-D124", "noted")]  # the two images without objects have no label file
 
 
 def test_read_yolo__boxes(two_classes: Path) -> None:
@@ -81,9 +81,9 @@ LINES = [
     ("class_half", "0.5 0.5 0.5 0.5 0.5", "LCD-D006", "class '0.5'"),
     ("class_negative", "-1 0.5 0.5 0.5 0.5", "LCD-D006", "class '-1'"),
     ("class_2", "2 0.5 0.5 0.5 0.5", "LCD-D110", "class 2, but there are 2 class names; classes run from 0 to 1"),
-    ("pixels", "0 30 20 10 10", "LCD-D006", "'30 20 10 10' is not relative to the picture"),
-    ("negative", "0 0.5 0.5 -0.5 0.5", "LCD-D006", "is not relative to the picture"),
-    ("infinite", "0 0.5 0.5 inf 0.5", "LCD-D006", "is not relative to the picture"),
+    ("pixels", "0 30 20 10 10", "LCD-D006", "'30 20 10 10' is not relative to the image"),
+    ("negative", "0 0.5 0.5 -0.5 0.5", "LCD-D006", "is not relative to the image"),
+    ("infinite", "0 0.5 0.5 inf 0.5", "LCD-D006", "is not relative to the image"),
     ("nan", "0 0.5 0.5 nan 0.5", "LCD-D103", "is not finite"),
 ]
 
@@ -94,7 +94,7 @@ def test_read_yolo__bad_line(two_classes: Path, line: str, code: str, reason: st
 
     with pytest.raises(DataError, match=rf"\[{code}\] a.txt: line 2: .*{reason}"):
         read(two_classes, collect=False)
-    table = read(two_classes, bad_records="drop", collect=False)
+    table = read(two_classes, invalid_annotations="drop", collect=False)
     assert len(table.boxes) == 1
     assert found(table) == [(code, "dropped")]
 
@@ -109,8 +109,8 @@ def test_read_yolo__no_area_and_repetition_are_left_out(two_classes: Path) -> No
     ]
 
 
-def test_read_yolo__label_file_that_is_no_text(two_classes: Path, write_picture: WritePicture) -> None:
-    write_picture(two_classes / "b.png")
+def test_read_yolo__label_file_that_is_no_text(two_classes: Path, write_image: WriteImage) -> None:
+    write_image(two_classes / "b.png")
     write_labels(two_classes / "a.txt", "0 0.5 0.5 0.25 0.5")
     (two_classes / "b.txt").write_bytes(b"\xff\xfe0")
 
@@ -118,9 +118,9 @@ def test_read_yolo__label_file_that_is_no_text(two_classes: Path, write_picture:
         read(two_classes, collect=False)
 
 
-def test_read_yolo__pictures_without_label_file_are_negatives(two_classes: Path, write_picture: WritePicture) -> None:
+def test_read_yolo__images_without_label_file_are_negatives(two_classes: Path, write_image: WriteImage) -> None:
     for name in "bcde":
-        write_picture(two_classes / f"{name}.png")
+        write_image(two_classes / f"{name}.png")
     write_labels(two_classes / "a.txt", "0 0.5 0.5 0.25 0.5")
     write_labels(two_classes / "b.txt")
     table = read(two_classes, collect=False)
@@ -128,13 +128,13 @@ def test_read_yolo__pictures_without_label_file_are_negatives(two_classes: Path,
     assert table.offsets.tolist() == [0, 1, 1, 1, 1, 1]
     (problem,) = table.problems
     assert (problem.code, problem.action) == ("LCD-D124", "noted")
-    assert problem.reason == "3 pictures have no label file and count as without objects: c.png, d.png, e.png"
+    assert problem.reason == "3 images have no label file and count as without objects: c.png, d.png, e.png"
 
 
 def test_read_yolo__no_label_file_at_all(two_classes: Path) -> None:
     (two_classes / "data.yaml").write_text("train: .\nnames: [cat, dog]\n")
 
-    with pytest.raises(DataError, match=r"\[LCD-D124\].*no picture has a label file; looked for 'a.txt'"):
+    with pytest.raises(DataError, match=r"\[LCD-D124\].*no image has a label file; looked for 'a.txt'"):
         read(two_classes, collect=False)
 
 
@@ -144,12 +144,12 @@ def test_read_yolo__no_class_names(flat: Path) -> None:
     with pytest.raises(DataError, match=r"\[LCD-D008\].*no class names: expected data.yaml, or classes.txt"):
         read(flat, collect=False)
     assert read(flat, class_names=["a", "b", "c"], collect=False).labels.tolist() == [2]
-    assert read(flat, bad_records="drop", collect=False).class_names == ("0", "1", "2")
+    assert read(flat, invalid_annotations="drop", collect=False).class_names == ("0", "1", "2")
 
 
-def test_read_yolo__turned_picture(two_classes: Path, write_picture: WritePicture) -> None:
+def test_read_yolo__turned_image(two_classes: Path, write_image: WriteImage) -> None:
     """Its frame cannot be known; stored with 48 rows and 64 columns."""
-    write_picture(two_classes / "a.png", orientation=6)
+    write_image(two_classes / "a.png", orientation=6)
     write_labels(two_classes / "a.txt", "0 0.5 0.25 0.5 0.5")
 
     with pytest.raises(DataError, match=r"\[LCD-I024\] a.png: EXIF orientation 6.*exif: upright or exif: raw"):
@@ -173,10 +173,10 @@ YAMLS = [
 
 
 @pytest.fixture
-def image_folders(tmp_path: Path, write_picture: WritePicture) -> Path:
+def image_folders(tmp_path: Path, write_image: WriteImage) -> Path:
     """images/train/a.jpg, images/train/more/b.jpg and images/val/c.jpg with a box each, and lists of them."""
     for name in ("train/a", "train/more/b", "val/c"):
-        write_picture(tmp_path / "images" / f"{name}.jpg")
+        write_image(tmp_path / "images" / f"{name}.jpg")
         write_labels(tmp_path / "labels" / f"{name}.txt", "1 0.5 0.5 0.25 0.5")
     (tmp_path / "train.txt").write_text("./images/train/a.jpg\nimages/train/more/b.jpg\n\n")
     (tmp_path / "val.txt").write_text(f"{tmp_path}/images/val/c.jpg\n")
@@ -209,7 +209,7 @@ def test_find_yolo__test_folder_that_does_not_exist(image_folders: Path) -> None
         read(image_folders, "test")
 
 
-def test_read_yolo__nothing_outside_the_root(image_folders: Path, write_picture: WritePicture) -> None:
+def test_read_yolo__nothing_outside_the_root(image_folders: Path, write_image: WriteImage) -> None:
     inner = image_folders / "labels"
     (inner / "data.yaml").write_text(f"path: {image_folders}\ntrain: images/train\nnames: [cat, dog]")
 
@@ -223,10 +223,10 @@ def test_read_yolo__nothing_outside_the_root(image_folders: Path, write_picture:
     assert ["leads out of the root" in messages[0], "is absolute" in messages[1]] == [True, True]
 
 
-def test_find_yolo__folder_of_the_same_name_outside_the_root(image_folders: Path, write_picture: WritePicture) -> None:
+def test_find_yolo__folder_of_the_same_name_outside_the_root(image_folders: Path, write_image: WriteImage) -> None:
     """Roboflow's ``../`` means the folder beside data.yaml, even where the literal one exists."""
     inner = image_folders / "inner"
-    write_picture(inner / "images" / "train" / "z.jpg")
+    write_image(inner / "images" / "train" / "z.jpg")
     write_labels(inner / "labels" / "train" / "z.txt", "0 0.5 0.5 0.25 0.5")
     (inner / "data.yaml").write_text("train: ../images/train\nnames: [cat, dog]")
     table = read(inner, collect=False)
@@ -306,10 +306,10 @@ FOLDERS = [
 
 @pytest.mark.parametrize(("folders", "classes"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
 def test_find_yolo__folders(
-    tmp_path: Path, write_picture: WritePicture, folders: dict[str, tuple[str, str]], classes: str
+    tmp_path: Path, write_image: WriteImage, folders: dict[str, tuple[str, str]], classes: str
 ) -> None:
     for images, labels in folders.values():
-        write_picture(tmp_path / images / "a.png")
+        write_image(tmp_path / images / "a.png")
         write_labels(tmp_path / labels / "a.txt", "1 0.5 0.5 0.25 0.5")
     (tmp_path / classes).write_text("cat\ndog\n")
     splits = find_splits(tmp_path)
@@ -321,14 +321,14 @@ def test_find_yolo__folders(
         assert (table.class_names, len(table.boxes)) == (("cat", "dog"), 1)
 
 
-def test_find_yolo__pictures_with_other_text(flat: Path) -> None:
+def test_find_yolo__images_with_other_text(flat: Path) -> None:
     (flat / "a.txt").write_text("a cat that sleeps on a sofa\n")
 
     assert find_yolo(flat) == {}
 
 
 @pytest.mark.parametrize(
-    ("picture", "labels"),
+    ("image", "labels"),
     [
         ("images/a.jpg", "labels/a.txt"),
         ("images/images/a.b.jpg", "images/labels/a.b.txt"),
@@ -337,5 +337,5 @@ def test_find_yolo__pictures_with_other_text(flat: Path) -> None:
         ("myimages/a.jpg", "myimages/a.txt"),
     ],
 )
-def test_label_files__last_folder_called_images(picture: str, labels: str) -> None:
-    assert label_files(picture)[0] == labels
+def test_label_files__last_folder_called_images(image: str, labels: str) -> None:
+    assert label_files(image)[0] == labels

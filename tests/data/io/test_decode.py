@@ -31,7 +31,7 @@ def _forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reference(path: Path) -> np.ndarray:
-    """The picture as Pillow's own functions turn and convert it."""
+    """The image as Pillow's own functions turn and convert it."""
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")
         if image.mode == "I;16":
@@ -40,7 +40,7 @@ def reference(path: Path) -> np.ndarray:
         return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
 
 
-@pytest.mark.skipif(not MANIFEST, reason="the real pictures are not here")
+@pytest.mark.skipif(not MANIFEST, reason="the real images are not here")
 @pytest.mark.parametrize("entry", MANIFEST, ids=lambda entry: entry["file"])
 def test_read_image__manifest(entry: dict[str, object]) -> None:
     """Every odd file that was collected is read right or refused by name."""
@@ -61,12 +61,12 @@ def test_read_image__manifest(entry: dict[str, object]) -> None:
         return
     if code := WARNED.get(path.name):
         with pytest.warns(UserWarning, match=rf"\[{code}\] .*{path.name}"):
-            picture = read_image(path)
+            image = read_image(path)
     else:
-        picture = read_image(path)
+        image = read_image(path)
     size = read_size(path)
-    assert np.array_equal(picture.permute(1, 2, 0).numpy(), reference(path))
-    assert size.upright == tuple(picture.shape[1:])
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), reference(path))
+    assert size.upright == tuple(image.shape[1:])
     if "raw_size" in entry:
         assert [size.width, size.height] == entry["raw_size"]
 
@@ -97,9 +97,9 @@ def test_to_rgb_tensor__modes(mode: str, colour: object, expected: tuple[int, in
 
 def test_read_image__palette_with_transparent_colours(tmp_path: Path) -> None:
     """Pillow warns of such files on conversion; the colours under the transparency are kept."""
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    picture.save(tmp_path / "a.png", transparency=bytes([255, 0]))
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "a.png", transparency=bytes([255, 0]))
 
     assert read_image(tmp_path / "a.png")[:, 0, 0].tolist() == [200, 100, 50]
 
@@ -110,11 +110,11 @@ def test_read_image__sixteen_bit_ramp_keeps_its_mean_and_warns_once(tmp_path: Pa
         Image.fromarray(ramp).save(tmp_path / name)
 
     with pytest.warns(UserWarning, match="LCD-I010") as caught:
-        pictures = [read_image(tmp_path / name) for name in ("a.png", "b.png")]
+        images = [read_image(tmp_path / name) for name in ("a.png", "b.png")]
 
     assert len(caught) == 1
-    assert abs(pictures[0].double().mean() - 127.5) < 0.1
-    assert np.array_equal(pictures[1][2].numpy(), np.rint(ramp / 257))
+    assert abs(images[0].double().mean() - 127.5) < 0.1
+    assert np.array_equal(images[1][2].numpy(), np.rint(ramp / 257))
 
 
 def test_read_image__pixels_that_are_no_colours(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_read_image__pixels_that_are_no_colours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_read_image__exif_orientation(
-    tmp_path: Path, write_picture: Callable[..., Path], orientation: int, suffix: str
+    tmp_path: Path, write_image: Callable[..., Path], orientation: int, suffix: str
 ) -> None:
-    path = write_picture(tmp_path / f"a{suffix}", 10, 7, orientation)
+    path = write_image(tmp_path / f"a{suffix}", 10, 7, orientation)
     with Image.open(path) as image:
         raw = np.asarray(image.convert("RGB"))
 
@@ -144,8 +144,8 @@ def test_read_image__exif_orientation(
         assert torch.equal(to_rgb_tensor(image), read_image(path))
 
 
-def test_read_image__tiff_is_turned_by_its_decoder(tmp_path: Path, write_picture: Callable[..., Path]) -> None:
-    path = write_picture(tmp_path / "a.tif", 10, 7, orientation=6)
+def test_read_image__tiff_is_turned_by_its_decoder(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    path = write_image(tmp_path / "a.tif", 10, 7, orientation=6)
 
     assert read_size(path) == (7, 10, 1)
     assert read_image(path).shape == read_image(path, upright=False).shape == (3, 7, 10)
@@ -161,8 +161,8 @@ def test_read_image__tiff_with_an_orientation_in_xmp(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "a.tif").permute(1, 2, 0).numpy(), pixels[::-1, ::-1])
 
 
-def test_read_size__png_with_exif_behind_the_pixels(tmp_path: Path, write_picture: Callable[..., Path]) -> None:
-    content = write_picture(tmp_path / "a.png", 10, 7).read_bytes()
+def test_read_size__png_with_exif_behind_the_pixels(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    content = write_image(tmp_path / "a.png", 10, 7).read_bytes()
     exif = b"eXIf" + b"MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x08\x00\x00\x00\x00\x00\x00"
     chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
     (tmp_path / "a.png").write_bytes(content[:-12] + chunk + content[-12:])
@@ -179,7 +179,7 @@ def test_exif_orientation__any_bytes(noise: bytes) -> None:
 
 
 def bomb(path: Path, side: int) -> None:
-    """A picture of one grey, compressed about a thousand times."""
+    """An image of one grey, compressed about a thousand times."""
     row = zlib.compressobj(9)
     rows = b"".join(row.compress(b"\x00" * (side // 8 + 1)) for _ in range(side)) + row.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
@@ -204,8 +204,8 @@ def test_read_image__decompression_bomb(tmp_path: Path, side: int, filters: str)
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
 
 
-def test_read_image__max_pixels(tmp_path: Path, write_picture: Callable[..., Path]) -> None:
-    path = write_picture(tmp_path / "a.png", 10, 10)
+def test_read_image__max_pixels(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    path = write_image(tmp_path / "a.png", 10, 10)
 
     assert read_image(path, max_pixels=100).shape == (3, 10, 10)
     with pytest.raises(DataError, match="10x10 is 100 pixels, more than max_pixels = 99"):
@@ -245,7 +245,7 @@ def test_read_size__unusable_shapes(tmp_path: Path, width: int, height: int, cod
     ],
     ids=["empty", "html", "gif_0x0", "postscript", "pgm_0x0"],
 )
-def test_read_image__no_picture(tmp_path: Path, content: bytes, match: str) -> None:
+def test_read_image__no_image(tmp_path: Path, content: bytes, match: str) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
 
     for read in (read_image, read_size):
@@ -264,10 +264,10 @@ def test_read_image__missing_or_unreadable_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".tif"])
 @pytest.mark.filterwarnings("ignore")
-def test_read_image__flipped_bits_end_in_a_picture_or_an_error(
-    tmp_path: Path, write_picture: Callable[..., Path], suffix: str
+def test_read_image__flipped_bits_end_in_a_image_or_an_error(
+    tmp_path: Path, write_image: Callable[..., Path], suffix: str
 ) -> None:
-    content = write_picture(tmp_path / f"a{suffix}", 40, 50).read_bytes()
+    content = write_image(tmp_path / f"a{suffix}", 40, 50).read_bytes()
     chance = random.Random(0)
     refused = 0
     for _ in range(40):
@@ -275,17 +275,17 @@ def test_read_image__flipped_bits_end_in_a_picture_or_an_error(
         damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         (tmp_path / f"b{suffix}").write_bytes(damaged[: chance.choice([len(content), len(content) // 2])])
         try:
-            picture = read_image(tmp_path / f"b{suffix}", max_pixels=10**6)
+            image = read_image(tmp_path / f"b{suffix}", max_pixels=10**6)
         except DataError:
             refused += 1
         else:
-            assert picture.dtype == torch.uint8
-            assert picture.shape[0] == 3
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == 3
     assert refused >= 10  # at least those cut in half
 
 
-def test_read_header__format_named_wrongly(tmp_path: Path, write_picture: Callable[..., Path]) -> None:
-    write_picture(tmp_path / "a.png")
+def test_read_header__format_named_wrongly(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    write_image(tmp_path / "a.png")
     shutil.copy(tmp_path / "a.png", tmp_path / "b.jpg")
 
     header = read_header(tmp_path / "b.jpg")

@@ -1,4 +1,4 @@
-"""Data sets whose files are pipes and devices: what waits for nobody must neither hang nor fill the memory."""
+"""Datasets whose files are pipes and devices: what waits for nobody must neither hang nor fill the memory."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _hangs_are_killed() -> Iterator[None]:
 
 
 def write(root: Path) -> dict[str, Path]:
-    """The files of three data sets by name."""
+    """The files of three datasets by name."""
     image = {"id": 1, "file_name": "a.png", "width": 40, "height": 30}
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
@@ -41,11 +41,11 @@ def write(root: Path) -> dict[str, Path]:
     for name, text in texts.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    pictures = ["coco/train/a.png", "yolo/images/a.png", "voc/JPEGImages/a.png"]
-    for name in pictures:
+    images = ["coco/train/a.png", "yolo/images/a.png", "voc/JPEGImages/a.png"]
+    for name in images:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30)).save(root / name)
-    return {name: root / name for name in (*texts, *pictures)}
+    return {name: root / name for name in (*texts, *images)}
 
 
 NAMES = [

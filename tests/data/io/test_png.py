@@ -40,20 +40,20 @@ def test_check_chunks__real_files(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [8, 20, 100, -1, -13])
-def test_check_chunks__cut_short(write_picture: Callable[..., Path], tmp_path: Path, length: int) -> None:
-    content = write_picture(tmp_path / "a.png").read_bytes()
+def test_check_chunks__cut_short(write_image: Callable[..., Path], tmp_path: Path, length: int) -> None:
+    content = write_image(tmp_path / "a.png").read_bytes()
     with pytest.raises(ValueError, match="ends before"):
         check_chunks(BytesIO(content[:length]))
 
 
-def test_find_late_exif__none(write_picture: Callable[..., Path], tmp_path: Path) -> None:
-    content = write_picture(tmp_path / "a.png", orientation=6).read_bytes()
+def test_find_late_exif__none(write_image: Callable[..., Path], tmp_path: Path) -> None:
+    content = write_image(tmp_path / "a.png", orientation=6).read_bytes()
     assert find_late_exif(BytesIO(content)) == b""  # Pillow writes it before the pixels
     assert find_late_exif(BytesIO(b"")) == b""
 
 
-def test_check_chunks__length_of_a_chunk_beyond_the_file(write_picture: Callable[..., Path], tmp_path: Path) -> None:
-    content = bytearray(write_picture(tmp_path / "a.png").read_bytes())
+def test_check_chunks__length_of_a_chunk_beyond_the_file(write_image: Callable[..., Path], tmp_path: Path) -> None:
+    content = bytearray(write_image(tmp_path / "a.png").read_bytes())
     content[8:12] = b"\xff\xff\xff\xf0"
     with pytest.raises(ValueError, match="ends before"):
         check_chunks(BytesIO(content))

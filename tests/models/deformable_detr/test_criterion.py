@@ -20,9 +20,9 @@ from lightning_convnext_det.models.deformable_detr.criterion import (
 )
 
 
-def predictions(layers: int = 3, pictures: int = 2, queries: int = 7, classes: int = 4) -> Predictions:
-    logits = torch.randn(layers, pictures, queries, classes)
-    boxes = torch.rand(layers, pictures, queries, 4) * 0.5 + 0.2
+def predictions(layers: int = 3, images: int = 2, queries: int = 7, classes: int = 4) -> Predictions:
+    logits = torch.randn(layers, images, queries, classes)
+    boxes = torch.rand(layers, images, queries, 4) * 0.5 + 0.2
     return Predictions(logits.requires_grad_(), boxes.requires_grad_())
 
 
@@ -77,7 +77,7 @@ def test_set_criterion__equals_a_search_over_all_assignments() -> None:
 
 def test_set_criterion__names_layers_and_proposals() -> None:
     names = SetCriterion()(predictions(), objects(1, 2), predictions(layers=1, queries=30))
-    kinds = ("loss_classification", "loss_boxes", "loss_giou")
+    kinds = ("loss_classification", "loss_box", "loss_giou")
     assert set(names) == {k + s for k in kinds for s in ("", "_aux0", "_aux1", "_proposals")}
 
 
@@ -90,17 +90,17 @@ def test_set_criterion__proposals_have_one_class() -> None:
     assert actual == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (0, 2)], ids=["empty_batch", "one_empty_picture"])
-def test_set_criterion__pictures_without_objects(counts: tuple[int, int]) -> None:
+@pytest.mark.parametrize("counts", [(0, 0), (0, 2)], ids=["empty_batch", "one_empty_image"])
+def test_set_criterion__images_without_objects(counts: tuple[int, int]) -> None:
     predicted = predictions()
     losses = SetCriterion()(predicted, objects(*counts))
     sum(losses.values()).backward()
     assert predicted.logits.grad is not None
     assert predicted.boxes.grad is not None
     assert losses["loss_classification"] > 0
-    assert (losses["loss_boxes"] == 0) == (sum(counts) == 0)
+    assert (losses["loss_box"] == 0) == (sum(counts) == 0)
     assert (losses["loss_giou"] == 0) == (sum(counts) == 0)
-    assert predicted.boxes.grad[:, 0].abs().sum() == 0  # the first picture is empty in both
+    assert predicted.boxes.grad[:, 0].abs().sum() == 0  # the first image is empty in both
 
 
 def test_set_criterion__half_precision_is_computed_in_float32() -> None:
@@ -114,7 +114,7 @@ def test_set_criterion__half_precision_is_computed_in_float32() -> None:
         torch.testing.assert_close(losses[name], value)
 
 
-def test_set_criterion__one_transfer_for_all_layers_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_criterion__one_transfer_for_all_layers_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
     transfers = []
     for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__"):
         method = getattr(Tensor, name)
@@ -124,13 +124,13 @@ def test_set_criterion__one_transfer_for_all_layers_and_pictures(monkeypatch: py
             name,
             lambda self, *a, _m=method, _c=count, **k: (transfers.append(1) if _c else None, _m(self, *a, **k))[1],
         )
-    SetCriterion()(predictions(layers=6, pictures=3), objects(1, 0, 4), predictions(1, 3, 50))
+    SetCriterion()(predictions(layers=6, images=3), objects(1, 0, 4), predictions(1, 3, 50))
     assert len(transfers) == 1
 
 
 def test_set_criterion__more_objects_than_queries_warns_once() -> None:
     criterion = SetCriterion()
-    with pytest.warns(UserWarning, match=r"LCD-M201\] 1 of 2 pictures .* up to 9 objects, more than the 7 queries"):
+    with pytest.warns(UserWarning, match=r"LCD-M201\] 1 of 2 images .* up to 9 objects, more than the 7 queries"):
         losses = criterion(predictions(), objects(9, 2))
     assert all(x.isfinite() for x in losses.values())
     with warnings.catch_warnings():

@@ -52,7 +52,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     }
 
 
-def pictures() -> list[Tensor]:
+def create_images() -> list[Tensor]:
     return [torch.rand(3, 97, 131), torch.randint(256, (3, 140, 96), dtype=torch.uint8), torch.rand(3, 96, 96)]
 
 
@@ -70,7 +70,7 @@ def test_deformable_detr__has_the_published_number_of_parameters() -> None:
 def test_deformable_detr__losses_reach_every_parameter(options: dict[str, object]) -> None:
     detector = tiny(**options)
     perturb(detector)
-    losses = detector(pictures(), targets())
+    losses = detector(create_images(), targets())
     suffixes = ["", "_aux0", "_aux1", *(["_proposals"] if options.get("two_stage") else [])]
     assert set(losses) == {f"loss_{k}{s}" for k in ("classification", "boxes", "giou") for s in suffixes}
     assert {(x.dtype, x.dim()) for x in losses.values()} == {(torch.float32, 0)}
@@ -83,7 +83,7 @@ def test_deformable_detr__losses_reach_every_parameter(options: dict[str, object
 def test_deformable_detr__detections_keep_the_contract(options: dict[str, object]) -> None:
     detector = tiny(detections_per_image=20, **options).eval()
     perturb(detector)
-    images = pictures()
+    images = create_images()
     detections = detector(images)
     assert len(detections) == 3
     for image, found in zip(images, detections, strict=True):
@@ -101,13 +101,13 @@ def test_deformable_detr__detections_keep_the_contract(options: dict[str, object
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
-def test_deformable_detr__batch_equals_single_pictures(options: dict[str, object]) -> None:
+def test_deformable_detr__batch_equals_single_images(options: dict[str, object]) -> None:
     detector = tiny(**options).eval()
     perturb(detector)
-    batch, sizes, _ = detector.transform(pictures())
+    batch, sizes, _ = detector.transform(create_images())
     with torch.no_grad():
         together = detector.predict(batch, sizes).decoder
-        for i, image in enumerate(pictures_of(batch, sizes)):
+        for i, image in enumerate(images_of(batch, sizes)):
             single, size, _ = image[None], [sizes[i]], None
             alone = detector.predict(pad(single), size).decoder
             torch.testing.assert_close(together.logits[:, i], alone.logits[:, 0], atol=1e-4, rtol=0)
@@ -115,7 +115,7 @@ def test_deformable_detr__batch_equals_single_pictures(options: dict[str, object
     assert together.boxes.std() > 0.05
 
 
-def pictures_of(batch: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+def images_of(batch: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
     return [x[:, :h, :w] for x, (h, w) in zip(batch, sizes, strict=True)]
 
 
@@ -137,14 +137,14 @@ def test_deformable_detr__batch_equals_single_photos(photos: list[Tensor]) -> No
 
 
 def test_deformable_detr__pads_the_batch_first_where_asked() -> None:
-    detector = tiny(independent_pictures=False).eval()
+    detector = tiny(independent_images=False).eval()
     perturb(detector)
-    batch, sizes, _ = detector.transform(pictures())
+    batch, sizes, _ = detector.transform(create_images())
     seen = []
     detector.backbone.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
     with torch.no_grad():
         padded = detector.predict(batch, sizes).decoder.boxes
-        detector.levels.independent_pictures = True
+        detector.levels.independent_images = True
         independent = detector.predict(batch, sizes).decoder.boxes
     assert seen == [batch.shape, (1, 3, 96, 160), (1, 3, 160, 96), (1, 3, 96, 96)]
     difference = (padded - independent).abs().flatten(2).amax(2)
@@ -162,7 +162,7 @@ def test_deformable_detr__batch_without_padding_has_no_mask() -> None:
     assert told.padding is None
     assert whole.positions.shape[0] == 1
     assert cut.padding is not None
-    assert cut.padding.sum() == 0  # the last column's first pixel is still in the picture
+    assert cut.padding.sum() == 0  # the last column's first pixel is still in the image
 
 
 def test_flatten_levels__masked_path_equals_mask_free_path() -> None:
@@ -220,9 +220,9 @@ def test_deformable_attention__starts_as_the_paper_says() -> None:
 def test_deformable_detr__references_are_detached_between_layers() -> None:
     detector = tiny()
     perturb(detector)
-    losses = detector(pictures(), targets())
+    losses = detector(create_images(), targets())
     box_heads = [h[6].weight for h in detector.box_heads]
-    grads = torch.autograd.grad(losses["loss_boxes"], box_heads)
+    grads = torch.autograd.grad(losses["loss_box"], box_heads)
     assert [bool(g.abs().sum() > 0) for g in grads] == [False, False, True]
 
 
@@ -244,7 +244,7 @@ def test_deformable_detr__two_stage_starts_from_the_best_proposals() -> None:
     detector = tiny(two_stage=True).eval()
     perturb(detector)
     with torch.no_grad():
-        batch, sizes, _ = detector.transform(pictures())
+        batch, sizes, _ = detector.transform(create_images())
         levels = detector.levels(detector.backbone, batch, sizes)
         memory = detector.encoder(levels)
         heads = detector.class_heads[-1], detector.box_heads[-1]
@@ -267,7 +267,7 @@ def test_deformable_detr__two_stage_with_fewer_tokens_than_queries() -> None:
 
 
 @pytest.mark.parametrize("method", ["none", "hard"])
-def test_deformable_detr__two_stage_of_a_small_picture_does_not_depend_on_its_padding(method: str) -> None:
+def test_deformable_detr__two_stage_of_a_small_image_does_not_depend_on_its_padding(method: str) -> None:
     # 40 x 40 pixels fill 10 x 10, 5 x 5, 3 x 3 and 2 x 2 cells: fewer than queries, but not than cells with padding
     options = {"two_stage": True, "num_queries": 400, "detections_per_image": 500, "nms": method}
     detector = tiny(min_size=40, max_size=160, nms_threshold=0.5, **options).eval()
@@ -291,8 +291,8 @@ def test_deformable_detr__half_precision_keeps_boxes_and_losses_in_float32(two_s
     detector = tiny(two_stage=two_stage)
     perturb(detector)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = detector(pictures(), targets())
-        found = detector.eval()(pictures())
+        losses = detector(create_images(), targets())
+        found = detector.eval()(create_images())
         outputs = detector.predict(torch.randn(1, 3, 96, 96))
     assert {x.dtype for x in losses.values()} == {torch.float32}
     assert {x.dtype for d in found for x in (d["boxes"], d["scores"])} == {torch.float32}
@@ -309,9 +309,9 @@ def test_deformable_detr__without_auxiliary_losses() -> None:
     perturb(full)
     last = tiny(auxiliary_losses=False)
     last.load_state_dict(full.state_dict())
-    images = pictures()
+    images = create_images()
     losses, expected = last(images, targets()), full(images, targets())
-    assert set(losses) == {"loss_classification", "loss_boxes", "loss_giou"}
+    assert set(losses) == {"loss_classification", "loss_box", "loss_giou"}
     for name, value in losses.items():
         torch.testing.assert_close(value, expected[name])
 
@@ -320,7 +320,7 @@ def test_deformable_detr__gradient_checkpointing_changes_no_gradient() -> None:
     plain, frugal = tiny(), tiny(gradient_checkpointing=True)
     perturb(plain)
     frugal.load_state_dict(plain.state_dict())
-    images = pictures()
+    images = create_images()
     for detector in (plain, frugal):
         sum(detector(images, targets()).values()).backward()
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
@@ -330,7 +330,7 @@ def test_deformable_detr__gradient_checkpointing_changes_no_gradient() -> None:
 def test_deformable_detr__losses_ignore_padding_pixels_and_order() -> None:
     detector = tiny()
     perturb(detector)
-    images, wanted = pictures(), targets()
+    images, wanted = create_images(), targets()
     forth = detector(images, wanted)
     back = detector(images[::-1], wanted[::-1])
     for name, value in forth.items():
@@ -372,7 +372,7 @@ def test_deformable_detr__diverged_weights_are_refused_in_evaluation() -> None:
     with torch.no_grad():
         detector.class_heads[-1].weight[1] = math.nan
     with pytest.raises(DivergenceError, match=r"LCD-N001\] the scores are not finite"):
-        detector(pictures())
+        detector(create_images())
 
 
 def test_deformable_detr__diverged_weights_are_refused_in_training() -> None:
@@ -380,7 +380,7 @@ def test_deformable_detr__diverged_weights_are_refused_in_training() -> None:
     with torch.no_grad():
         detector.box_heads[1][6].bias[0] = math.nan
     with pytest.raises(DivergenceError, match=r"LCD-N001\] the boxes of decoder layer 1"):
-        detector(pictures(), targets())
+        detector(create_images(), targets())
 
 
 @pytest.mark.parametrize(
@@ -404,22 +404,22 @@ def test_deformable_detr__arguments_that_do_not_fit(options: dict[str, object], 
 def test_deformable_detr__targets_are_checked() -> None:
     detector = tiny()
     with pytest.raises(ValueError, match="needs targets"):
-        detector(pictures())
+        detector(create_images())
     with pytest.raises(DataError, match=r"LCD-D110\] label 3 in image 0"):
-        detector(pictures()[:1], [target([[1, 1, 9, 9]], [3])])
+        detector(create_images()[:1], [target([[1, 1, 9, 9]], [3])])
 
 
 def test_deformable_detr__fixed_size_computes_what_padding_by_hand_does() -> None:
     torch.manual_seed(0)
     fixed = tiny(fixed_size=[160, 192], objects_multiple=5)
     perturb(fixed)
-    free = tiny(independent_pictures=False)
+    free = tiny(independent_images=False)
     free.load_state_dict(fixed.state_dict())
-    images = pictures()
+    images = create_images()
     batch, sizes, _ = fixed.transform(images)
     assert batch.shape == (3, 3, 160, 192)
     assert sizes == [(96, 129), (140, 96), (96, 96)]
-    # an empty picture of the fixed size beside the others makes the other network pad to it
+    # an empty image of the fixed size beside the others makes the other network pad to it
     frame = torch.zeros(3, 3, 160, 192)
     frame[:] = batch
     with torch.no_grad():
@@ -431,7 +431,7 @@ def test_deformable_detr__fixed_size_computes_what_padding_by_hand_does() -> Non
     assert all(loss.isfinite() for loss in ours.values())
 
 
-def test_deformable_detr__fixed_size_of_full_pictures_is_masked_all_the_same() -> None:
+def test_deformable_detr__fixed_size_of_full_images_is_masked_all_the_same() -> None:
     detector = tiny(fixed_size=[96, 96]).eval()
     levels = detector.levels(detector.backbone, torch.rand(1, 3, 96, 96), [(96, 96)])
     assert levels.padding is not None
@@ -443,8 +443,8 @@ def test_deformable_detr__losses_do_not_depend_on_filling_up() -> None:
     one, other = tiny(), tiny(objects_multiple=16)
     perturb(one)
     other.load_state_dict(one.state_dict())
-    images = pictures()
-    for place in (slice(None), slice(1, 2)):  # also a picture without objects
+    images = create_images()
+    for place in (slice(None), slice(1, 2)):  # also an image without objects
         expected = one.train()(images[place], targets()[place])
         found = other.train()(images[place], targets()[place])
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

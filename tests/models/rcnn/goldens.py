@@ -25,7 +25,7 @@ needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the goldens are
 
 
 class Case(NamedTuple):
-    """One picture through one model."""
+    """One image through one model."""
 
     detector: FasterRCNN
     image: Tensor
@@ -78,7 +78,7 @@ def build_detector(model: str) -> FasterRCNN:
 
 
 def load_case(model: str, case: str) -> Case:
-    """Load a picture, the detector with its resize rule, and what MMDetection computed."""
+    """Load an image, the detector with its resize rule, and what MMDetection computed."""
     info = json.loads((GOLDENS / model / "meta.json").read_text())["cases"][case]
     pixels = np.array(Image.open(GOLDENS / "images" / info["image"]).convert("RGB"))
     detector = build_detector(model)

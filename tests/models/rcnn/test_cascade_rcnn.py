@@ -28,16 +28,16 @@ def test_cascade_rcnn__every_parameter_has_a_gradient(dialect: str, box_loss: st
     detector = tiny(dialect=dialect, box_loss=box_loss)
     losses = detector([torch.rand(3, 50, 70), torch.rand(3, 64, 64)], [target([[5, 5, 40, 45]], [2]), target([], [])])
     names = [f"loss_{kind}_{stage}" for stage in (1, 2, 3) for kind in ("classifier", "box_reg")]
-    assert list(losses) == ["loss_objectness", "loss_rpn_box_reg", *names]
+    assert list(losses) == ["loss_objectness", "loss_rpn_box", *names]
     assert all(x > 0 for x in losses.values())
     sum(losses.values()).backward()
     assert [n for n, p in detector.named_parameters() if p.grad is None] == []
 
 
-def test_cascade_rcnn__pictures_without_objects() -> None:
+def test_cascade_rcnn__images_without_objects() -> None:
     detector = tiny()
     losses = detector([torch.rand(3, 50, 70)], [target([], [])])
-    assert [n for n, x in losses.items() if x == 0] == ["loss_rpn_box_reg", *(f"loss_box_reg_{i}" for i in (1, 2, 3))]
+    assert [n for n, x in losses.items() if x == 0] == ["loss_rpn_box", *(f"loss_box_{i}" for i in (1, 2, 3))]
     sum(losses.values()).backward()
     assert [n for n, p in detector.named_parameters() if p.grad is None] == []
 
@@ -46,7 +46,7 @@ def test_cascade_rcnn__no_proposals() -> None:
     detector = tiny(rpn_score_threshold=1.1)
     losses = detector([torch.rand(3, 64, 64)], [target([], [])])
     assert all(x.isfinite() for x in losses.values())
-    detector([torch.rand(3, 64, 64)], [target([[5, 5, 40, 45]], [2])])["loss_box_reg_3"].backward()
+    detector([torch.rand(3, 64, 64)], [target([[5, 5, 40, 45]], [2])])["loss_box_3"].backward()
     with torch.no_grad():
         found = detector.eval()([torch.rand(3, 64, 64), torch.rand(3, 64, 64)])
     assert [d["boxes"].shape for d in found] == [(0, 4), (0, 4)]

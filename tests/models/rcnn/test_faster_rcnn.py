@@ -9,7 +9,7 @@ from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.zoo import create_detector
 from lightning_convnext_det.types import Target
 
-LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+LOSSES = {"loss_objectness", "loss_rpn_box", "loss_classification", "loss_box"}
 
 
 def tiny(num_classes: int = 3, **options: object) -> FasterRCNN:
@@ -70,8 +70,8 @@ def test_faster_rcnn__training_losses_equal_torchvision(photos: list[Tensor]) ->
 def test_faster_rcnn__every_parameter_has_a_gradient_without_objects() -> None:
     detector = tiny()
     losses = detector([torch.rand(3, 50, 70), torch.rand(3, 64, 64)], [target([], []), target([], [])])
-    assert losses["loss_box_reg"] == 0
-    assert losses["loss_rpn_box_reg"] == 0
+    assert losses["loss_box"] == 0
+    assert losses["loss_rpn_box"] == 0
     sum(losses.values()).backward()
     assert [n for n, p in detector.named_parameters() if p.grad is None] == []
 
@@ -90,12 +90,12 @@ def test_faster_rcnn__detections_are_sorted_inside_and_labelled_from_zero() -> N
     assert found["boxes"][:, 3].max() <= 51.001
 
 
-def test_faster_rcnn__batch_of_mixed_sizes_equals_single_pictures() -> None:
+def test_faster_rcnn__batch_of_mixed_sizes_equals_single_images() -> None:
     detector = tiny(channels_last=False, nms="none", score_threshold=0.3).eval()
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 96)]
     with torch.no_grad():
         together, alone = detector(images), [detector([x])[0] for x in images]
-    # the wider picture needs no padding, so its detections must not depend on its neighbour
+    # the wider image needs no padding, so its detections must not depend on its neighbour
     torch.testing.assert_close(together[1]["boxes"], alone[1]["boxes"], atol=1e-3, rtol=1e-4)
     assert torch.equal(together[1]["labels"], alone[1]["labels"])
 

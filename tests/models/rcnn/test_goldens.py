@@ -125,16 +125,16 @@ def test_golden__every_step(model: str, name: str) -> None:
 
 
 @torch.no_grad()
-def test_golden__detector_as_a_whole_and_from_a_picture_in_0_to_1() -> None:
+def test_golden__detector_as_a_whole_and_from_a_image_in_0_to_1() -> None:
     case = load_case(MASK, "small_b")
     check_detections(case.detector([case.image])[0], case.golden, LIMITS["mask"])
     check_detections(case.detector([case.image / 255])[0], case.golden, LIMITS["mask"])
 
 
 @torch.no_grad()
-def test_golden__two_pictures_in_a_batch() -> None:
+def test_golden__two_images_in_a_batch() -> None:
     cases = [load_case(CASCADE, name) for name in ("small_a", "degenerate")]
-    # the same picture at two scales; the smaller one is padded further than alone, which must not matter
+    # the same image at two scales; the smaller one is padded further than alone, which must not matter
     found = cases[1].detector([cases[0].image, cases[1].image])
     alone = cases[1].detector([cases[1].image])[0]
     torch.testing.assert_close(found[0]["boxes"], found[1]["boxes"], atol=1e-3, rtol=0)

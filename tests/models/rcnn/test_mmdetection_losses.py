@@ -112,7 +112,7 @@ def rpn_losses(
         deltas = np.concatenate([r[i].permute(1, 2, 0).reshape(-1, 4).double().numpy() for r in reg])
         if inside:
             used = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < width) & (anchors[:, 3] < height)
-        else:  # cells beyond the picture's own padding to a multiple of 32
+        else:  # cells beyond the image's own padding to a multiple of 32
             centres = (anchors[:, :2] + anchors[:, 2:]) / 2
             used = (centres[:, 0] < math.ceil(width / 32) * 32 - 1e-6) & (centres[:, 1] < math.ceil(height / 32) * 32)
         rows = np.flatnonzero(used)
@@ -234,7 +234,7 @@ def test_losses__equal_those_of_the_papers(build: Callable[[], FasterRCNN]) -> N
         cls, reg = detector.rpn.head(maps)
         expected = dict(
             zip(
-                ("loss_objectness", "loss_rpn_box_reg"),
+                ("loss_objectness", "loss_rpn_box"),
                 rpn_losses(maps, cls, reg, truths, is_cascade, 1 / 9 if is_cascade else None),
                 strict=True,
             )
@@ -245,9 +245,9 @@ def test_losses__equal_those_of_the_papers(build: Callable[[], FasterRCNN]) -> N
         )
     if is_cascade:
         for i, (weight, (classes, boxes)) in enumerate(zip((1, 0.5, 0.25), stages, strict=True), 1):
-            expected |= {f"loss_classifier_{i}": weight * classes, f"loss_box_reg_{i}": weight * 10 * boxes}
+            expected |= {f"loss_classification_{i}": weight * classes, f"loss_box_{i}": weight * 10 * boxes}
     else:
-        expected |= {"loss_classifier": stages[0][0], "loss_box_reg": stages[0][1]}
+        expected |= {"loss_classification": stages[0][0], "loss_box": stages[0][1]}
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         assert value > 1e-4, name

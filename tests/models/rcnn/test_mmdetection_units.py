@@ -15,7 +15,7 @@ from torchvision.ops import clip_boxes_to_image
 from lightning_convnext_det.models.image_transform import ImageTransform
 from lightning_convnext_det.models.rcnn.anchors import PyramidAnchors
 from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
-from lightning_convnext_det.ops.nms import grouped_nms, suppress
+from lightning_convnext_det.ops.nms import apply_nms, grouped_nms
 from lightning_convnext_det.ops.resize import resize_like_opencv
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign, roi_align
 from tests.models.rcnn.goldens import GOLDENS, needs_goldens
@@ -82,7 +82,7 @@ def test_grouped_nms__equal(units: dict[str, Tensor], name: str, threshold: floa
 def test_suppress__many_classes_equal(units: dict[str, Tensor]) -> None:
     boxes, scores = units["multiclass.boxes"].unflatten(1, (80, 4)), units["multiclass.scores"]
     row, label = torch.where(scores[:, :-1] > 0.05)
-    found = suppress(boxes[row, label], scores[row, label], label, "hard", 0.5, 0.5, "offset")
+    found = apply_nms(boxes[row, label], scores[row, label], label, "hard", 0.5, 0.5, "offset")
     assert torch.equal(torch.cat((found[0], found[1][:, None]), dim=1)[:100], units["multiclass.dets"])
     assert torch.equal(found[2][:100], units["multiclass.labels"])
 
@@ -100,8 +100,8 @@ def test_resize_like_opencv__equal(units: dict[str, Tensor], i: int) -> None:
     assert torch.equal(resize_like_opencv(image, tuple(expected.shape[1:])), expected)
 
 
-def test_resize_like_opencv__whole_picture() -> None:
-    """Both a smaller and a larger picture, every pixel."""
+def test_resize_like_opencv__whole_image() -> None:
+    """Both a smaller and a larger image, every pixel."""
     for model in ("mask_rcnn_convnext_mini", "cascade_rcnn_convnext_mini"):
         meta = json.loads((GOLDENS / model / "meta.json").read_text())["cases"]["small_a"]
         golden = load_file(GOLDENS / model / "small_a.safetensors")["resized_rgb_uint8"].permute(2, 0, 1)

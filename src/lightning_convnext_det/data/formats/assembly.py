@@ -1,13 +1,13 @@
-"""From the records of a split to its table: boxes checked, cut to their pictures and sorted by picture."""
+"""From the records of a split to its table: boxes checked, cut to their images and sorted by image."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.formats.exif_frames import Exif, Frames, resolve_frames
-from lightning_convnext_det.data.formats.records import Findings, Records
-from lightning_convnext_det.data.table import DetectionTable, Format
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
+from lightning_convnext_det.data.formats.exif_frames import Exif, ImageFrames, resolve_frames
+from lightning_convnext_det.data.formats.records import AnnotationProblems, Records
 
-ROUNDING = 0.05  # pixels that a box may reach out of its picture unreported: COCO rounds coordinates to 0.01
+ROUNDING = 0.05  # pixels that a box may reach out of its image unreported: COCO rounds coordinates to 0.01
 MIN_BOX_SIDE = 0.01  # pixels; a side below COCO's rounding is none. COCO has true boxes of less than one pixel.
 SUSPICIOUS_SHARE = 0.01  # of all boxes: more inverted ones than this are a mistake of format, not of drawing
 NORMALISED_LIMIT = 1.5  # coordinates up to this in every box are not pixels
@@ -18,15 +18,15 @@ _STATES = {
 }
 
 
-def build_table(
+def build_annotations(
     records: Records,
-    findings: Findings,
+    findings: AnnotationProblems,
     *,
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
-) -> DetectionTable:
-    """Check pictures and boxes and turn what remains into a table.
+) -> DetectionAnnotations:
+    """Check images and boxes and turn what remains into a table.
 
     Args:
         records: the split as its files state it.
@@ -45,9 +45,9 @@ def build_table(
     boxes_kept: NDArray[np.float32] = boxes[rows].astype(np.float32)
     sides = boxes_kept[:, 2:] - boxes_kept[:, :2]
     if count and not len(rows):
-        findings.note("LCD-D109", (str(records.image_root), ""), "no picture of the split has a box")
+        findings.note("LCD-D109", (str(records.image_root), ""), "no image of the split has a box")
     names = [name.encode() for name, usable in zip(records.file_names, frames.usable, strict=True) if usable]
-    return DetectionTable(
+    return DetectionAnnotations(
         image_root=records.image_root,
         file_names=np.array(names, dtype=np.bytes_),
         image_ids=records.image_ids[frames.usable],
@@ -65,8 +65,10 @@ def build_table(
     )
 
 
-def _check_boxes(records: Records, frames: Frames, findings: Findings) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Corners cut to the picture, float64 [M, 4], and which boxes are kept, bool [M]."""
+def _check_boxes(
+    records: Records, frames: ImageFrames, findings: AnnotationProblems
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Corners cut to the image, float64 [M, 4], and which boxes are kept, bool [M]."""
     stated = records.boxes
     limits = frames.sizes[records.image_index][:, [1, 0, 1, 0]].astype(np.float64)  # [M, 4]: width, height twice
     alive = frames.usable[records.image_index]
@@ -83,10 +85,10 @@ def _check_boxes(records: Records, frames: Frames, findings: Findings) -> tuple[
     _report(records, findings, empty, "LCD-D101", f"has no area; {states}")
     alive &= ~inverted & ~empty
     outside = alive & ((corners[:, 2:] <= 0) | (corners[:, :2] >= limits[:, :2])).any(axis=1)
-    _report(records, findings, outside, "LCD-D104", "lies outside its picture")
+    _report(records, findings, outside, "LCD-D104", "lies outside its image")
     clipped = np.clip(corners, 0, limits)
     tiny = alive & ~outside & ((clipped[:, 2:] - clipped[:, :2]) < MIN_BOX_SIDE).any(axis=1)
-    _report(records, findings, tiny, "LCD-D106", f"is less than {MIN_BOX_SIDE} pixels wide or high inside its picture")
+    _report(records, findings, tiny, "LCD-D106", f"is less than {MIN_BOX_SIDE} pixels wide or high inside its image")
     alive &= ~outside & ~tiny
     repeated = _repeated(records, clipped, alive)
     _report(records, findings, repeated, "LCD-D107", "repeats an earlier one of the same class")
@@ -98,18 +100,18 @@ def _check_boxes(records: Records, frames: Frames, findings: Findings) -> tuple[
 def _corners(
     format: Format, stated: NDArray[np.float64], limits: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Corners in pixels [M, 4], counted from the picture's upper left edge, and the sides as stated [M, 2]."""
+    """Corners in pixels [M, 4], counted from the image's upper left edge, and the sides as stated [M, 2]."""
     first, second = stated[:, :2], stated[:, 2:]
     if format == "coco":
         return np.concatenate([first, first + second], axis=1), second
-    if format == "voc":  # pixels are counted from 1 and the last one is inside: (1, 1, W, H) is the whole picture
+    if format == "voc":  # pixels are counted from 1 and the last one is inside: (1, 1, W, H) is the whole image
         return np.concatenate([first - 1, second], axis=1), second - first
     return np.concatenate([first - second / 2, first + second / 2], axis=1) * limits, second
 
 
 def _suspect_format(
     records: Records,
-    findings: Findings,
+    findings: AnnotationProblems,
     corners: NDArray[np.float64],
     limits: NDArray[np.float64],
     stated: NDArray[np.float64],
@@ -119,7 +121,7 @@ def _suspect_format(
         return
     where = (records.box_where(0)[0] if records.format == "coco" else str(records.root), "")
     if stated.max() <= NORMALISED_LIMIT and limits.max() > 16:
-        reason = f"no coordinate of {len(stated)} boxes is above {NORMALISED_LIMIT}: they look relative to the picture"
+        reason = f"no coordinate of {len(stated)} boxes is above {NORMALISED_LIMIT}: they look relative to the image"
         findings.suspect("LCD-D113", where, f"{reason}; {_STATES[records.format]} in pixels")
         return
     if records.format != "coco":
@@ -127,12 +129,12 @@ def _suspect_format(
     overhang = (corners > limits + 1).any(axis=1).mean()
     fit_as_corners = (stated[:, 2:] > stated[:, :2]).all() and (stated >= 0).all() and (stated <= limits + 1).all()
     if overhang > 0.1 and fit_as_corners:
-        reason = f"{overhang:.0%} of {len(stated)} boxes reach out of their pictures, and all fit if read as corners"
+        reason = f"{overhang:.0%} of {len(stated)} boxes reach out of their images, and all fit if read as corners"
         findings.suspect("LCD-D108", where, f"{reason}; {_STATES['coco']}")
 
 
 def _repeated(records: Records, boxes: NDArray[np.float64], alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which boxes equal an earlier one of the same picture and class, crowd or not alike; bool [M]."""
+    """Which boxes equal an earlier one of the same image and class, crowd or not alike; bool [M]."""
     rows = np.flatnonzero(alive)
     keys = np.column_stack([records.image_index[rows], records.labels[rows], records.crowd[rows], boxes[rows]])
     order = np.lexsort(keys.T)  # stable: equal ones keep their order
@@ -143,7 +145,12 @@ def _repeated(records: Records, boxes: NDArray[np.float64], alive: NDArray[np.bo
 
 
 def _report(
-    records: Records, findings: Findings, bad: NDArray[np.bool_], code: str, reason: str, doubtful: bool = False
+    records: Records,
+    findings: AnnotationProblems,
+    bad: NDArray[np.bool_],
+    code: str,
+    reason: str,
+    doubtful: bool = False,
 ) -> None:
     report = findings.refuse if doubtful else findings.drop
     for row in np.flatnonzero(bad):
@@ -152,7 +159,7 @@ def _report(
 
 def _report_clipped(
     records: Records,
-    findings: Findings,
+    findings: AnnotationProblems,
     corners: NDArray[np.float64],
     clipped: NDArray[np.float64],
     limits: NDArray[np.float64],
@@ -162,7 +169,7 @@ def _report_clipped(
     for row in np.flatnonzero(alive & (excess > ROUNDING)):
         before = np.prod(corners[row, 2:] - corners[row, :2])
         lost = 1 - np.prod(clipped[row, 2:] - clipped[row, :2]) / before
-        reason = f"box {_shown(records.boxes[row])} reaches out of its picture of "
+        reason = f"box {_shown(records.boxes[row])} reaches out of its image of "
         reason += f"{limits[row, 0]:.0f}x{limits[row, 1]:.0f} by {excess[row]:.4g} px"
         if lost > 0.5:
             reason += f" and loses {lost:.0%} of its area"

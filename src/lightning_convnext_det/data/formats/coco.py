@@ -2,7 +2,7 @@
 
 Boxes are x, y, width, height in pixels. Ids may have gaps, be unordered, start at 0, or be written as strings. Labels
 follow the sorted category ids. ``segmentation`` is never decoded. In a :class:`Split`, ``annotations`` is the JSON file
-and ``images`` the folders that may hold the pictures, of which the one that does is taken.
+and ``images`` the folders that may hold the images, of which the one that does is taken.
 
 Reference:
     https://cocodataset.org/#format-data
@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.formats.assembly import build_table
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Split, UnreadableError, canonical_split
+from lightning_convnext_det.data.formats.assembly import build_annotations
 from lightning_convnext_det.data.formats.coco_json import iterate_members
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import BadRecords, Findings, Records
+from lightning_convnext_det.data.formats.records import AnnotationProblems, InvalidAnnotations, Records
 from lightning_convnext_det.data.io.files import regular
 from lightning_convnext_det.data.io.listing import is_utf8, list_names
-from lightning_convnext_det.data.table import DetectionTable, Split, UnreadableError, canonical_split
 
-ORPHAN_SHARE = 0.01  # of all annotations: more that belong to no picture mean that files do not belong together
+ORPHAN_SHARE = 0.01  # of all annotations: more that belong to no image mean that files do not belong together
 _LISTS = ("images", "annotations", "categories")
 _LARGEST_AREA = 1e5**2  # square pixels; COCO's evaluation passes over larger objects without a word
 _IMAGE_FOLDERS = ("", "images", "Images", "imgs", "JPEGImages", "data")
@@ -37,7 +37,7 @@ class _MalformedError(ValueError):
 
 
 class _Images:
-    """The pictures as listed."""
+    """The images as listed."""
 
     def __init__(self) -> None:
         self.ids = array("q")
@@ -95,31 +95,31 @@ def read_coco(
     split: Split,
     *,
     class_names: Sequence[str] | None = None,
-    bad_records: BadRecords = "auto",
+    invalid_annotations: InvalidAnnotations = "auto",
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
-) -> DetectionTable:
+) -> DetectionAnnotations:
     """Read a split; records that it refuses are left out of the table and listed in its ``problems``.
 
     Args:
         split: what :func:`find_coco` finds.
         class_names: the names of the classes in order of label; the categories of the file by id if not given.
-        bad_records: see ``records.py``.
-        exif: see ``pictures.py``.
-        check_images: see ``pictures.py``.
-        follow_symlinks: see ``pictures.py``.
+        invalid_annotations: see ``records.py``.
+        exif: see ``images.py``.
+        check_images: see ``images.py``.
+        follow_symlinks: see ``images.py``.
 
     Raises:
         UnreadableError: a DataError, if the file as a whole cannot be used.
     """
-    findings = Findings(bad_records)
+    findings = AnnotationProblems(invalid_annotations)
     path = split.annotations[0]
     file = os.path.relpath(path, split.root) if path.is_relative_to(split.root) else str(path)
     images, annotations, categories = _read_lists(path, file, split.name, findings)
     names, category_ids = _class_table(categories, class_names, path)
     records = _records(split, file, images, annotations, names, category_ids, findings)
-    return build_table(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
+    return build_annotations(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
 
 
 def _records(
@@ -129,9 +129,9 @@ def _records(
     annotations: _Annotations,
     names: tuple[str, ...],
     category_ids: tuple[int, ...],
-    findings: Findings,
+    findings: AnnotationProblems,
 ) -> Records:
-    """Annotations joined to pictures and classes."""
+    """Annotations joined to images and classes."""
     first = _unique(images.ids, "image", file, findings)
     image_ids = np.array(images.ids, np.int64)[first]
     file_names = [images.names[index] for index in np.flatnonzero(first)]
@@ -160,7 +160,9 @@ def _records(
     )
 
 
-def _read_lists(path: Path, file: str, name: str, findings: Findings) -> tuple[_Images, _Annotations, list[object]]:
+def _read_lists(
+    path: Path, file: str, name: str, findings: AnnotationProblems
+) -> tuple[_Images, _Annotations, list[object]]:
     """The three lists of the file; a member that is not as it should be is refused by its index."""
     images, annotations, categories = _Images(), _Annotations(), list[object]()
     present: set[str] = set()
@@ -222,7 +224,7 @@ def _class_table(
     return tuple(class_names), tuple(id_of[name] for name in class_names)
 
 
-def _unique(ids: "array[int]", what: str, file: str, findings: Findings) -> NDArray[np.bool_]:
+def _unique(ids: "array[int]", what: str, file: str, findings: AnnotationProblems) -> NDArray[np.bool_]:
     """Which ids are the first of their value; the others are refused."""
     first = np.zeros(len(ids), np.bool_)
     first[np.unique(np.array(ids, np.int64), return_index=True)[1]] = True
@@ -238,9 +240,9 @@ def _link(
     image_ids: NDArray[np.int64],
     category_ids: tuple[int, ...],
     file: str,
-    findings: Findings,
+    findings: AnnotationProblems,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Which annotations are kept [M], and for these the index of the picture and the label."""
+    """Which annotations are kept [M], and for these the index of the image and the label."""
     keep = _unique(annotations.ids, "annotation", file, findings)
     image_index, has_image = _positions(np.array(annotations.image_ids, np.int64), image_ids)
     labels, has_class = _positions(np.array(annotations.category_ids, np.int64), np.array(category_ids, np.int64))
@@ -267,7 +269,7 @@ def _positions(values: NDArray[np.int64], table: NDArray[np.int64]) -> tuple[NDA
 
 
 def _image_root(folders: Sequence[Path], file_names: Sequence[str]) -> Path:
-    """The folder that holds the most of a sample of the pictures, the first of those that hold equally many."""
+    """The folder that holds the most of a sample of the images, the first of those that hold equally many."""
     sample = [name for name in file_names[:: max(1, len(file_names) // 20)] if "\0" not in name]
     return max(folders, key=lambda folder: sum(os.path.isfile(os.path.join(folder, name)) for name in sample))
 
@@ -293,7 +295,7 @@ def _few(ids: tuple[int, ...]) -> str:
 def find_coco(root: Path) -> dict[str, Split]:
     """Find the annotation files below a folder, by the name of the split.
 
-    Looks for ``annotations/instances_*.json``, any COCO file in ``annotations`` or beside the pictures, and
+    Looks for ``annotations/instances_*.json``, any COCO file in ``annotations`` or beside the images, and
     ``*/_annotations.coco.json``.
     """
     found: dict[str, Split] = {}
@@ -328,7 +330,7 @@ def looks_like_coco(path: Path) -> bool:
 
 
 def image_folders(root: Path, file: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """The folders that may hold the pictures of an annotation file, the likeliest first."""
+    """The folders that may hold the images of an annotation file, the likeliest first."""
     names = [*names, *(("valid", "validation") if "val" in names else ())]
     bases = [root / folder for folder in _IMAGE_FOLDERS]
     folders = [base / name for base in bases for name in names] + bases[1:] + [file.parent, root]

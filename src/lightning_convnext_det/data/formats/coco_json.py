@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.files import regular
-from lightning_convnext_det.data.table import UnreadableError
 
 Member = tuple[str, int | None, object]
 """A key of the outermost object, and an element of its list with its index, or its value and None."""

@@ -1,4 +1,4 @@
-"""Finding the splits of a data set by looking at its folder, and reading them whatever their format is."""
+"""Finding the splits of a dataset by looking at its folder, and reading them whatever their format is."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -6,36 +6,36 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from lightning_convnext_det.data.formats.coco import find_coco, image_folders, read_coco
-from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import BadRecords, refuse_problems
-from lightning_convnext_det.data.formats.voc import find_voc, image_folder_of, read_voc
-from lightning_convnext_det.data.formats.yolo import find_yolo, read_yolo
-from lightning_convnext_det.data.formats.yolo_yaml import yaml_splits
-from lightning_convnext_det.data.io.listing import list_names
-from lightning_convnext_det.data.table import (
-    DetectionTable,
+from lightning_convnext_det.data.annotations import (
+    DetectionAnnotations,
     Format,
     Problem,
     Split,
     UnreadableError,
     canonical_split,
 )
+from lightning_convnext_det.data.formats.coco import find_coco, image_folders, read_coco
+from lightning_convnext_det.data.formats.exif_frames import Exif
+from lightning_convnext_det.data.formats.records import InvalidAnnotations, refuse_problems
+from lightning_convnext_det.data.formats.voc import find_voc, image_folder_of, read_voc
+from lightning_convnext_det.data.formats.yolo import find_yolo, read_yolo
+from lightning_convnext_det.data.formats.yolo_yaml import yaml_splits
+from lightning_convnext_det.data.io.listing import list_names
 
 _FINDERS: dict[Format, Callable[[Path], dict[str, Split]]] = {"coco": find_coco, "voc": find_voc, "yolo": find_yolo}
 _LOOKED_FOR: dict[Format, str] = {
-    "coco": "COCO: annotations/instances_*.json, */_annotations.coco.json, *.json beside pictures",
-    "voc": "VOC: ImageSets/Main/*.txt with Annotations/*.xml, *.xml beside pictures or in a folder next to theirs",
-    "yolo": "YOLO: data.yaml, pictures with label files *.txt beside them or in labels/",
+    "coco": "COCO: annotations/instances_*.json, */_annotations.coco.json, *.json beside images",
+    "voc": "VOC: ImageSets/Main/*.txt with Annotations/*.xml, *.xml beside images or in a folder next to theirs",
+    "yolo": "YOLO: data.yaml, images with label files *.txt beside them or in labels/",
 }
 _ORDER = ("train", "trainval", "val", "test")
 
 
 def find_splits(root: str | Path, format: Literal["auto", "coco", "voc", "yolo"] = "auto") -> dict[str, Split]:
-    """Find the splits of a data set by name: ``train``, ``val``, ``trainval``, ``test`` or what its files call them.
+    """Find the splits of a dataset by name: ``train``, ``val``, ``trainval``, ``test`` or what its files call them.
 
     Args:
-        root: folder of the data set, or its ``data.yaml``, or one COCO file.
+        root: folder of the dataset, or its ``data.yaml``, or one COCO file.
         format: ``auto`` tries all.
 
     Returns:
@@ -73,7 +73,7 @@ def make_split(annotations: str | Path, images: str | Path | None = None, name: 
 
     Args:
         annotations: a COCO file, or a folder of VOC's XML. For YOLO give ``data.yaml`` to ``find_splits``.
-        images: the folder of the pictures; looked for beside the annotations if not given.
+        images: the folder of the images; looked for beside the annotations if not given.
         name: what the split is called; ``annotations`` may be missing from the file of a ``test`` split.
 
     Raises:
@@ -100,46 +100,53 @@ def read_split(
     split: Split,
     *,
     class_names: Sequence[str] | None = None,
-    bad_records: BadRecords = "auto",
+    invalid_annotations: InvalidAnnotations = "auto",
     train_on_difficult: bool = False,
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
     collect: bool = False,
-) -> DetectionTable:
+) -> DetectionAnnotations:
     """Read a split of any format, check every record, and refuse it if one cannot be used.
 
     Args:
         split: what ``find_splits`` or ``make_split`` gives.
-        class_names: the names of the classes in order of label; those of the data set if not given.
-        bad_records: ``auto`` leaves out harmless ones (no area, outside the picture, repeated) and refuses doubtful
-            ones (not finite, unknown category, missing picture); ``drop`` leaves out both, ``refuse`` refuses both.
+        class_names: the names of the classes in order of label; those of the dataset if not given.
+        invalid_annotations: ``auto`` leaves out harmless ones (no area, outside the image, repeated) and refuses
+            doubtful ones (not finite, unknown category, missing image); ``drop`` leaves out both, ``refuse`` refuses
+            both.
         train_on_difficult: treat VOC's ``difficult`` objects like the others, instead of as crowd.
-        exif: ``auto`` lets the annotated size of a picture decide whether its boxes refer to the upright or the stored
-            picture; ``upright`` and ``raw`` say it.
-        check_images: open every picture's header. Without it pictures are taken as they are annotated.
-        follow_symlinks: accept pictures that are links out of the root.
+        exif: ``auto`` lets the annotated size of an image decide whether its boxes refer to the upright or the stored
+            image; ``upright`` and ``raw`` say it.
+        check_images: open every image's header. Without it images are taken as they are annotated.
+        follow_symlinks: accept images that are links out of the root.
         collect: keep what is refused in the table's ``problems`` and raise nothing for it.
 
     Raises:
-        DataError: if a file as a whole cannot be used, or, without ``collect``, if a record is refused or no picture is
+        DataError: if a file as a whole cannot be used, or, without ``collect``, if a record is refused or no image is
             left; it names the first 20 records and counts all.
     """
-    reader: Callable[..., DetectionTable] = read_yolo
+    reader: Callable[..., DetectionAnnotations] = read_yolo
     if split.format == "coco":
         reader = partial(read_coco, check_images=check_images)
     elif split.format == "voc":
         reader = partial(read_voc, check_images=check_images, train_on_difficult=train_on_difficult)
-    table = reader(split, class_names=class_names, bad_records=bad_records, exif=exif, follow_symlinks=follow_symlinks)
+    table = reader(
+        split,
+        class_names=class_names,
+        invalid_annotations=invalid_annotations,
+        exif=exif,
+        follow_symlinks=follow_symlinks,
+    )
     if not collect:
         refuse_problems(table)
         if not len(table):
             left_out = f"; the first of {len(table.problems)} problems: {table.problems[0]}" if table.problems else ""
-            raise UnreadableError.of("LCD-L004", split.root, f"split {split.name!r} has no pictures{left_out}")
+            raise UnreadableError.of("LCD-L004", split.root, f"split {split.name!r} has no images{left_out}")
     return table
 
 
-def compare_classes(tables: Mapping[str, DetectionTable]) -> list[Problem]:
+def compare_classes(tables: Mapping[str, DetectionAnnotations]) -> list[Problem]:
     """The splits whose class names or category ids differ from the first one's, as problems to refuse."""
     problems = []
     names = list(tables)

@@ -1,7 +1,7 @@
-"""Finding the pictures of a split, and the frame that their boxes refer to.
+"""Finding the images of a split, and the frame that their boxes refer to.
 
-Labelling tools disagree about EXIF: some store boxes of the picture as a viewer turns it, others of the pixels as
-stored. The annotated size tells which. Where it cannot (no size, a square, a half turn), the other pictures of the
+Labelling tools disagree about EXIF: some store boxes of the image as a viewer turns it, others of the pixels as
+stored. The annotated size tells which. Where it cannot (no size, a square, a half turn), the other images of the
 split do, and if these say nothing either, the user is asked.
 """
 
@@ -14,39 +14,43 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.formats.records import Findings, Records, Where
+from lightning_convnext_det.data.annotations import UnreadableError
+from lightning_convnext_det.data.formats.records import AnnotationProblems, Records, Where
 from lightning_convnext_det.data.io.decode import read_size
 from lightning_convnext_det.data.io.listing import is_utf8, list_names
-from lightning_convnext_det.data.table import UnreadableError
 
 Exif = Literal["auto", "upright", "raw"]
 
 _REMEDY = "say which by exif: upright or exif: raw"
 
 
-class Frames(NamedTuple):
-    """The frame that the boxes of each picture refer to."""
+class ImageFrames(NamedTuple):
+    """The frame that the boxes of each image refer to."""
 
     sizes: NDArray[np.int32]
     """Height and width in pixels, int32 [N, 2]."""
     upright: NDArray[np.bool_]
     """Whether the EXIF orientation must be applied to get it, bool [N]."""
     usable: NDArray[np.bool_]
-    """False where the picture is left out or refused, bool [N]."""
+    """False where the image is left out or refused, bool [N]."""
 
 
 def resolve_frames(
-    records: Records, findings: Findings, exif: Exif = "auto", check_images: bool = True, follow_symlinks: bool = True
-) -> Frames:
-    """Read the header of every picture, once, and settle the frame of its boxes.
+    records: Records,
+    findings: AnnotationProblems,
+    exif: Exif = "auto",
+    check_images: bool = True,
+    follow_symlinks: bool = True,
+) -> ImageFrames:
+    """Read the header of every image, once, and settle the frame of its boxes.
 
     Args:
         records: what the annotation files state.
-        findings: takes note of missing and damaged pictures, sizes that differ, frames that are unknown.
+        findings: takes note of missing and damaged images, sizes that differ, frames that are unknown.
         exif: ``auto`` lets the annotated size decide, ``upright`` and ``raw`` say what the boxes were drawn on.
-        check_images: without it only pictures of unstated size are opened, and the others are taken as they are stated,
-            in the stored frame: for millions of pictures on slow storage.
-        follow_symlinks: without it a picture whose real path is outside the root is refused.
+        check_images: without it only images of unstated size are opened, and the others are taken as they are stated,
+            in the stored frame: for millions of images on slow storage.
+        follow_symlinks: without it an image whose real path is outside the root is refused.
 
     Raises:
         ValueError: if ``exif`` is not one of its values.
@@ -68,17 +72,17 @@ def resolve_frames(
     fits = np.where(upright, fits_turned, fits_raw)
     for index in np.flatnonzero(usable & stated & ~fits):
         height, width = (turned if upright[index] else raw)[index]
-        reason = f"the picture is {width}x{height}{_turn(orientation[index])}, the annotation says "
+        reason = f"the image is {width}x{height}{_turn(orientation[index])}, the annotation says "
         reason += f"{records.sizes[index, 1]}x{records.sizes[index, 0]} (width x height)"
-        findings.refuse("LCD-I020", _picture(records, index), reason)
+        findings.refuse("LCD-I020", _image(records, index), reason)
         usable[index] = False
-    return Frames(np.where(upright[:, None], turned, raw), upright, usable)
+    return ImageFrames(np.where(upright[:, None], turned, raw), upright, usable)
 
 
 def _measure(
-    records: Records, findings: Findings, check_images: bool, follow_symlinks: bool
+    records: Records, findings: AnnotationProblems, check_images: bool, follow_symlinks: bool
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
-    """Stored sizes [N, 2], orientations [N], and which pictures can be used [N]."""
+    """Stored sizes [N, 2], orientations [N], and which images can be used [N]."""
     raw = records.sizes.copy()
     orientation = np.ones(len(raw), np.int64)
     usable = np.ones(len(raw), np.bool_)
@@ -96,7 +100,7 @@ def _measure(
                 reason = problem.reason
                 if problem.code == "LCD-I003":
                     reason += f" in {records.image_root}" + _suggestion(records.image_root / name, folders)
-                findings.refuse(problem.code, _picture(records, index), reason)
+                findings.refuse(problem.code, _image(records, index), reason)
                 usable[index] = False
             else:
                 raw[index] = size[:2]
@@ -106,47 +110,45 @@ def _measure(
 
 def _refuse_unstated(
     records: Records,
-    findings: Findings,
+    findings: AnnotationProblems,
     orientation: NDArray[np.int64],
     unstated: NDArray[np.bool_],
     usable: NDArray[np.bool_],
 ) -> None:
-    """Refuse turned pictures without an annotated size; changes ``usable``."""
+    """Refuse turned images without an annotated size; changes ``usable``."""
     for index in np.flatnonzero(unstated):
         reason = (
             f"EXIF orientation {orientation[index]}, and no annotated size tells whether the boxes are of the upright"
         )
-        findings.refuse("LCD-I024", _picture(records, index), f"{reason} or of the stored picture; {_REMEDY}")
+        findings.refuse("LCD-I024", _image(records, index), f"{reason} or of the stored image; {_REMEDY}")
         usable[index] = False
 
 
 def _settle(
     records: Records,
-    findings: Findings,
+    findings: AnnotationProblems,
     orientation: NDArray[np.int64],
     ambiguous: NDArray[np.bool_],
     stored: bool,
     upright: NDArray[np.bool_],
     usable: NDArray[np.bool_],
 ) -> None:
-    """Treat pictures whose size fits both frames as the others of the split; changes ``upright`` and ``usable``."""
+    """Treat images whose size fits both frames as the others of the split; changes ``upright`` and ``usable``."""
     turned = bool(upright.any())
     for index in np.flatnonzero(ambiguous):
-        reason = (
-            f"EXIF orientation {orientation[index]}, and the annotated size fits the upright and the stored picture"
-        )
+        reason = f"EXIF orientation {orientation[index]}, and the annotated size fits the upright and the stored image"
         if turned and stored:
-            findings.refuse("LCD-I025", _picture(records, index), f"{reason}, as others of the split differ; {_REMEDY}")
+            findings.refuse("LCD-I025", _image(records, index), f"{reason}, as others of the split differ; {_REMEDY}")
             usable[index] = False
         elif turned or stored:
-            findings.note("LCD-I025", _picture(records, index), f"{reason}; taken as the others of the split are")
+            findings.note("LCD-I025", _image(records, index), f"{reason}; taken as the others of the split are")
         else:
-            findings.note("LCD-I025", _picture(records, index), f"{reason}; taken as stored; else {_REMEDY}")
+            findings.note("LCD-I025", _image(records, index), f"{reason}; taken as stored; else {_REMEDY}")
     upright |= ambiguous & usable & turned
 
 
-def _picture(records: Records, index: int | np.intp) -> Where:
-    """Names a picture, not the file that annotates it."""
+def _image(records: Records, index: int | np.intp) -> Where:
+    """Names an image, not the file that annotates it."""
     return os.path.relpath(records.image_root / records.file_names[index], records.root), ""
 
 
@@ -176,9 +178,9 @@ def _leaves(name: str, depth: int) -> str:
     if "\0" in name or not is_utf8(name):
         return "holds bytes that no UTF-8 file name has"
     if "://" in name:
-        return "is an address; pictures are read from disk only"
+        return "is an address; images are read from disk only"
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name):
-        return "is absolute; it must be relative to the folder of the pictures"
+        return "is absolute; it must be relative to the folder of the images"
     if ".." in name:
         for part in re.split(r"[/\\]", name):
             depth += -1 if part == ".." else part not in ("", ".")

@@ -1,7 +1,7 @@
 """The records of a split as its files state them, and the problems found in them.
 
-A reader fills :class:`Records`; what is true of every format (pictures, frames, boxes) is then checked in one place,
-``pictures.py`` and ``assembly.py``. What a problem leads to depends on ``bad_records``:
+A reader fills :class:`Records`; what is true of every format (images, frames, boxes) is then checked in one place,
+``images.py`` and ``assembly.py``. What a problem leads to depends on ``invalid_annotations``:
 
 ======== =============================== ==============================
 value    harmless alone (no area, ...)   doubtful (not finite, missing)
@@ -15,14 +15,14 @@ Codes of problems, each after ``LCD-``:
 
 - Files: D001 no COCO object, D002 malformed member, D003 id used twice, D004 no JSON, D005 no VOC XML, D006
   malformed YOLO line, D008 class names or categories, D114 ``ignore`` flag, D116 no area, D117 annotation without
-  picture, D118 picture of another name, D119 listed without XML, D121 picture without XML, D122 folder or list
+  image, D118 image of another name, D119 listed without XML, D121 image without XML, D122 folder or list
   missing, D123 outlines, D124 no label file, D000 unknown.
 - Boxes: D101 no area, D102 inverted, D103 not finite, D104 outside, D105 clipped, D106 below 0.01 pixels, D107
   repeated, D108 corners for sides, D113 relative for pixels.
 - Classes: D110 unknown, D120 differ.
-- Splits: D109 no box, D125 equal files, D126 shared pictures, L001 no folder, L002 no layout, L003 several, L004 no
-  picture, S001 path leaves the root.
-- Pictures: I001 no picture, I002 damaged, I003 missing, I010 16 bits, I011 no colours, I012 misnamed, I013 alpha,
+- Splits: D109 no box, D125 equal files, D126 shared images, L001 no folder, L002 no layout, L003 several, L004 no
+  image, S001 path leaves the root.
+- Images: I001 no image, I002 damaged, I003 missing, I010 16 bits, I011 no colours, I012 misnamed, I013 alpha,
   I014 several frames, I020 size differs, I021 too narrow, I022 too small, I023 too large, I024 and I025 frame
   unknown, I026 turned.
 """
@@ -35,10 +35,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.table import DetectionTable, Format, Problem
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Format, Problem
 from lightning_convnext_det.errors import DataError
 
-BadRecords = Literal["auto", "drop", "refuse"]
+InvalidAnnotations = Literal["auto", "drop", "refuse"]
 Where = tuple[str, str]
 """A file and the place in it, as a :class:`Problem` names them."""
 
@@ -51,21 +51,21 @@ class Records:
 
     Attributes:
         format: decides what ``boxes`` mean.
-        root: folder that no picture may lie outside of.
+        root: folder that no image may lie outside of.
         image_root: folder that ``file_names`` are relative to.
-        file_names: one for each of the N pictures.
+        file_names: one for each of the N images.
         image_ids: int64 [N].
         sizes: height and width as annotated, 0 where they are not, int32 [N, 2].
         boxes: as stated, float64 [M, 4]: COCO's x, y, width, height; VOC's corners counted from 1; YOLO's relative
             centre, width, height.
-        image_index: the picture of each box, int64 [M].
+        image_index: the image of each box, int64 [M].
         labels: indices into ``class_names``, int64 [M].
         crowd: bool [M].
         area: square pixels as annotated, 0 where it is not, float64 [M].
         annotation_ids: int64 [M].
         class_names: in order of label.
         category_ids: in order of label.
-        image_where: says where picture ``i`` is annotated.
+        image_where: says where image ``i`` is annotated.
         box_where: says where box ``i`` is annotated.
     """
 
@@ -87,36 +87,42 @@ class Records:
     box_where: Callable[[int], Where]
 
 
-class Findings:
+class AnnotationProblems:
     """The problems of a split in the order they are found, each with what becomes of the record.
 
     Args:
-        bad_records: see the module.
+        invalid_annotations: see the module.
 
     Raises:
-        ValueError: if ``bad_records`` is not one of its values.
+        ValueError: if ``invalid_annotations`` is not one of its values.
     """
 
-    def __init__(self, bad_records: BadRecords) -> None:
-        if bad_records not in ("auto", "drop", "refuse"):
-            raise ValueError(f"bad_records is {bad_records!r}; it can be 'auto', 'drop' or 'refuse'")
-        self.bad_records = bad_records
+    def __init__(self, invalid_annotations: InvalidAnnotations) -> None:
+        if invalid_annotations not in ("auto", "drop", "refuse"):
+            raise ValueError(f"invalid_annotations is {invalid_annotations!r}; it can be 'auto', 'drop' or 'refuse'")
+        self.invalid_annotations = invalid_annotations
         self.problems: list[Problem] = []
 
     def drop(self, code: str, where: Where, reason: str) -> None:
         """A record that is harmless to leave out."""
-        self.problems.append(Problem(code, *where, reason, "refused" if self.bad_records == "refuse" else "dropped"))
+        self.problems.append(
+            Problem(code, *where, reason, "refused" if self.invalid_annotations == "refuse" else "dropped")
+        )
 
     def refuse(self, code: str, where: Where, reason: str) -> None:
         """A record that points to a mistake, or whose absence would change what is learnt."""
-        self.problems.append(Problem(code, *where, reason, "dropped" if self.bad_records == "drop" else "refused"))
+        self.problems.append(
+            Problem(code, *where, reason, "dropped" if self.invalid_annotations == "drop" else "refused")
+        )
 
     def suspect(self, code: str, where: Where, reason: str) -> None:
         """A mistake that the whole set seems to hold; kept only where the user lets all pass."""
-        self.problems.append(Problem(code, *where, reason, "noted" if self.bad_records == "drop" else "refused"))
+        self.problems.append(
+            Problem(code, *where, reason, "noted" if self.invalid_annotations == "drop" else "refused")
+        )
 
     def clip(self, code: str, where: Where, reason: str) -> None:
-        """A box that is cut to its picture."""
+        """A box that is cut to its image."""
         self.problems.append(Problem(code, *where, reason, "clipped"))
 
     def note(self, code: str, where: Where, reason: str) -> None:
@@ -124,7 +130,7 @@ class Findings:
         self.problems.append(Problem(code, *where, reason, "noted"))
 
 
-def refuse_problems(table: DetectionTable) -> None:
+def refuse_problems(table: DetectionAnnotations) -> None:
     """Refuse a split that was read with the aim to collect its problems.
 
     Raises:
@@ -135,9 +141,11 @@ def refuse_problems(table: DetectionTable) -> None:
         return
     lines = [str(problem._replace(action="refused")).removesuffix(" (refused)") for problem in refused[:LISTED]]
     if len(refused) == 1:
-        raise DataError(f"{lines[0]} (bad_records: drop lets it pass)")
+        raise DataError(f"{lines[0]} (invalid_annotations: drop lets it pass)")
     shown = f"; the first {LISTED}" if len(refused) > LISTED else ""
-    head = f"[{refused[0].code}] {len(refused)} records cannot be used (bad_records: drop lets them pass{shown}):"
+    head = (
+        f"[{refused[0].code}] {len(refused)} records cannot be used (invalid_annotations: drop lets them pass{shown}):"
+    )
     raise DataError("\n  ".join([head, *lines]))
 
 

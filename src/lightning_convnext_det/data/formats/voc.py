@@ -1,10 +1,10 @@
-"""Pascal VOC: one XML file with corners for each picture, and text files that list the pictures of a split.
+"""Pascal VOC: one XML file with corners for each image, and text files that list the images of a split.
 
 Pixels are counted from 1 and the last one belongs to the box, so 1 is taken from ``xmin`` and ``ymin`` alone. Objects
-marked ``difficult`` become crowd: evaluation ignores them and training leaves them out. A picture goes by the name of
-its XML file; ``<filename>`` is looked at where no picture has that name, ``<path>`` and ``<folder>`` never.
+marked ``difficult`` become crowd: evaluation ignores them and training leaves them out. An image goes by the name of
+its XML file; ``<filename>`` is looked at where no image has that name, ``<path>`` and ``<folder>`` never.
 
-In a :class:`Split`, ``annotations`` are folders of XML, ``images`` the folders of their pictures, ``members`` the lists
+In a :class:`Split`, ``annotations`` are folders of XML, ``images`` the folders of their images, ``members`` the lists
 in ``ImageSets/Main`` if there are any (one for each folder), ``classes`` the folders of XML of all splits.
 
 Reference:
@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_convnext_det.data.formats.assembly import build_table
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Split, UnreadableError, canonical_split
+from lightning_convnext_det.data.formats.assembly import build_annotations
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import BadRecords, Findings, Records
+from lightning_convnext_det.data.formats.records import AnnotationProblems, InvalidAnnotations, Records
 from lightning_convnext_det.data.formats.voc_xml import VocAnnotation, VocObject, read_xml
 from lightning_convnext_det.data.io.files import read_text, regular
-from lightning_convnext_det.data.io.listing import list_names, picture_names
-from lightning_convnext_det.data.table import DetectionTable, Split, UnreadableError, canonical_split
+from lightning_convnext_det.data.io.listing import image_names, list_names
 
 _SETS = ("train", "val", "trainval", "test")
 _XML_FOLDERS = ("Annotations", "annotations", "annots", "labels", "xml")
@@ -32,12 +32,12 @@ _IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
 
 
 class _Member(NamedTuple):
-    """A picture of the split."""
+    """An image of the split."""
 
     xml: str
     """The XML file, relative to the root."""
-    picture: str
-    """The picture, relative to the root."""
+    image: str
+    """The image, relative to the root."""
     annotation: VocAnnotation
 
 
@@ -46,11 +46,11 @@ def read_voc(
     *,
     class_names: Sequence[str] | None = None,
     train_on_difficult: bool = False,
-    bad_records: BadRecords = "auto",
+    invalid_annotations: InvalidAnnotations = "auto",
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
-) -> DetectionTable:
+) -> DetectionAnnotations:
     """Read a split; records that it refuses are left out of the table and listed in its ``problems``.
 
     Args:
@@ -58,22 +58,26 @@ def read_voc(
         class_names: the names of the classes in order of label; if not given, all names in all XML files of the root,
             sorted.
         train_on_difficult: treat objects marked ``difficult`` like the others.
-        bad_records: see ``records.py``.
-        exif: see ``pictures.py``.
-        check_images: see ``pictures.py``.
-        follow_symlinks: see ``pictures.py``.
+        invalid_annotations: see ``records.py``.
+        exif: see ``images.py``.
+        check_images: see ``images.py``.
+        follow_symlinks: see ``images.py``.
     """
-    findings = Findings(bad_records)
+    findings = AnnotationProblems(invalid_annotations)
     members = _read_members(split, findings)
     names = tuple(class_names) if class_names is not None else _all_names(split, members)
     records = _records(split, members, names, train_on_difficult, findings)
-    return build_table(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
+    return build_annotations(records, findings, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks)
 
 
 def _records(
-    split: Split, members: Sequence[_Member], names: tuple[str, ...], train_on_difficult: bool, findings: Findings
+    split: Split,
+    members: Sequence[_Member],
+    names: tuple[str, ...],
+    train_on_difficult: bool,
+    findings: AnnotationProblems,
 ) -> Records:
-    """The objects of all pictures, as far as they can be read and are of a known class."""
+    """The objects of all images, as far as they can be read and are of a known class."""
     label_of = {name: label for label, name in enumerate(names)}
     rows: list[tuple[int, VocObject]] = []
     for index, member in enumerate(members):
@@ -89,7 +93,7 @@ def _records(
         format="voc",
         root=split.root,
         image_root=split.root,
-        file_names=[member.picture for member in members],
+        file_names=[member.image for member in members],
         image_ids=np.arange(1, len(members) + 1),
         sizes=np.array([member.annotation.size for member in members], np.int32).reshape(-1, 2),
         boxes=np.array([item.corners for _, item in rows], np.float64).reshape(-1, 4),
@@ -105,16 +109,16 @@ def _records(
     )
 
 
-def _read_members(split: Split, findings: Findings) -> list[_Member]:
-    """Read the XML files of a split and find their pictures."""
+def _read_members(split: Split, findings: AnnotationProblems) -> list[_Member]:
+    """Read the XML files of a split and find their images."""
     members = []
     for number, (folder, image_folder) in enumerate(zip(split.annotations, split.images, strict=True)):
         files = {Path(name).stem: name for name in list_names(folder) if name.lower().endswith(".xml")}
         stems = _listed(split.members[number], split.root, files, findings) if split.members else sorted(files)
         used: set[str] = set()
-        pictures: dict[str, list[str]] = {}
-        for name in picture_names(image_folder):
-            pictures.setdefault(os.path.splitext(name)[0], []).append(name)
+        images: dict[str, list[str]] = {}
+        for name in image_names(image_folder):
+            images.setdefault(os.path.splitext(name)[0], []).append(name)
         for stem in stems:
             xml = os.path.relpath(folder / files[stem], split.root)
             try:
@@ -122,23 +126,23 @@ def _read_members(split: Split, findings: Findings) -> list[_Member]:
             except UnreadableError as error:
                 findings.refuse("LCD-D005", (xml, ""), error.problem_of(xml).reason)
                 continue
-            picture, reason = _picture_of(stem, annotation.file_name, pictures)
-            if not picture:
+            image, reason = _image_of(stem, annotation.file_name, images)
+            if not image:
                 where = os.path.relpath(image_folder, split.root)
                 findings.refuse("LCD-I003", (xml, ""), f"{reason} in {where}")
                 continue
             if reason:
                 findings.note("LCD-D118", (xml, ""), reason)
-            members.append(_Member(xml, os.path.relpath(image_folder / picture, split.root), annotation))
-            used.add(picture)
+            members.append(_Member(xml, os.path.relpath(image_folder / image, split.root), annotation))
+            used.add(image)
         if not split.members:
-            spare = sorted(name for key, names in pictures.items() if key not in files for name in names)
+            spare = sorted(name for key, names in images.items() if key not in files for name in names)
             _note_unannotated([name for name in spare if name not in used], image_folder, split.root, findings)
     return members
 
 
-def _listed(path: Path, root: Path, files: dict[str, str], findings: Findings) -> list[str]:
-    """The pictures that a list names, each once, as far as there is XML for them."""
+def _listed(path: Path, root: Path, files: dict[str, str], findings: AnnotationProblems) -> list[str]:
+    """The images that a list names, each once, as far as there is XML for them."""
     where = os.path.relpath(path, root)
     try:
         lines = read_text(path).splitlines()
@@ -157,24 +161,24 @@ def _listed(path: Path, root: Path, files: dict[str, str], findings: Findings) -
     return list(stems)
 
 
-def _picture_of(stem: str, file_name: str, pictures: dict[str, list[str]]) -> tuple[str, str]:
-    """The picture that an XML file describes; with a remark, or empty with the reason why there is none."""
+def _image_of(stem: str, file_name: str, images: dict[str, list[str]]) -> tuple[str, str]:
+    """The image that an XML file describes; with a remark, or empty with the reason why there is none."""
     named = file_name.replace("\\", "/").rsplit("/", 1)[-1]
-    candidates = pictures.get(stem, [])
+    candidates = images.get(stem, [])
     if len(candidates) == 1:
         return candidates[0], ""
-    if named in pictures.get(os.path.splitext(named)[0], []):
-        return named, "" if candidates else f"no picture is called {stem!r}; {named!r} is taken, which the file names"
+    if named in images.get(os.path.splitext(named)[0], []):
+        return named, "" if candidates else f"no image is called {stem!r}; {named!r} is taken, which the file names"
     if candidates:
-        return "", f"several pictures are called {stem!r} and <filename> names none of them"
-    other_case = next((name for key in pictures if key.lower() == stem.lower() for name in pictures[key]), None)
-    return "", f"no picture is called {stem!r}" + (f" (is {other_case!r} meant?)" if other_case else "")
+        return "", f"several images are called {stem!r} and <filename> names none of them"
+    other_case = next((name for key in images if key.lower() == stem.lower() for name in images[key]), None)
+    return "", f"no image is called {stem!r}" + (f" (is {other_case!r} meant?)" if other_case else "")
 
 
-def _note_unannotated(names: Sequence[str], folder: Path, root: Path, findings: Findings) -> None:
-    """Pictures without XML may be negatives or not yet annotated; they are left out."""
+def _note_unannotated(names: Sequence[str], folder: Path, root: Path, findings: AnnotationProblems) -> None:
+    """Images without XML may be negatives or not yet annotated; they are left out."""
     if names:
-        reason = f"{len(names)} pictures have no XML file and are left out: {', '.join(names[:3])}"
+        reason = f"{len(names)} images have no XML file and are left out: {', '.join(names[:3])}"
         findings.note("LCD-D121", (os.path.relpath(folder, root), ""), reason + (", ..." if len(names) > 3 else ""))
 
 
@@ -196,7 +200,7 @@ def find_voc(root: Path) -> dict[str, Split]:
     """Find the splits below a folder.
 
     Looks for ``ImageSets/Main/*.txt`` with ``Annotations`` and ``JPEGImages``, in the folder itself and in ``VOC2007``,
-    ``VOC2012``, ... of it or of its ``VOCdevkit`` (years are joined); else for XML beside the pictures or in a folder
+    ``VOC2012``, ... of it or of its ``VOCdevkit`` (years are joined); else for XML beside the images or in a folder
     next to theirs, in ``train``, ``valid``, ``test`` or in the folder itself.
     """
     found: dict[str, list[tuple[Path, Path, Path | None]]] = {}
@@ -253,10 +257,10 @@ def _holds_voc(folder: Path) -> bool:
 
 
 def image_folder_of(xml: Path) -> Path:
-    """The folder of the pictures that a folder of XML describes."""
-    if picture_names(xml):
+    """The folder of the images that a folder of XML describes."""
+    if image_names(xml):
         return xml
-    siblings = [name for name in list_names(xml.parent) if picture_names(xml.parent / name)]
+    siblings = [name for name in list_names(xml.parent) if image_names(xml.parent / name)]
     known = [name for name in _IMAGE_FOLDERS if name in siblings]
     chosen = known or (siblings if len(siblings) == 1 else [])
     return xml.parent / chosen[0] if chosen else xml.parent

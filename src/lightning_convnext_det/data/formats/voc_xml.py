@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.files import regular
-from lightning_convnext_det.data.table import UnreadableError
 
 MAX_BYTES = 10 << 20  # of one file; a thousand objects take 400 kB
 MAX_DEPTH = 32  # of nested elements; VOC has 5
@@ -28,7 +28,7 @@ class VocObject(NamedTuple):
 
 
 class VocAnnotation(NamedTuple):
-    """What a file says about its picture."""
+    """What a file says about its image."""
 
     file_name: str
     size: tuple[int, int]

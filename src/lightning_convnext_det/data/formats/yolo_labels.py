@@ -1,4 +1,4 @@
-"""The text files in which YOLO states boxes: ``class x y width height`` per line, relative to the picture."""
+"""The text files in which YOLO states boxes: ``class x y width height`` per line, relative to the image."""
 
 import os
 import re
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_convnext_det.data.formats.records import Findings, Where
+from lightning_convnext_det.data.formats.records import AnnotationProblems, Where
 from lightning_convnext_det.data.io.files import read_text, regular
-from lightning_convnext_det.data.io.listing import walk_pictures
+from lightning_convnext_det.data.io.listing import walk_images
 
 OVERHANG = 0.01  # that a relative value may leave [0, 1] by; Ultralytics accepts as much
 _CLASS = re.compile(r"[0-9]{1,9}(?:\.0*)?")
@@ -26,13 +26,13 @@ class YoloLine(NamedTuple):
 
 
 def read_labels(
-    root: Path, pictures: Sequence[str], num_classes: int | None, findings: Findings, where: Where
+    root: Path, images: Sequence[str], num_classes: int | None, findings: AnnotationProblems, where: Where
 ) -> tuple[list[YoloLine], list[str]]:
-    """The boxes of all pictures, and for each picture the file that they are in, relative to the root.
+    """The boxes of all images, and for each image the file that they are in, relative to the root.
 
     Args:
-        root: folder that ``pictures`` are relative to.
-        pictures: files.
+        root: folder that ``images`` are relative to.
+        images: files.
         num_classes: higher labels are refused; None where the number is not known.
         findings: gets what is wrong with a line.
         where: what problems of the split as a whole name.
@@ -41,11 +41,11 @@ def read_labels(
     files: list[str] = []
     lacking: list[str] = []
     outlines = 0
-    for index, picture in enumerate(pictures):
-        text, file = _label_text(root, picture, findings)
+    for index, image in enumerate(images):
+        text, file = _label_text(root, image, findings)
         files.append(file)
         if text is None:
-            lacking.append(picture)
+            lacking.append(image)
         for number, line in enumerate((text or "").splitlines(), 1):
             if not (words := line.split()):
                 continue
@@ -64,32 +64,30 @@ def read_labels(
                 lines.append(YoloLine(index, label, box, number))
     if outlines:
         findings.note("LCD-D123", where, f"{outlines} lines are outlines; their bounding boxes are taken")
-    if lacking and len(lacking) == len(pictures):
-        findings.suspect("LCD-D124", where, f"no picture has a label file; looked for {files[0]!r} and the like")
+    if lacking and len(lacking) == len(images):
+        findings.suspect("LCD-D124", where, f"no image has a label file; looked for {files[0]!r} and the like")
     elif lacking:
         shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         findings.note(
-            "LCD-D124", where, f"{len(lacking)} pictures have no label file and count as without objects: {shown}"
+            "LCD-D124", where, f"{len(lacking)} images have no label file and count as without objects: {shown}"
         )
     return lines, files
 
 
-def label_files(picture: str) -> tuple[str, str]:
-    """Where a picture's boxes may be: below ``labels`` instead of the last ``images`` of its path, or beside it."""
-    parts = picture.split(os.sep)
+def label_files(image: str) -> tuple[str, str]:
+    """Where an image's boxes may be: below ``labels`` instead of the last ``images`` of its path, or beside it."""
+    parts = image.split(os.sep)
     for level in reversed(range(len(parts) - 1)):
         if parts[level] == "images":
             parts[level] = "labels"
             break
-    return os.path.splitext(os.sep.join(parts))[0] + ".txt", os.path.splitext(picture)[0] + ".txt"
+    return os.path.splitext(os.sep.join(parts))[0] + ".txt", os.path.splitext(image)[0] + ".txt"
 
 
-def _label_text(root: Path, picture: str, findings: Findings) -> tuple[str | None, str]:
-    """The text that states the boxes of a picture, None if there is none, and its file relative to the root."""
-    usual, beside = label_files(picture)
-    if (
-        picture.startswith((os.pardir, os.sep)) or "\0" in picture
-    ):  # refused with its name when the pictures are checked
+def _label_text(root: Path, image: str, findings: AnnotationProblems) -> tuple[str | None, str]:
+    """The text that states the boxes of an image, None if there is none, and its file relative to the root."""
+    usual, beside = label_files(image)
+    if image.startswith((os.pardir, os.sep)) or "\0" in image:  # refused with its name when the images are checked
         return "", usual
     for file in dict.fromkeys((usual, beside)):
         try:
@@ -119,7 +117,7 @@ def _parse(words: Sequence[str]) -> tuple[int, tuple[float, ...]]:
     except ValueError as error:
         raise ValueError(f"expected numbers, found {' '.join(words[1:5])!r}") from error
     if any(abs(value - 0.5) > 0.5 + OVERHANG for value in values):  # false for nan, which is refused as not finite
-        raise ValueError(f"{' '.join(words[1:5])!r} is not relative to the picture: expected values from 0 to 1")
+        raise ValueError(f"{' '.join(words[1:5])!r} is not relative to the image: expected values from 0 to 1")
     if len(values) > 4:
         left, right, top, bottom = min(values[::2]), max(values[::2]), min(values[1::2]), max(values[1::2])
         values = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
@@ -127,9 +125,9 @@ def _parse(words: Sequence[str]) -> tuple[int, tuple[float, ...]]:
 
 
 def looks_like_yolo(folder: Path, root: Path) -> bool:
-    """Whether one of the first pictures in a folder, or below it, has a label file with a line as YOLO's."""
-    for picture in walk_pictures([folder])[:50]:
-        for file in label_files(os.path.relpath(picture, root)):
+    """Whether one of the first images in a folder, or below it, has a label file with a line as YOLO's."""
+    for image in walk_images([folder])[:50]:
+        for file in label_files(os.path.relpath(image, root)):
             try:
                 with open(root / file, encoding="utf-8-sig", opener=regular) as text:
                     words = text.readline(1000).split()

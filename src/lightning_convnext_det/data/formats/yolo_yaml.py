@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from lightning_convnext_det.data.annotations import Split, UnreadableError
 from lightning_convnext_det.data.io.files import read_text
 from lightning_convnext_det.data.io.listing import list_names
-from lightning_convnext_det.data.table import Split, UnreadableError
 
 MAX_BYTES = 1 << 20  # of a file of class names
 _KEYS = ("train", "val", "test")
@@ -97,7 +97,7 @@ def yaml_splits(root: Path, file: Path | None = None) -> dict[str, Split]:
     """The splits that ``data.yaml`` names; none if there is no such file.
 
     Args:
-        root: folder that the pictures lie in.
+        root: folder that the images lie in.
         file: the YAML file; ``data.yaml`` in the root, or the only other one with ``names`` and splits, if not given.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pictures as uint8 RGB tensors, decoded by Pillow alone, and their sizes from the header.
+"""Images as uint8 RGB tensors, decoded by Pillow alone, and their sizes from the header.
 
 Not decoded by torchvision: its PNG decoder dies of a segmentation fault on a flipped bit, and is deprecated.
 Alpha is dropped, not composited. 16-bit grey is scaled, where Pillow's own conversion clips. No process-wide setting of
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.files import regular
 from lightning_convnext_det.data.io.png import check_chunks, find_late_exif
-from lightning_convnext_det.data.table import UnreadableError
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where pixels become tensors: headers are read without torch's two seconds
 
 MAX_PIXELS = 89_478_485  # 256 MiB as RGB; equals Pillow's MAX_IMAGE_PIXELS
-MAX_ASPECT = 200.0  # longer pictures shrink to nothing on one side when resized
-MIN_SIDE = 2  # pixels; a 1-pixel picture has no content for a detector
+MAX_ASPECT = 200.0  # longer images shrink to nothing on one side when resized
+MIN_SIDE = 2  # pixels; a 1-pixel image has no content for a detector
 
-# What a data set may hold. Others are not tried: Pillow would start Ghostscript for an EPS file named .jpg.
+# What a dataset may hold. Others are not tried: Pillow would start Ghostscript for an EPS file named .jpg.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -59,7 +59,7 @@ _ORIENTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
 
 
 class ImageSize(NamedTuple):
-    """The size of a picture as stored, in pixels, and the EXIF orientation that turns it upright."""
+    """The size of an image as stored, in pixels, and the EXIF orientation that turns it upright."""
 
     height: int
     width: int
@@ -73,7 +73,7 @@ class ImageSize(NamedTuple):
 
 
 class ImageHeader(NamedTuple):
-    """What a file says of a picture before its pixels."""
+    """What a file says of an image before its pixels."""
 
     size: ImageSize
     format: str
@@ -88,18 +88,18 @@ class ImageHeader(NamedTuple):
 
 
 def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> "Tensor":
-    """Decode a picture.
+    """Decode an image.
 
     Args:
         path: the file; its content decides the format, not its name.
         upright: apply the orientation of its EXIF block. A TIFF is always upright: the decoder turns it.
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded.
 
     Returns:
         RGB, uint8 [3, H, W]. Grey is repeated, alpha dropped, of several frames the first is taken.
 
     Raises:
-        UnreadableError: a DataError, if the file is missing, damaged, no picture, too large, too narrow, or has pixels
+        UnreadableError: a DataError, if the file is missing, damaged, no image, too large, too narrow, or has pixels
             that are not colours, such as floats.
     """
     with _opened(path, max_pixels) as (image, header, file):
@@ -112,7 +112,7 @@ def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIX
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-            raise UnreadableError.of("LCD-I002", path, f"the picture is damaged or cut short ({error})") from error
+            raise UnreadableError.of("LCD-I002", path, f"the image is damaged or cut short ({error})") from error
         pixels = _rgb_pixels(image, path)
     return _oriented(pixels, header.size.orientation if upright else 1)
 
@@ -121,7 +121,7 @@ def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Read size, orientation, format and mode without decoding pixels.
 
     Raises:
-        UnreadableError: a DataError, if the file is missing, no picture, too large or too narrow.
+        UnreadableError: a DataError, if the file is missing, no image, too large or too narrow.
     """
     with _opened(path, max_pixels) as (_, header, _):
         return header
@@ -131,13 +131,13 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSize:
     """Read height, width and EXIF orientation without decoding pixels.
 
     Raises:
-        UnreadableError: a DataError, if the file is missing, no picture, too large or too narrow.
+        UnreadableError: a DataError, if the file is missing, no image, too large or too narrow.
     """
     return read_header(path, max_pixels).size
 
 
-def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture") -> "Tensor":
-    """Convert a picture in memory.
+def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image") -> "Tensor":
+    """Convert an image in memory.
 
     Args:
         image: of any mode that holds colours; left as it is.
@@ -154,13 +154,13 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "picture
     try:
         image.load()
     except OSError as error:
-        raise UnreadableError.of("LCD-I002", name, f"the picture is damaged or cut short ({error})") from error
+        raise UnreadableError.of("LCD-I002", name, f"the image is damaged or cut short ({error})") from error
     return _oriented(_rgb_pixels(image, name), orientation)
 
 
 @contextmanager
 def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader, BinaryIO]]:
-    """An identified picture whose size is acceptable, and its file."""
+    """An identified image whose size is acceptable, and its file."""
     try:
         file = open(path, "rb", opener=regular)  # noqa: SIM115 - closed by the with below, apart from errors of the opening itself
     except FileNotFoundError as error:
@@ -176,7 +176,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, Im
 
 
 def _identified(file: BinaryIO, path: str | Path) -> tuple[Image.Image, ImageHeader]:
-    """The picture that Pillow sees in a file, not decoded."""
+    """The image that Pillow sees in a file, not decoded."""
     try:
         image = _open(file)
         animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
@@ -186,17 +186,17 @@ def _identified(file: BinaryIO, path: str | Path) -> tuple[Image.Image, ImageHea
         file.seek(0)
         start = file.read(12)
         what = f"begins with {start!r}" if start else "the file is empty"
-        raise UnreadableError.of("LCD-I001", path, f"not a picture that can be read ({what})") from error
+        raise UnreadableError.of("LCD-I001", path, f"not an image that can be read ({what})") from error
     except Image.DecompressionBombError as error:
         raise UnreadableError.of("LCD-I023", path, f"too many pixels to decode safely ({error})") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's parsers raise whatever a damaged header leads them to
-        raise UnreadableError.of("LCD-I002", path, f"the picture is damaged or cut short ({error})") from error
+        raise UnreadableError.of("LCD-I002", path, f"the image is damaged or cut short ({error})") from error
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    """Open a picture, also where a filter makes errors of Pillow's warnings about its size or a part not needed."""
+    """Open an image, also where a filter makes errors of Pillow's warnings about its size or a part not needed."""
     try:
         return Image.open(file, formats=_formats())
     except Warning:
@@ -232,11 +232,11 @@ def _check_mode(mode: str, name: str | Path) -> None:
     """Refuse pixels that are no colours."""
     if mode not in _RGB_MODES and not mode.startswith("I"):
         what = "floats, whose range is unknown" if mode == "F" else f"of mode {mode}"
-        raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the picture as 8-bit RGB or grey")
+        raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the image as 8-bit RGB or grey")
 
 
 def _rgb_pixels(image: Image.Image, name: str | Path) -> "Tensor":
-    """The pixels of a loaded picture as stored, uint8 [3, H, W]; not contiguous."""
+    """The pixels of a loaded image as stored, uint8 [3, H, W]; not contiguous."""
     import torch
 
     if image.mode.startswith("I"):
@@ -252,7 +252,7 @@ def _rgb_pixels(image: Image.Image, name: str | Path) -> "Tensor":
 def _eight_bits(pixels: np.ndarray, mode: str, name: str | Path) -> np.ndarray:
     """Grey of 16 bits scaled to 8, rounded; uint8 [H, W]."""
     if mode == "I" and (pixels.min() < 0 or pixels.max() > 65535):
-        reason = f"32-bit integers from {pixels.min()} to {pixels.max()}; save the picture as 8-bit or 16-bit grey"
+        reason = f"32-bit integers from {pixels.min()} to {pixels.max()}; save the image as 8-bit or 16-bit grey"
         raise UnreadableError.of("LCD-I011", name, f"the pixels are {reason}")
     _warn_once("LCD-I010", name, "16-bit grey is scaled to 8 bits by 1/257")
     return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
@@ -266,7 +266,7 @@ def _oriented(pixels: "Tensor", orientation: int) -> "Tensor":
 
 
 def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
-    """The orientation that a picture states, in EXIF or else in XMP, without Pillow's warnings about damaged blocks.
+    """The orientation that an image states, in EXIF or else in XMP, without Pillow's warnings about damaged blocks.
 
     With ``file`` also a block behind the pixels of a PNG is found.
     """
@@ -307,7 +307,7 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def _warn_once(code: str, name: str | Path, reason: str) -> None:
-    """Warn of the first picture of a kind in this process."""
+    """Warn of the first image of a kind in this process."""
     if code not in _warned:
         _warned.add(code)
-        warnings.warn(f"[{code}] {name}: {reason} (further pictures are not reported)", stacklevel=3)
+        warnings.warn(f"[{code}] {name}: {reason} (further images are not reported)", stacklevel=3)

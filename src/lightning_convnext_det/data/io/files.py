@@ -1,4 +1,4 @@
-"""Opening of a data set's files, among which may be a pipe that nobody writes to, or a device without an end."""
+"""Opening of a dataset's files, among which may be a pipe that nobody writes to, or a device without an end."""
 
 import errno
 import os

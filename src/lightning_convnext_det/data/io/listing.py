@@ -24,18 +24,18 @@ def list_names(folder: Path) -> list[str]:
         return []
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file name ends like a picture's; hidden files do not count."""
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends like an image's; hidden files do not count."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def picture_names(folder: Path) -> list[str]:
-    """The sorted names of the pictures that lie in a folder itself."""
-    return [name for name in list_names(folder) if is_picture_name(name)]
+def image_names(folder: Path) -> list[str]:
+    """The sorted names of the images that lie in a folder itself."""
+    return [name for name in list_names(folder) if is_image_name(name)]
 
 
-def walk_pictures(folders: Iterable[Path]) -> list[Path]:
-    """The sorted pictures in folders and everything below them, links followed; hidden folders are passed over."""
+def walk_images(folders: Iterable[Path]) -> list[Path]:
+    """The sorted images in folders and everything below them, links followed; hidden folders are passed over."""
     found = []
     for folder in folders:
         visited: set[str] = set()  # real paths, as links may lead in a circle
@@ -45,5 +45,5 @@ def walk_pictures(folders: Iterable[Path]) -> list[Path]:
                 continue
             visited.add(real)
             children[:] = [child for child in children if not child.startswith(".")]
-            found += [Path(parent, name) for name in names if is_picture_name(name)]
+            found += [Path(parent, name) for name in names if is_image_name(name)]
     return sorted(found)

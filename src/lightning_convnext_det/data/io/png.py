@@ -1,6 +1,6 @@
 """The chunks of a PNG: checksums that Pillow does not verify, and EXIF where it does not look without decoding.
 
-Pillow stops reading compressed pixels as soon as it has enough of them, so that of a picture with a flipped bit neither
+Pillow stops reading compressed pixels as soon as it has enough of them, so that of an image with a flipped bit neither
 the checksum of the chunk nor that of the compressed data is ever compared: it may decode to other pixels without an
 error (Pillow 13).
 
@@ -41,7 +41,7 @@ def check_chunks(file: BinaryIO) -> None:
 def find_late_exif(file: BinaryIO) -> bytes:
     """The EXIF block that stands behind the pixels, empty if there is none; the position in the file is kept.
 
-    Pillow's own ``getexif`` decodes the whole picture to get there; here only the chunk heads are read.
+    Pillow's own ``getexif`` decodes the whole image to get there; here only the chunk heads are read.
     """
     behind_pixels = False
     with _position_kept(file):

@@ -1,6 +1,6 @@
 """Matching of predictions with objects, and the losses of Deformable DETR (arXiv:2010.04159, arXiv:2005.12872).
 
-All decoder layers and pictures are matched after one transfer from the device, and their losses are computed together.
+All decoder layers and images are matched after one transfer from the device, and their losses are computed together.
 Everything here is float32. Unlike the authors' implementation, numbers that are not finite stop the run by name, and
 boxes without area cannot make the generalised IoU undefined.
 """
@@ -30,27 +30,27 @@ class Predictions(NamedTuple):
     logits: Tensor
     """Class logits, float32 [layers, B, Q, C]."""
     boxes: Tensor
-    """Boxes (centre x, centre y, width, height) in 0..1 of the picture, float32 [layers, B, Q, 4]."""
+    """Boxes (centre x, centre y, width, height) in 0..1 of the image, float32 [layers, B, Q, 4]."""
 
 
 class Objects(NamedTuple):
-    """The objects of a batch, filled up to the same number for every picture."""
+    """The objects of a batch, filled up to the same number for every image."""
 
     boxes: Tensor
-    """Boxes (centre x, centre y, width, height) in 0..1 of the picture, float32 [B, N, 4]."""
+    """Boxes (centre x, centre y, width, height) in 0..1 of the image, float32 [B, N, 4]."""
     labels: Tensor
     """Class indices 0 ... C - 1, int64 [B, N]."""
     counts: list[int]
-    """How many of the N are real, per picture."""
+    """How many of the N are real, per image."""
 
     @classmethod
     def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor], multiple: int = 1) -> "Objects":
-        """Put boxes [N, 4] (centre, size) and labels [N] of each picture into one tensor each.
+        """Put boxes [N, 4] (centre, size) and labels [N] of each image into one tensor each.
 
         Args:
-            boxes: of each picture.
-            labels: of each picture.
-            multiple: round the largest number of a picture up to a multiple of this, and to at least this if above 1.
+            boxes: of each image.
+            labels: of each image.
+            multiple: round the largest number of an image up to a multiple of this, and to at least this if above 1.
         """
         padded = nn.utils.rnn.pad_sequence([b.to(torch.float32) for b in boxes], batch_first=True, padding_value=0.5)
         indices = nn.utils.rnn.pad_sequence([x.to(torch.int64) for x in labels], batch_first=True)
@@ -119,7 +119,7 @@ class SetCriterion(nn.Module):
             proposals: the encoder's proposals of the two-stage variant, as one layer; their objects all have class 0.
 
         Returns:
-            ``loss_classification``, ``loss_boxes`` and ``loss_giou`` of the last layer; of earlier ones with suffix
+            ``loss_classification``, ``loss_box`` and ``loss_giou`` of the last layer; of earlier ones with suffix
             ``_aux0``, ``_aux1`` ...; of the proposals with suffix ``_proposals``. Float32 scalars, divided by the mean
             number of objects per rank, at least 1.
 
@@ -144,7 +144,7 @@ class SetCriterion(nn.Module):
 
     @torch.no_grad()
     def _match(self, sets: list[tuple[Predictions, Objects]]) -> list[Matches]:
-        """Match every layer and picture of all sets, after one transfer to the host."""
+        """Match every layer and image of all sets, after one transfer to the host."""
         costs = [self.matching_cost(predictions, objects) for predictions, objects in sets]
         finite = [torch.stack([x.isfinite().flatten(1).all(1) for x in p], 1) for p, _ in sets]  # [layers, 2] each
         packed = torch.cat([x.flatten() for x in (*costs, *finite)]).cpu().numpy()
@@ -181,7 +181,7 @@ class SetCriterion(nn.Module):
         return self.cost_classification * (positive - negative) + self.cost_boxes * distance - self.cost_giou * overlap
 
     def _compare(self, predictions: Predictions, objects: Objects, pairs: Matches) -> dict[str, Tensor]:
-        """Sum the losses of each layer over pictures, queries and classes, float32 [layers] each."""
+        """Sum the losses of each layer over images, queries and classes, float32 [layers] each."""
         focal = sigmoid_focal_loss(predictions.logits, _one_hot(predictions, objects, pairs), self.alpha, self.gamma)
         boxes = predictions.boxes.gather(2, pairs.query[..., None].expand(-1, -1, -1, 4))  # [layers, B, N, 4]
         distance = (boxes - objects.boxes).abs().sum(-1)
@@ -197,7 +197,7 @@ class SetCriterion(nn.Module):
         if surplus and not self._warned:
             self._warned = True
             warnings.warn(
-                f"[LCD-M201] {len(surplus)} of {len(objects.counts)} pictures of a batch hold up to {max(surplus)} "
+                f"[LCD-M201] {len(surplus)} of {len(objects.counts)} images of a batch hold up to {max(surplus)} "
                 f"objects, more than the {num_queries} queries; the surplus is not learnt; raise num_queries",
                 stacklevel=3,
             )
@@ -239,12 +239,12 @@ def _one_hot(predictions: Predictions, objects: Objects, pairs: Matches) -> Tens
 
 
 def _assign(cost: NDArray[np.float32], counts: list[int]) -> NDArray[np.int64]:
-    """Solve the assignment of every layer and picture: the query of each object, or -1; int64 [layers, B, N]."""
+    """Solve the assignment of every layer and image: the query of each object, or -1; int64 [layers, B, N]."""
     found = np.full((cost.shape[0], cost.shape[1], cost.shape[3]), -1, np.int64)
-    for layer, per_picture in enumerate(cost):
-        for picture, count in enumerate(counts):
-            query, target = linear_sum_assignment(per_picture[picture, :, :count])
-            found[layer, picture, target] = query
+    for layer, per_image in enumerate(cost):
+        for image, count in enumerate(counts):
+            query, target = linear_sum_assignment(per_image[image, :, :count])
+            found[layer, image, target] = query
     return found
 
 

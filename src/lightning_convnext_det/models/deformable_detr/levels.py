@@ -1,7 +1,7 @@
 """The maps of a pyramid as one sequence of tokens, with positions and padding: what Deformable DETR's encoder reads.
 
 Unlike the authors' implementation (fundamentalvision/Deformable-DETR), a batch without padding carries no mask at all,
-position encodings are computed per row and per column, and pictures can be projected independently of their batch.
+position encodings are computed per row and per column, and images can be projected independently of their batch.
 """
 
 import math
@@ -15,7 +15,7 @@ from lightning_convnext_det.models.backbone import TimmPyramid
 
 
 class Levels(NamedTuple):
-    """The maps of all levels as one sequence of S tokens per picture, finest level first, row by row."""
+    """The maps of all levels as one sequence of S tokens per image, finest level first, row by row."""
 
     tokens: Tensor
     """Float [B, S, D]."""
@@ -24,18 +24,18 @@ class Levels(NamedTuple):
     reference_points: Tensor
     """Centre (x, y) of every token in 0..1 of each map, float32 [B, S, L, 2], or [1, S, 1, 2] without padding."""
     centers: Tensor
-    """Centre (x, y) of every token in 0..1 of its picture, float32 [B, S, 2], or [1, S, 2] without padding."""
+    """Centre (x, y) of every token in 0..1 of its image, float32 [B, S, 2], or [1, S, 2] without padding."""
     spatial_shapes: list[tuple[int, int]]
     """Height and width of every level."""
     cells: Tensor
     """Width and height of a cell in 0..1 of each map, float32 [L, 2]."""
     valid_ratios: Tensor | None
-    """Share of each level's width and height that the picture fills, float32 [B, L, 2]; None without padding."""
+    """Share of each level's width and height that the image fills, float32 [B, L, 2]; None without padding."""
     padding: Tensor | None
-    """True on tokens outside the picture, bool [B, S]; None without padding."""
+    """True on tokens outside the image, bool [B, S]; None without padding."""
 
     def to_maps(self, reference_points: Tensor) -> Tensor:
-        """Turn points or boxes [B, Q, 2 or 4] in 0..1 of the picture into 0..1 of each map, [B, Q, L or 1, 2 or 4]."""
+        """Turn points or boxes [B, Q, 2 or 4] in 0..1 of the image into 0..1 of each map, [B, Q, L or 1, 2 or 4]."""
         if self.valid_ratios is None:
             return reference_points[:, :, None]
         scale = self.valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)  # [B, L, 2 or 4]
@@ -50,7 +50,7 @@ class PyramidLevels(nn.Module):
         extra_levels: further levels, by convolutions of stride 2 on the coarsest map.
         hidden_dim: channels of the tokens.
         position_offset: as `flatten_levels` takes it.
-        independent_pictures: run backbone and projections, whose norms look at whole maps, on every picture without
+        independent_images: run backbone and projections, whose norms look at whole maps, on every image without
             the padding that its neighbours need; else on the padded batch.
         always_masked: mask padding also where there is none, so that all batches of a size are computed alike.
     """
@@ -61,7 +61,7 @@ class PyramidLevels(nn.Module):
         extra_levels: int,
         hidden_dim: int,
         position_offset: float,
-        independent_pictures: bool,
+        independent_images: bool,
         always_masked: bool = False,
     ) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PyramidLevels(nn.Module):
         self.projections = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(32, hidden_dim)) for layer in layers)
         self.embedding = nn.Parameter(torch.empty(len(layers), hidden_dim))
         self.position_offset = position_offset
-        self.independent_pictures = independent_pictures
+        self.independent_images = independent_images
         self.always_masked = always_masked
         nn.init.normal_(self.embedding)
         for layer in layers:
@@ -83,12 +83,12 @@ class PyramidLevels(nn.Module):
 
         Args:
             backbone: what computes the maps.
-            batch: normalised pictures, float [B, C, H, W], H and W multiples of the largest stride, zeros where padded.
-            sizes: (height, width) of every picture without its padding; None if all fill the batch.
+            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zeros where padded.
+            sizes: (height, width) of every image without its padding; None if all fill the batch.
         """
         full = (batch.shape[-2], batch.shape[-1])
         sizes = [full] * len(batch) if sizes is None else sizes
-        frames = [_round_up(s, backbone.strides[-1]) if self.independent_pictures else full for s in sizes]
+        frames = [_round_up(s, backbone.strides[-1]) if self.independent_images else full for s in sizes]
         groups = {frame: [i for i, f in enumerate(frames) if f == frame] for frame in frames}
         seen = {(h, w): self._project(backbone, _take(batch, group)[..., :h, :w]) for (h, w), group in groups.items()}
         by_level = zip(*seen.values(), strict=True)
@@ -119,15 +119,15 @@ def flatten_levels(
 
     Args:
         maps: float [B, D, H, W] per level.
-        valid_sizes: for every picture the (height, width) in cells that it fills of each level; None if all fill all.
+        valid_sizes: for every image the (height, width) in cells that it fills of each level; None if all fill all.
         level_embedding: what tells the levels apart, float [L, D].
         position_offset: subtracted from the 1-based cell number before encoding it: 0.5 encodes cell centres, as the
             paper's authors and Hugging Face do; 0.0 encodes far edges, as birder does.
     """
     device, shapes = maps[0].device, [(x.shape[-2], x.shape[-1]) for x in maps]
     tokens = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)  # [B, S, D]
-    per_picture = [shapes] if valid_sizes is None else valid_sizes
-    valid = torch.tensor([list(sizes) for sizes in per_picture], dtype=torch.float32, device=device)  # [B, L, 2]
+    per_image = [shapes] if valid_sizes is None else valid_sizes
+    valid = torch.tensor([list(sizes) for sizes in per_image], dtype=torch.float32, device=device)  # [B, L, 2]
     positions, centers = [], []
     for level, (height, width) in enumerate(shapes):
         row = torch.arange(height, dtype=torch.float32, device=device)[:, None]  # [H, 1]
@@ -172,23 +172,23 @@ def _round_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
 
-def _take(batch: Tensor, pictures: list[int]) -> Tensor:
-    return batch if len(pictures) == len(batch) else batch[pictures]
+def _take(batch: Tensor, images: list[int]) -> Tensor:
+    return batch if len(images) == len(batch) else batch[images]
 
 
-def _assemble(maps: list[Tensor], pictures: list[list[int]]) -> Tensor:
-    """Put the maps [b, D, h, w] of groups of pictures into one map [B, D, H, W] with zeros around."""
+def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
+    """Put the maps [b, D, h, w] of groups of images into one map [B, D, H, W] with zeros around."""
     if len(maps) == 1:
         return maps[0]
     height, width = max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps)
-    shape = (sum(len(p) for p in pictures), maps[0].shape[1], height, width)
+    shape = (sum(len(p) for p in images), maps[0].shape[1], height, width)
     whole = maps[0].new_zeros(shape).contiguous(memory_format=torch.channels_last)
-    for group, x in zip(pictures, maps, strict=True):
+    for group, x in zip(images, maps, strict=True):
         whole[group, :, : x.shape[-2], : x.shape[-1]] = x
     return whole
 
 
 def _fill(size: tuple[int, int], frame: tuple[int, int], level: Tensor) -> tuple[int, int]:
-    """Count the rows and columns of a level that a picture fills: those whose first pixel lies in it."""
+    """Count the rows and columns of a level that an image fills: those whose first pixel lies in it."""
     height, width = level.shape[-2:]
     return -(-size[0] * height // frame[0]), -(-size[1] * width // frame[1])

@@ -1,9 +1,9 @@
 """Deformable DETR (arXiv:2010.04159) on any timm pyramid: plain, with iterative box refinement, or in two stages.
 
 Checked against the authors' implementation (fundamentalvision/Deformable-DETR), Hugging Face's port and birder's
-variant; `lightning_convnext_det.convert` imports the weights of all three. By default a picture's result does not
-depend on the other pictures of its batch: the backbone and the projections, whose norms look at whole maps, see every
-picture without the padding that its neighbours need. `independent_pictures=False` pads first, as all three do.
+variant; `lightning_convnext_det.convert` imports the weights of all three. By default an image's result does not
+depend on the other images of its batch: the backbone and the projections, whose norms look at whole maps, see every
+image without the padding that its neighbours need. `independent_images=False` pads first, as all three do.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from lightning_convnext_det.models.deformable_detr.transformer import (
 )
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from lightning_convnext_det.models.target_check import check_targets
-from lightning_convnext_det.ops.nms import Suppression, check_suppression, suppress
+from lightning_convnext_det.ops.nms import NMSMethod, apply_nms, check_nms_method
 from lightning_convnext_det.types import Detection, Target
 
 
@@ -46,7 +46,7 @@ class Outputs(NamedTuple):
     proposals: Predictions | None
     """Of the encoder, one per token, in the two-stage variant."""
     usable: Tensor | None = None
-    """False on queries of the two-stage variant that a small picture has no token for, bool [B, Q]; None: all are."""
+    """False on queries of the two-stage variant that a small image has no token for, bool [B, Q]; None: all are."""
 
 
 class DeformableDETR(nn.Module):
@@ -59,14 +59,14 @@ class DeformableDETR(nn.Module):
         backbone_weights: start from a local weight file of the backbone instead.
         drop_path_rate: stochastic depth of the backbone; 0 leaves its default.
         stem_eps: added to the variance in the backbone's first LayerNorm; 0 leaves timm's value, 1e-6 for ConvNeXt;
-            birder's ConvNeXt has 1e-5, which shows where a picture is flat.
+            birder's ConvNeXt has 1e-5, which shows where an image is flat.
         frozen_stages: freeze the backbone up to this stage.
         batch_norm: ``frozen`` or ``train``, for the BatchNorms of the backbone.
         gradient_checkpointing: trade time for memory in the backbone and the encoder.
         channels_last: memory format of the convolutions.
         strides: strides of the backbone's maps that the encoder sees; the paper uses 8, 16, 32.
         extra_levels: further levels, each half as large as the one before; the paper uses one, at stride 64.
-        num_queries: how many objects can be found in a picture.
+        num_queries: how many objects can be found in an image.
         hidden_dim: channels of the transformer; a multiple of 32 and of ``num_heads``.
         num_heads: attention heads.
         encoder_layers: layers of the encoder.
@@ -79,23 +79,23 @@ class DeformableDETR(nn.Module):
         two_stage: let the encoder propose the boxes that the decoder starts from; needs ``box_refinement``.
         auxiliary_losses: train every decoder layer, not only the last.
         position_offset: 0.5 encodes the centre of every cell, as the paper's authors do; 0.0 its far edge, as birder.
-        independent_pictures: keep a picture's result independent of its batch; else pad before the backbone, which is
+        independent_images: keep an image's result independent of its batch; else pad before the backbone, which is
             faster on GPUs where sizes differ.
-        fixed_size: (height, width) in pixels that every batch is padded to, after pictures are resized to fit into it:
+        fixed_size: (height, width) in pixels that every batch is padded to, after images are resized to fit into it:
             for devices that compile anew for each shape, such as TPUs. Multiples of the largest stride.
-        objects_multiple: fill the objects of a picture up to a multiple of this, for the same devices.
-        min_size: shorter side of the resized picture in pixels; of several, one is drawn per picture in training and
+        objects_multiple: fill the objects of an image up to a multiple of this, for the same devices.
+        min_size: shorter side of the resized image in pixels; of several, one is drawn per image in training and
             the last is used in evaluation.
         max_size: limit of the longer side in pixels.
-        image_mean: mean per channel, for pictures in 0..1.
+        image_mean: mean per channel, for images in 0..1.
         image_std: standard deviation per channel.
         score_threshold: detections with a lower score are dropped.
         nms: what happens to overlapping detections of a class: ``none``, ``hard`` drops the weaker, ``soft`` lowers its
             score.
         nms_threshold: IoU above which ``hard`` drops.
         soft_nms_sigma: width of the Gaussian by which ``soft`` lowers scores, in squared IoU; smaller suppresses more.
-        detections_per_image: how many detections are kept per picture.
-        in_chans: channels of the pictures.
+        detections_per_image: how many detections are kept per image.
+        in_chans: channels of the images.
 
     Raises:
         ValueError: if an argument does not fit the others or the backbone.
@@ -131,7 +131,7 @@ class DeformableDETR(nn.Module):
         two_stage: bool = False,
         auxiliary_losses: bool = True,
         position_offset: float = 0.5,
-        independent_pictures: bool = True,
+        independent_images: bool = True,
         fixed_size: list[int] | None = None,
         objects_multiple: int = 1,
         min_size: int | list[int] = 800,
@@ -139,7 +139,7 @@ class DeformableDETR(nn.Module):
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
         score_threshold: float = 0.0,
-        nms: Suppression = "none",
+        nms: NMSMethod = "none",
         nms_threshold: float = 0.7,
         soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
@@ -149,7 +149,7 @@ class DeformableDETR(nn.Module):
         _check_sizes(num_classes, hidden_dim, num_heads)
         if two_stage and not box_refinement:
             raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
-        check_suppression(nms)
+        check_nms_method(nms)
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.auxiliary_losses = auxiliary_losses
@@ -180,7 +180,7 @@ class DeformableDETR(nn.Module):
             extra_levels,
             hidden_dim,
             position_offset,
-            independent_pictures=independent_pictures and not fixed_size,
+            independent_images=independent_images and not fixed_size,
             always_masked=bool(fixed_size),
         ).to(memory_format=self.backbone.memory_format)
         encoder = (hidden_dim, num_heads, levels, encoder_points, feedforward_dim, dropout)
@@ -217,7 +217,7 @@ class DeformableDETR(nn.Module):
                 nn.init.constant_(parameter, prior_bias())
             elif layer in ("6.weight", "6.bias"):  # the last of the three layers of a box head
                 nn.init.zeros_(parameter)
-            if name == "0.6.bias" and self.proposer is None:  # first boxes are 12 % of the picture wide and high
+            if name == "0.6.bias" and self.proposer is None:  # first boxes are 12 % of the image wide and high
                 nn.init.constant_(parameter[2:], -2.0)
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detection]:
@@ -226,11 +226,11 @@ class DeformableDETR(nn.Module):
         Args:
             images: uint8 or float in 0..1, each [C, H, W] of its own size; resized where they are, then moved to the
                 device of the network. An XLA device would compile anew for each size: leave them on the CPU there.
-            targets: the objects of each picture, in training.
+            targets: the objects of each image, in training.
 
         Returns:
             In training the weighted losses of `SetCriterion`, float32 scalars whose sum is the objective; else one
-            `Detection` per picture.
+            `Detection` per image.
 
         Raises:
             DataError: if a target has a box that is not finite or has no area, or a label out of range.
@@ -258,8 +258,8 @@ class DeformableDETR(nn.Module):
         """Run the network.
 
         Args:
-            batch: normalised pictures, float [B, C, H, W], H and W multiples of the largest stride, zeros where padded.
-            sizes: (height, width) of every picture without its padding; None if all fill the batch.
+            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zeros where padded.
+            sizes: (height, width) of every image without its padding; None if all fill the batch.
         """
         levels = self.levels(self.backbone, batch, sizes)
         memory = self.encoder(levels)
@@ -279,7 +279,7 @@ class DeformableDETR(nn.Module):
         return Outputs(Predictions(torch.stack(logits), torch.stack(boxes)), proposals, usable)
 
     def select(self, outputs: Outputs, sizes: list[tuple[int, int]]) -> list[Detection]:
-        """Choose the best classes and boxes of the last layer, in pixels of pictures of ``sizes`` (height, width).
+        """Choose the best classes and boxes of the last layer, in pixels of images of ``sizes`` (height, width).
 
         They are on the CPU where the network is on an XLA device.
 
@@ -304,10 +304,10 @@ class DeformableDETR(nn.Module):
         return [self._suppress(*each) for each in zip(boxes, scores, labels, strict=True)]
 
     def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
-        """Apply the chosen suppression and threshold to the detections of one picture; negative scores are none."""
+        """Apply the chosen suppression and threshold to the detections of one image; negative scores are none."""
         found = scores >= 0
         boxes, scores, labels = boxes[found], scores[found], labels[found]
-        boxes, scores, labels = suppress(boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma)
+        boxes, scores, labels = apply_nms(boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma)
         keep = scores >= self.score_threshold
         return Detection(boxes=boxes[keep], labels=labels[keep], scores=scores[keep])
 
@@ -338,7 +338,7 @@ def _set_stem_eps(backbone: TimmPyramid, eps: float) -> None:
 
 
 def _normalize(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn corners in pixels of a picture of (height, width) into centre and size in 0..1."""
+    """Turn corners in pixels of an image of (height, width) into centre and size in 0..1."""
     height, width = size
     relative: Tensor = box_convert(boxes / boxes.new_tensor([width, height, width, height]), "xyxy", "cxcywh")
     return relative

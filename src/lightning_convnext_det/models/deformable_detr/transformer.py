@@ -225,14 +225,14 @@ class Decoder(nn.Module):
         Args:
             queries: float [B, Q, D].
             positions: float [B, Q, D].
-            reference_points: first points or boxes (centre, size) in 0..1 of the picture, float32 [B, Q, 2 or 4].
+            reference_points: first points or boxes (centre, size) in 0..1 of the image, float32 [B, Q, 2 or 4].
             memory: float [B, S, D].
             levels: shapes and padding of the memory.
             box_heads: one per layer, or the same for all.
             usable: False on queries that no other may see, bool [B, Q]; None: all are seen.
 
         Returns:
-            The queries [B, Q, D] after every layer, and the boxes (centre, size) in 0..1 of the picture, float32
+            The queries [B, Q, D] after every layer, and the boxes (centre, size) in 0..1 of the image, float32
             [B, Q, 4].
         """
         hidden, boxes = [], []
@@ -262,14 +262,14 @@ class Proposals(NamedTuple):
     positions: Tensor
     """Float [B, Q, D]."""
     usable: Tensor
-    """False on the queries that a picture has no token for, bool [B, Q]."""
+    """False on the queries that an image has no token for, bool [B, Q]."""
 
 
 class Proposer(nn.Module):
     """The first of two stages: every token of the memory proposes a box, the decoder starts from the best.
 
-    Unlike the authors' implementation, tokens on padding or at the very border are chosen only where a picture has
-    fewer others than queries, and such queries are seen by no other and detect nothing: a small picture's detections
+    Unlike the authors' implementation, tokens on padding or at the very border are chosen only where an image has
+    fewer others than queries, and such queries are seen by no other and detect nothing: a small image's detections
     are the same whatever it is padded to.
 
     Args:
@@ -312,7 +312,7 @@ class Proposer(nn.Module):
         return Proposals(predictions, reference, queries, positions, valid.expand(objectness.shape).gather(1, chosen))
 
     def _boxes(self, levels: Levels) -> tuple[Tensor, Tensor]:
-        """Give every token a box around it, 5 % of the picture wide at the finest level, and say which are usable."""
+        """Give every token a box around it, 5 % of the image wide at the finest level, and say which are usable."""
         centers = levels.centers
         sides = [
             centers.new_full((len(centers), h * w, 2), 0.05 * 2**i) for i, (h, w) in enumerate(levels.spatial_shapes)

@@ -12,10 +12,10 @@ class PyramidAnchors(AnchorGenerator):
     """Anchors in float32, whatever the features are.
 
     Args:
-        sizes: side lengths of the anchors of each level in pixels of the resized picture.
+        sizes: side lengths of the anchors of each level in pixels of the resized image.
         aspect_ratios: height over width, at every level.
         rounded: round the corners of the anchors around the origin to whole pixels, as torchvision does.
-        strides: pixels between neighbouring anchors of each level; if None, the padded picture's side divided by the
+        strides: pixels between neighbouring anchors of each level; if None, the padded image's side divided by the
             map's, rounded down, as torchvision does. On a pooled level of 13 rows over 800 pixels that is 61, not 64.
     """
 
@@ -39,7 +39,7 @@ class PyramidAnchors(AnchorGenerator):
             feature_maps: one [B, C, H, W] for each group of sizes.
 
         Returns:
-            For each picture the corners of all anchors, level by level, row by row, float32 [A, 4].
+            For each image the corners of all anchors, level by level, row by row, float32 [A, 4].
         """
         if self.strides is None:
             # only shape, dtype and device of the maps are used: a view of one element stands for each

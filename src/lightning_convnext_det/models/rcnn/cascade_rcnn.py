@@ -29,7 +29,7 @@ class CascadeRCNN(FasterRCNN):
         box_loss_weight: its factor (default: 10 for ``giou``, as the ConvNeXt authors have it, else 1).
         box_smooth_l1_beta: below this difference of deltas, ``smooth_l1`` is quadratic (default: 1).
         rpn_box_loss: ``smooth_l1`` (default) or ``l1``, for proposals.
-        rpn_skip_crossing: leave anchors that cross the picture's border out of the training (default: yes).
+        rpn_skip_crossing: leave anchors that cross the image's border out of the training (default: yes).
         dialect: whose conventions to follow, ``mmdetection`` (default) or ``torchvision``.
         shared: the other arguments of `FasterRCNN`, but for ``box_fg_iou_threshold``.
 

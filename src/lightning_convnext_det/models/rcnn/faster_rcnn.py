@@ -30,7 +30,7 @@ from lightning_convnext_det.models.rcnn.conventions import (
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeadKind, BoxHeads, BoxPredictor, create_box_head
 from lightning_convnext_det.models.rcnn.rpn import FloatRPNHead, ProposalNetwork
 from lightning_convnext_det.models.target_check import check_targets
-from lightning_convnext_det.ops.nms import Separation, Suppression, check_suppression
+from lightning_convnext_det.ops.nms import NMSMethod, Separation, check_nms_method
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
 
@@ -47,29 +47,29 @@ class FasterRCNN(nn.Module):
         pretrained_backbone: start from timm's pretrained weights of the backbone.
         backbone_weights: start from a local weight file of the backbone instead.
         drop_path_rate: stochastic depth of the backbone; 0 leaves its default.
-        output_norm: LayerNorm on every map of the backbone, as the ConvNeXt authors' detectors have.
+        out_norm: LayerNorm on every map of the backbone, as the ConvNeXt authors' detectors have.
         frozen_stages: freeze the backbone up to this stage.
         batch_norm: ``frozen`` or ``train``, for the BatchNorms of the backbone.
         gradient_checkpointing: trade time for memory in the backbone.
         channels_last: memory format of the convolutions.
         fpn_channels: width of the feature pyramid.
-        min_size: shorter side of the resized picture in pixels; of several, one is drawn per picture in training and
+        min_size: shorter side of the resized image in pixels; of several, one is drawn per image in training and
             the last is used in evaluation.
         max_size: limit of the longer side in pixels.
-        image_mean: mean per channel, for pictures in 0..1.
+        image_mean: mean per channel, for images in 0..1.
         image_std: standard deviation per channel.
-        anchor_sizes: side lengths of the anchors in pixels of the resized picture, one group for each level and one
+        anchor_sizes: side lengths of the anchors in pixels of the resized image, one group for each level and one
             for the pooled extra level.
         aspect_ratios: height over width of the anchors, at every level.
         rpn_pre_nms_top_n_train: proposals kept per level before suppression, in training.
         rpn_pre_nms_top_n_test: the same in evaluation.
-        rpn_post_nms_top_n_train: proposals kept per picture after suppression, in training.
+        rpn_post_nms_top_n_train: proposals kept per image after suppression, in training.
         rpn_post_nms_top_n_test: the same in evaluation.
         rpn_nms_threshold: IoU above which the weaker of two proposals is dropped.
         rpn_score_threshold: proposals below this objectness are dropped.
         rpn_fg_iou_threshold: IoU from which an anchor is an object.
         rpn_bg_iou_threshold: IoU below which an anchor is background.
-        rpn_batch_size_per_image: anchors sampled per picture for the loss.
+        rpn_batch_size_per_image: anchors sampled per image for the loss.
         rpn_positive_fraction: share of objects among them.
         roi_output_size: bins along each side of a pooled box.
         roi_sampling_ratio: sampling points along each side of a bin; 0 takes as many as a bin has pixels, rounded up
@@ -78,21 +78,21 @@ class FasterRCNN(nn.Module):
         box_head_features: width of the fully connected layers.
         box_fg_iou_threshold: IoU from which a proposal is an object.
         box_bg_iou_threshold: IoU below which a proposal is background.
-        box_batch_size_per_image: proposals sampled per picture for the loss.
+        box_batch_size_per_image: proposals sampled per image for the loss.
         box_positive_fraction: share of objects among them.
         score_threshold: detections with a lower score are dropped.
         nms: what happens to overlapping detections of a class: ``hard`` drops the weaker, ``soft`` lowers its score,
             ``none`` keeps all.
         nms_threshold: IoU above which ``hard`` drops the weaker of two detections of a class.
         soft_nms_sigma: width of the Gaussian, in squared IoU, by which ``soft`` lowers scores; smaller suppresses more.
-        detections_per_image: how many detections are kept per picture.
-        in_chans: channels of the pictures.
+        detections_per_image: how many detections are kept per image.
+        in_chans: channels of the images.
         dialect: whose conventions to follow, ``torchvision`` (default) or ``mmdetection``; weights trained under one
             give other boxes under the other. The arguments below change single points of it.
         resize: ``torchvision``, or ``opencv`` as mmdetection does; see `ImageTransform`.
         anchor_rounding: round anchors to whole pixels (default: only torchvision).
         fixed_strides: take the strides of the pyramid for anchors and RoIAlign (mmdetection), instead of deriving them
-            from the sizes of maps and pictures (torchvision).
+            from the sizes of maps and images (torchvision).
         roi_aligned: shift boxes by half a pixel in RoIAlign (default: only mmdetection).
         roi_level_margin: what 1e-6 is added to when a box gets its level: ``level`` (torchvision) or ``side``.
         box_coding: whose deltas: ``mmdetection`` also limits how much a side may shrink.
@@ -101,9 +101,9 @@ class FasterRCNN(nn.Module):
         min_detection_side: detections with a shorter side are dropped (default: 1e-2 for torchvision, 0 for
             mmdetection).
         nms_separation: how suppression keeps classes and levels apart: as ``torchvision``, or by an ``offset``.
-        matching: whose rules to match boxes with objects in training; see `OwnMatcher`.
+        matching: whose rules to match boxes with objects in training; see `BestOverlapMatcher`.
         rpn_box_loss: ``smooth_l1`` (torchvision) or ``l1``, for proposals.
-        rpn_skip_crossing: leave anchors that cross the picture's border out of the training (default: no); only with
+        rpn_skip_crossing: leave anchors that cross the image's border out of the training (default: no); only with
             matching ``mmdetection``.
         box_loss: ``smooth_l1`` (torchvision), ``l1`` or ``giou``, for detections.
         box_loss_weight: factor of the loss of detections' boxes (default: 1).
@@ -120,7 +120,7 @@ class FasterRCNN(nn.Module):
         pretrained_backbone: bool = False,
         backbone_weights: str | None = None,
         drop_path_rate: float = 0.0,
-        output_norm: bool = False,
+        out_norm: bool = False,
         frozen_stages: int = 0,
         batch_norm: Literal["frozen", "train"] = "frozen",
         gradient_checkpointing: bool = False,
@@ -151,7 +151,7 @@ class FasterRCNN(nn.Module):
         box_batch_size_per_image: int = 512,
         box_positive_fraction: float = 0.25,
         score_threshold: float = 0.05,
-        nms: Suppression = "hard",
+        nms: NMSMethod = "hard",
         nms_threshold: float = 0.5,
         soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
@@ -200,7 +200,7 @@ class FasterRCNN(nn.Module):
             weights=backbone_weights,
             in_chans=in_chans,
             drop_path_rate=drop_path_rate,
-            output_norm=output_norm,
+            out_norm=out_norm,
             frozen_stages=frozen_stages,
             batch_norm=batch_norm,
             gradient_checkpointing=gradient_checkpointing,
@@ -250,13 +250,13 @@ class FasterRCNN(nn.Module):
         return create_stage()
 
     @property
-    def nms(self) -> Suppression:
+    def nms(self) -> NMSMethod:
         """What happens to overlapping detections of a class; can be changed at any time."""
         return self.roi_heads.last.nms
 
     @nms.setter
-    def nms(self, method: Suppression) -> None:
-        check_suppression(method)
+    def nms(self, method: NMSMethod) -> None:
+        check_nms_method(method)
         self.roi_heads.last.nms = method
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detection]:
@@ -264,11 +264,11 @@ class FasterRCNN(nn.Module):
 
         Args:
             images: uint8 or float in 0..1, each [C, H, W] of its own size.
-            targets: the objects of each picture, in training.
+            targets: the objects of each image, in training.
 
         Returns:
-            In training the weighted losses ``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier`` and
-            ``loss_box_reg``, float32 scalars whose sum is the objective; else one `Detection` per picture.
+            In training the weighted losses ``loss_objectness``, ``loss_rpn_box``, ``loss_classification`` and
+            ``loss_box``, float32 scalars whose sum is the objective; else one `Detection` per image.
 
         Raises:
             DataError: if a target has a box that is not finite or has no area, or a label out of range.

@@ -13,7 +13,7 @@ from lightning_convnext_det.models.rcnn.conventions import Matching
 _PAIRS = 2**24  # of objects and boxes compared at a time: about half a gigabyte for what box_iou holds meanwhile
 
 
-class Pairs(NamedTuple):
+class BoxPairs(NamedTuple):
     """Objects and the boxes that they are to be compared with, in place of the matrix of their IoU."""
 
     objects: Tensor
@@ -22,20 +22,20 @@ class Pairs(NamedTuple):
     """Corners, float [N, 4]."""
 
 
-class BoundedMatcher:
+class ChunkedMatcher:
     """Calls a matcher with the IoU of objects and boxes, part by part where the whole would take too much memory.
 
-    A thousand objects and the 120,000 anchors of a picture take torchvision 4.2 GB. The result is the same.
+    A thousand objects and the 120,000 anchors of an image take torchvision 4.2 GB. The result is the same.
 
     Args:
-        matcher: torchvision's or `OwnMatcher`.
+        matcher: torchvision's or `BestOverlapMatcher`.
     """
 
     def __init__(self, matcher: Matcher) -> None:
         self.matcher = matcher
         self.BELOW_LOW_THRESHOLD, self.BETWEEN_THRESHOLDS = matcher.BELOW_LOW_THRESHOLD, matcher.BETWEEN_THRESHOLDS
 
-    def __call__(self, pairs: Pairs) -> Tensor:
+    def __call__(self, pairs: BoxPairs) -> Tensor:
         """Give the object of every box, or a negative number, int64 [N]."""
         step = max(1, _PAIRS // max(1, len(pairs.objects)))
         if len(pairs.boxes) <= step:
@@ -48,7 +48,7 @@ class BoundedMatcher:
         return torch.cat(found)
 
 
-class OwnMatcher(Matcher):
+class BestOverlapMatcher(Matcher):
     """Also gives every object the boxes that overlap it most.
 
     torchvision gives such a box to the object that it overlaps most itself, however little; MMDetection
@@ -75,6 +75,6 @@ class OwnMatcher(Matcher):
 
 
 def count_samples(positive: Sequence[Tensor], negative: Sequence[Tensor], matching: Matching) -> int:
-    """Count what a loss is divided by; MMDetection counts at least one object and one background per picture."""
+    """Count what a loss is divided by; MMDetection counts at least one object and one background per image."""
     least = 1 if matching == "mmdetection" else 0
     return sum(max(int(part.sum()), least) for part in (*positive, *negative))

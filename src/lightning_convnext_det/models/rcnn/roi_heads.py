@@ -15,8 +15,8 @@ from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
 from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
 from lightning_convnext_det.models.rcnn.conventions import Conventions
-from lightning_convnext_det.models.rcnn.matcher import OwnMatcher
-from lightning_convnext_det.ops.nms import Suppression, suppress
+from lightning_convnext_det.models.rcnn.matcher import BestOverlapMatcher
+from lightning_convnext_det.ops.nms import NMSMethod, apply_nms
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
 
@@ -25,7 +25,7 @@ FASTER_STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas; torchvision's weights are 1
 
 
 class Samples(NamedTuple):
-    """The boxes of one picture that a stage trains on."""
+    """The boxes of one image that a stage trains on."""
 
     boxes: Tensor
     """Corners in pixels, float32 [S, 4]."""
@@ -47,7 +47,7 @@ class BoxHeads(RoIHeads):
         conventions: what to do where the dialects differ.
         fg_iou_threshold: IoU from which a proposal is an object.
         bg_iou_threshold: IoU below which a proposal is background.
-        batch_size_per_image: proposals sampled per picture for the loss.
+        batch_size_per_image: proposals sampled per image for the loss.
         positive_fraction: share of objects among them.
         stds: standard deviations of the deltas.
         box_loss_weight: factor of the loss of the boxes.
@@ -56,10 +56,10 @@ class BoxHeads(RoIHeads):
             ``mmdetection``.
         score_threshold: detections with a lower score are dropped.
         nms_threshold: IoU above which the weaker of two detections of a class is dropped.
-        detections_per_image: how many detections are kept per picture.
+        detections_per_image: how many detections are kept per image.
     """
 
-    nms: Suppression = "hard"
+    nms: NMSMethod = "hard"
     soft_nms_sigma = 0.5
 
     def __init__(
@@ -99,7 +99,7 @@ class BoxHeads(RoIHeads):
         self.smooth_l1_beta = smooth_l1_beta
         self.box_coder = create_box_coder(stds, conventions.box_coding)
         if conventions.matching == "mmdetection" and match_own:
-            self.proposal_matcher = OwnMatcher(fg_iou_threshold, bg_iou_threshold, fg_iou_threshold)
+            self.proposal_matcher = BestOverlapMatcher(fg_iou_threshold, bg_iou_threshold, fg_iou_threshold)
 
     @property
     def last(self) -> "BoxHeads":
@@ -119,14 +119,14 @@ class BoxHeads(RoIHeads):
             samples = self.sample(proposals, targets)
             logits, deltas = self.predict(features, [s.boxes for s in samples], image_shapes)
             classifier, box_reg = self.compute_losses(logits, deltas, samples)
-            return [], {"loss_classifier": classifier, "loss_box_reg": box_reg}
+            return [], {"loss_classification": classifier, "loss_box": box_reg}
         logits, deltas = self.predict(features, proposals, image_shapes)
         return self.detect(logits, deltas, proposals, image_shapes), {}
 
     def predict(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
-        """Compute logits [R, classes + 1] and deltas [R, 4 * (classes + 1)] of the boxes of all pictures, float32."""
+        """Compute logits [R, classes + 1] and deltas [R, 4 * (classes + 1)] of the boxes of all images, float32."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
         return logits, deltas
 
@@ -174,13 +174,13 @@ class BoxHeads(RoIHeads):
     def move(
         self, deltas: Tensor, labels: Tensor, boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """Move each box by the deltas of one class, and clip it to its picture.
+        """Move each box by the deltas of one class, and clip it to its image.
 
         Args:
             deltas: of all classes, float [R, 4 * (classes + 1)].
             labels: the class whose deltas to take, int64 [R].
-            boxes: corners in pixels of each picture's boxes, float [L, 4].
-            image_shapes: height and width of the pictures.
+            boxes: corners in pixels of each image's boxes, float [L, 4].
+            image_shapes: height and width of the images.
         """
         rows = torch.arange(len(labels), device=labels.device)
         own = _by_class(deltas)[rows, labels]
@@ -190,7 +190,7 @@ class BoxHeads(RoIHeads):
     def detect(
         self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[Detection]:
-        """Choose the detections of each picture from the scores and boxes of all classes."""
+        """Choose the detections of each image from the scores and boxes of all classes."""
         counts = [len(p) for p in proposals]
         moved = self.box_coder.decode_single(deltas, torch.cat(proposals))
         all_boxes = torch.split(_by_class(moved), counts)  # [R, classes + 1, 4]
@@ -200,7 +200,7 @@ class BoxHeads(RoIHeads):
             row, column = torch.where(scores[:, 1:] > self.score_thresh)  # column 0 is the background
             boxes, scores = clip_boxes_to_image(boxes[row, column + 1], shape), scores[row, column + 1]
             large = (boxes[:, 2:] - boxes[:, :2] >= self.conventions.min_detection_side).all(dim=1)
-            each = suppress(
+            each = apply_nms(
                 boxes[large],
                 scores[large],
                 column[large] + 1,
@@ -220,7 +220,7 @@ def _by_class(deltas: Tensor) -> Tensor:
 
 
 def _match(heads: RoIHeads, boxes: Tensor, truth: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Match the proposals of one picture, which may be none."""
+    """Match the proposals of one image, which may be none."""
     if len(boxes) == 0:
         nothing = classes.new_zeros(0)
         return nothing, nothing
@@ -303,7 +303,7 @@ class CascadeHeads(nn.Module):
             boxes = [s.boxes for s in samples]
             logits, deltas = stage.predict(features, boxes, image_shapes)
             classifier, box_reg = stage.compute_losses(logits, deltas, samples)
-            losses[f"loss_classifier_{i}"], losses[f"loss_box_reg_{i}"] = weight * classifier, weight * box_reg
+            losses[f"loss_classification_{i}"], losses[f"loss_box_{i}"] = weight * classifier, weight * box_reg
             if i < len(self.stages):
                 proposals = _move_samples(stage, logits.detach(), deltas.detach(), samples, image_shapes)
         return losses

@@ -14,12 +14,12 @@ from torchvision.ops import clip_boxes_to_image
 from lightning_convnext_det.models.rcnn.anchors import PyramidAnchors
 from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
 from lightning_convnext_det.models.rcnn.conventions import Conventions
-from lightning_convnext_det.models.rcnn.matcher import BoundedMatcher, OwnMatcher, Pairs, count_samples
+from lightning_convnext_det.models.rcnn.matcher import BestOverlapMatcher, BoxPairs, ChunkedMatcher, count_samples
 from lightning_convnext_det.ops.nms import grouped_nms
 from lightning_convnext_det.types import Target
 
 _MIN_MATCH_IOU = 0.3  # MMDetection: below, the best anchor of an object is left as it is (train_cfg.rpn.assigner)
-_DIVISOR = 32  # pictures are padded to a multiple of this
+_DIVISOR = 32  # images are padded to a multiple of this
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -29,7 +29,7 @@ class ProposalNetwork(RegionProposalNetwork):
         anchors: the anchor generator.
         head: the convolutions.
         conventions: what to do where the dialects differ.
-        skip_crossing: leave anchors that cross the picture's border out of the training, as the paper and the ConvNeXt
+        skip_crossing: leave anchors that cross the image's border out of the training, as the paper and the ConvNeXt
             authors' Cascade R-CNN do; only with matching ``mmdetection``.
         options: the other arguments of torchvision's network.
     """
@@ -49,14 +49,14 @@ class ProposalNetwork(RegionProposalNetwork):
         thresholds = options["fg_iou_thresh"], options["bg_iou_thresh"]
         matcher = Matcher(*thresholds, allow_low_quality_matches=True)  # as torchvision's constructor makes it
         if conventions.matching == "mmdetection":
-            matcher = OwnMatcher(*thresholds, _MIN_MATCH_IOU)
-        self.box_similarity, self.proposal_matcher = Pairs, BoundedMatcher(matcher)
+            matcher = BestOverlapMatcher(*thresholds, _MIN_MATCH_IOU)
+        self.box_similarity, self.proposal_matcher = BoxPairs, ChunkedMatcher(matcher)
         self._shapes: list[tuple[int, int]] = []
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: Sequence[Target] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Propose boxes float32 [P, 4] by falling objectness for each picture; in training also the two losses."""
+        """Propose boxes float32 [P, 4] by descending objectness for each image; in training also the two losses."""
         self._shapes = images.image_sizes  # assign_targets_to_anchors is not given them
         boxes, losses = super().forward(images, features, targets)
         return boxes, losses
@@ -68,12 +68,12 @@ class ProposalNetwork(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Choose the best proposals of each level, then of each picture.
+        """Choose the best proposals of each level, then of each image.
 
         Args:
             proposals: corners in pixels, float [B, A, 4].
             objectness: logits, float [B, A] or a reshape of it.
-            image_shapes: height and width of each picture without padding.
+            image_shapes: height and width of each image without padding.
             num_anchors_per_level: their sum is A.
         """
         objectness = objectness.detach().reshape(len(proposals), -1)
@@ -131,13 +131,13 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 def _usable(anchors: Tensor, shape: tuple[int, int], skip_crossing: bool) -> Tensor:
-    """Tell which anchors [A, 4] may train on a picture of (height, width), bool [A]."""
+    """Tell which anchors [A, 4] may train on an image of (height, width), bool [A]."""
     if skip_crossing:
         limit = anchors.new_tensor([shape[1], shape[0]])
         inside = ((anchors[:, :2] >= 0) & (anchors[:, 2:] < limit)).all(dim=1)
-        if inside.any():  # none fits into a very small picture
+        if inside.any():  # none fits into a very small image
             return inside
-    # the cells of a batch beyond the picture's own padding
+    # the cells of a batch beyond the image's own padding
     padded = anchors.new_tensor([-(-side // _DIVISOR) * _DIVISOR for side in (shape[1], shape[0])])
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     return (centres < padded - 0.5).all(dim=1)

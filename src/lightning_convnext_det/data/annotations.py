@@ -1,4 +1,4 @@
-"""One split of a data set as a few numpy arrays, whatever format it came from.
+"""One split of a dataset as a few numpy arrays, whatever format it came from.
 
 Arrays, not lists of objects: worker processes share their pages, checks are vectorised, and a new format is one file
 with two functions.
@@ -29,9 +29,9 @@ class Split(NamedTuple):
     annotations: tuple[Path, ...]
     """JSON files, folders of XML or label files."""
     images: tuple[Path, ...]
-    """Folders of pictures."""
+    """Folders of images."""
     members: tuple[Path, ...] = ()
-    """Files that list the pictures; empty where the annotations or the folder do."""
+    """Files that list the images; empty where the annotations or the folder do."""
     classes: tuple[Path, ...] = ()
     """Files or folders that the class names are taken from; empty where the annotations name them."""
 
@@ -44,12 +44,12 @@ def canonical_split(name: str) -> str:
 
 
 class Problem(NamedTuple):
-    """Something wrong with a record of a data set."""
+    """Something wrong with a record of a dataset."""
 
     code: str
     """Stable code, e.g. ``LCD-D101``."""
     file: str
-    """The annotation file or picture it is found in."""
+    """The annotation file or image it is found in."""
     record: str
     """Where in the file: an annotation id, an object's number, a line; empty for the file as a whole."""
     reason: str
@@ -83,23 +83,23 @@ class UnreadableError(DataError):
 
 
 @dataclass(frozen=True, eq=False)
-class DetectionTable:
-    """A split on disk. The objects of picture ``i`` are rows ``offsets[i]:offsets[i + 1]``.
+class DetectionAnnotations:
+    """A split on disk. The objects of image ``i`` are rows ``offsets[i]:offsets[i + 1]``.
 
     Attributes:
         image_root: folder that ``file_names`` are relative to.
         file_names: UTF-8 bytes [N].
-        image_ids: the data set's own ids, or 1, 2, ... where it has none, int64 [N].
+        image_ids: the dataset's own ids, or 1, 2, ... where it has none, int64 [N].
         sizes: height and width in pixels of the frame that the boxes refer to, int32 [N, 2].
         upright: whether the EXIF orientation must be applied to get that frame, bool [N].
-        boxes: corners (x1, y1, x2, y2) in pixels, clipped to the picture, float32 [M, 4].
+        boxes: corners (x1, y1, x2, y2) in pixels, clipped to the image, float32 [M, 4].
         labels: indices into ``class_names``, int64 [M].
         crowd: COCO's ``iscrowd`` or VOC's ``difficult``: ignored by evaluation, left out of training, bool [M].
         area: square pixels as annotated (COCO: of the segment), else of the box, float32 [M].
-        annotation_ids: the data set's own ids, or running numbers, int64 [M].
+        annotation_ids: the dataset's own ids, or running numbers, int64 [M].
         offsets: int64 [N + 1].
         class_names: in order of label.
-        category_ids: the data set's own ids of the classes, in order of label.
+        category_ids: the dataset's own ids of the classes, in order of label.
         problems: what was found wrong while reading.
     """
 
@@ -122,10 +122,10 @@ class DetectionTable:
         return len(self.file_names)
 
     def path(self, index: int) -> Path:
-        """The file of a picture."""
+        """The file of an image."""
         name: bytes = self.file_names[index]
         return self.image_root / name.decode()
 
     def rows(self, index: int) -> slice:
-        """The rows of ``boxes``, ``labels`` ... that belong to a picture."""
+        """The rows of ``boxes``, ``labels`` ... that belong to an image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))

@@ -1,10 +1,10 @@
-"""What any detector must be able to do: learn eight pictures by heart.
+"""What any detector must be able to do: learn eight images by heart.
 
-Takes the first eight pictures of a COCO file without small objects or crowds, trains on them and evaluates on the same,
-mAP and mAP50, for each detector in the same number of steps. Pictures are made small (160 pixels on the shorter side), so
+Takes the first eight images of a COCO file without small objects or crowds, trains on them and evaluates on the same,
+mAP and mAP50, for each detector in the same number of steps. Images are made small (160 pixels on the shorter side), so
 that it takes minutes on two cores; an object is small below an eighth of that side.
 
-    python benchmarks/eight_pictures.py instances_val2017.json val2017 runs/eight --steps 150
+    python benchmarks/eight_images.py instances_val2017.json val2017 runs/eight --steps 150
 """
 
 import argparse
@@ -21,7 +21,7 @@ DETECTORS = {
         "--model.box_head_features=256",
         "--model.box_head=two_fc",
         "--model.dialect=torchvision",  # as Faster R-CNN
-        "--model.rpn_skip_crossing=false",  # on pictures this small, most anchors cross the border
+        "--model.rpn_skip_crossing=false",  # on images this small, most anchors cross the border
     ],
     "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refine=true", "--model.num_queries=100"],
 }
@@ -30,7 +30,7 @@ PROPOSALS = ["--model.rpn_pre_nms_top_n_train=500", "--model.rpn_post_nms_top_n_
 
 
 def take_eight(annotations: Path, images: Path, root: Path) -> None:
-    """Write a COCO folder whose training and validation pictures are the same eight."""
+    """Write a COCO folder whose training and validation images are the same eight."""
     content = json.loads(annotations.read_text())
     smallest = {image["id"]: min(image["height"], image["width"]) / 8 for image in content["images"]}
     has_boxes = {a["image_id"] for a in content["annotations"]}
@@ -69,9 +69,9 @@ def learn(root: Path, out: Path, detector: str, steps: int, seed: int) -> dict[s
 def compare() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=Path, help="COCO's JSON")
-    parser.add_argument("images", type=Path, help="the folder of its pictures")
+    parser.add_argument("images", type=Path, help="the folder of its images")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=150, help="of all eight pictures")
+    parser.add_argument("--steps", type=int, default=150, help="of all eight images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=list(DETECTORS))
     options = parser.parse_args()
