@@ -14,7 +14,7 @@ from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 from tests.data.builders import Box, TinyImage, make_annotations
 
-IMAGES = [TinyImage(20, 30, (Box((1, 2, 11, 12)),)), Image(30, 20)] * 5
+IMAGES = [TinyImage(20, 30, (Box((1, 2, 11, 12)),)), TinyImage(30, 20)] * 5
 
 
 def training_loader(folder: Path, num_workers: int = 0) -> TrainingLoader:

@@ -6,21 +6,21 @@ import pytest
 from lightning_convnext_det.data.annotations import DetectionAnnotations
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_images
 from lightning_convnext_det.errors import DataError
-from tests.data.builders import Box, Image, make_annotations
+from tests.data.builders import Box, TinyImage, make_annotations
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> DetectionAnnotations:
     images = [
-        Image(20, 30, (Box((0, 0, 1, 1), 0), Box((0, 0, 2, 2), 1, crowd=True, area=9))),
-        Image(30, 20),
-        Image(24, 24, (Box((0, 0, 3, 3), 1), Box((0, 0, 4, 4), 0), Box((0, 0, 5, 5), 1))),
+        TinyImage(20, 30, (Box((0, 0, 1, 1), 0), Box((0, 0, 2, 2), 1, crowd=True, area=9))),
+        TinyImage(30, 20),
+        TinyImage(24, 24, (Box((0, 0, 3, 3), 1), Box((0, 0, 4, 4), 0), Box((0, 0, 5, 5), 1))),
     ]
     return make_annotations(tmp_path, images, write=False)
 
 
 def contents(table: DetectionAnnotations) -> list[tuple[int, list[tuple[str, float, bool, float, int]]]]:
-    """Image id, and of each object class, side, crowd, area, annotation id; read by a plain loop."""
+    """TinyImage id, and of each object class, side, crowd, area, annotation id; read by a plain loop."""
     found = []
     for index in range(len(table)):
         objects = []
@@ -74,7 +74,7 @@ def test_select_classes__refuses(table: DetectionAnnotations, names: list[str], 
 
 
 def test_split_randomly__partition(tmp_path: Path) -> None:
-    table = make_annotations(tmp_path, [Image(20, 30)] * 40, write=False)
+    table = make_annotations(tmp_path, [TinyImage(20, 30)] * 40, write=False)
     remaining, aside = split_randomly(table, 0.25, seed=1)
     assert len(aside) == 10
     assert sorted([*remaining, *aside]) == list(range(40))
@@ -92,10 +92,10 @@ def test_split_randomly__leaves_an_image_on_either_side(
 
 def test_split_randomly__one_image(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too few to set one aside"):
-        split_randomly(make_annotations(tmp_path, [Image(20, 30)], write=False), 0.5, seed=0)
+        split_randomly(make_annotations(tmp_path, [TinyImage(20, 30)], write=False), 0.5, seed=0)
 
 
 def test_count_shared__by_path(table: DetectionAnnotations, tmp_path: Path) -> None:
     assert count_shared(table, take_images(table, np.array([1, 2]))) == 2
-    elsewhere = make_annotations(tmp_path / "other", [Image(20, 30)] * 3, write=False)
+    elsewhere = make_annotations(tmp_path / "other", [TinyImage(20, 30)] * 3, write=False)
     assert count_shared(table, elsewhere) == 0
