@@ -151,9 +151,9 @@ def test_val__set_aside_where_there_is_no_split(coco: Path, tmp_path: Path, capl
     assert len(val) == 3
     assert sorted([*train.image_ids, *val.image_ids]) == list(range(1, 12))
     assert "3 of the 11 images of 'train' are set aside for validation" in caplog.text
-    again = data_module(root, val_fraction=0.3).table("val")
+    again = data_module(root, val_fraction=0.3).annotations("val")
     assert again.image_ids.tolist() == val.image_ids.tolist()
-    assert data_module(root, val_fraction=0.3, seed=1).table("val").image_ids.tolist() != val.image_ids.tolist()
+    assert data_module(root, val_fraction=0.3, seed=1).annotations("val").image_ids.tolist() != val.image_ids.tolist()
 
 
 def test_val__trainval_keeps_a_part_for_validation(shared_data: Path) -> None:
@@ -165,9 +165,9 @@ def test_val__trainval_keeps_a_part_for_validation(shared_data: Path) -> None:
 def test_train__difficult_objects_are_learnt_from_but_not_evaluated(shared_data: Path) -> None:
     root = shared_data / "voc2012_mini"
     plain, difficult = data_module(root), data_module(root, train_on_difficult=True)
-    assert plain.table("train").crowd.sum() == 30
-    assert difficult.table("train").crowd.sum() == 0
-    assert difficult.table("val").crowd.sum() == plain.table("val").crowd.sum() > 0
+    assert plain.annotations("train").crowd.sum() == 30
+    assert difficult.annotations("train").crowd.sum() == 0
+    assert difficult.annotations("val").crowd.sum() == plain.annotations("val").crowd.sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,13 @@ def test_train__annotation_files_in_place_of_splits(coco: Path, tmp_path: Path) 
     around = DetectionDataModule(
         train=str(annotations / "instances_train.json"), val=str(annotations / "instances_val.json"), num_workers=0
     )
-    assert len(around.table("train")) == 11
+    assert len(around.annotations("train")) == 11
     shutil.copytree(coco / "test", tmp_path / "images")
     shutil.copy(annotations / "instances_test.json", tmp_path / "labels.json")
     named = DetectionDataModule(
         train=str(tmp_path / "labels.json"), train_images=str(tmp_path / "images"), num_workers=0, val_fraction=0.4
     )
-    assert len(named.table("val")) == 1
+    assert len(named.annotations("val")) == 1
     _, targets = next(iter(named.train_dataloader()))
     assert Path(targets[0]["file_name"]).parent == tmp_path / "images"
 
@@ -266,17 +266,19 @@ def test_train__the_name_of_a_split_wins_over_a_folder(
     (here / "val").write_text("notes")
     monkeypatch.chdir(here)
     root = root.replace("ABOVE", voc_parts.name).replace("ABSOLUTE", str(devkit.parent))
-    splits = {name: DetectionDataModule(root, train=name, num_workers=0).table("train") for name in ("train", "val")}
+    splits = {
+        name: DetectionDataModule(root, train=name, num_workers=0).annotations("train") for name in ("train", "val")
+    }
     lists = devkit / "VOC2012" / "ImageSets" / "Main"
     assert {name: len(table) for name, table in splits.items()} == {
         name: len((lists / f"{name}.txt").read_text().split()) for name in ("train", "val")
     }
-    assert len(DetectionDataModule(root, train="./train", val_fraction=0, num_workers=0).table("train")) == 1
+    assert len(DetectionDataModule(root, train="./train", val_fraction=0, num_workers=0).annotations("train")) == 1
 
 
 def test_train_images__without_a_path_in_train(coco: Path) -> None:
     with pytest.raises(DataError, match=r"LCD-D132.*data.train_images is given without a path in data.train"):
-        data_module(coco, train_images=str(coco / "train")).table("train")
+        data_module(coco, train_images=str(coco / "train")).annotations("train")
 
 
 def test_setup__validation_of_nothing(coco: Path, tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def test_classes__chosen_in_order(coco: Path) -> None:
     assert data.class_names == ["star", "disc"]
     assert data.category_ids == [5, 1]
     for stage in ("train", "val"):
-        table, full = data.annotations(stage), everything.table(stage)
+        table, full = data.annotations(stage), everything.annotations(stage)
         assert len(table) == len(full)
         assert (table.labels == 0).sum() == (full.labels == 4).sum()
         assert (table.labels == 1).sum() == (full.labels == 0).sum()

@@ -160,13 +160,13 @@ class DetectionDataModule(LightningDataModule):
         """Whether the training images have their final size: the detector must then not resize them in training."""
         return self.train_transforms in RESIZING_PRESETS
 
-    def table(self, stage: Literal["train", "val", "test"]) -> DetectionAnnotations | None:
+    def annotations(self, stage: Literal["train", "val", "test"]) -> DetectionAnnotations | None:
         """The images and boxes of a stage; None for a validation that is switched off.
 
         Raises:
             DataError: if the split is missing or cannot be used.
         """
-        return self._reader.table(stage)
+        return self._reader.annotations(stage)
 
     def setup(self, stage: str) -> None:
         """Read what a stage needs, so that all that is wrong with it is said before the first step.
@@ -175,21 +175,21 @@ class DetectionDataModule(LightningDataModule):
             DataError: if a split is missing, empty, or cannot be used.
         """
         if stage == "fit":
-            train, val = self.table("train"), self.table("val")
+            train, val = self.annotations("train"), self.annotations("val")
             assert train is not None
             if train.crowd.all():
                 raise DataError(f"[LCD-D134] the training images in {train.image_root} have no boxes to learn from")
             if val is not None:
                 warn_of_shared_images(train, val)
         elif stage == "validate":
-            if self.table("val") is None:
+            if self.annotations("val") is None:
                 raise DataError("[LCD-D131] there is no validation split, and val_fraction is 0; set data.val")
         elif stage == "test":
-            self.table("test")
+            self.annotations("test")
 
     def train_dataloader(self) -> TrainingLoader:
         """Batches by seed and epoch, orientations apart; its place in an epoch goes into Lightning's checkpoints."""
-        table = self.table("train")
+        table = self.annotations("train")
         assert table is not None
         num_replicas, rank = self._replicas()
         batches = TrainingBatches(
@@ -207,12 +207,12 @@ class DetectionDataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Each validation image once, shared out over the processes; an empty list if there are none."""
-        table = self.table("val")
+        table = self.annotations("val")
         return [] if table is None else self._evaluation_loader(table)
 
     def test_dataloader(self) -> EvaluationLoader:
         """Each test image once, shared out over the processes."""
-        table = self.table("test")
+        table = self.annotations("test")
         assert table is not None
         return self._evaluation_loader(table)
 

@@ -82,11 +82,11 @@ class SplitReader:
         Raises:
             DataError: if no split is given, or it cannot be read.
         """
-        table = self.table(self._first_stage())
+        table = self.annotations(self._first_stage())
         assert table is not None
         return table.class_names, table.category_ids
 
-    def table(self, stage: Stage) -> DetectionAnnotations | None:
+    def annotations(self, stage: Stage) -> DetectionAnnotations | None:
         """The images of a stage; None for a validation that the user has switched off.
 
         Raises:
@@ -119,7 +119,7 @@ class SplitReader:
             return {stage: self._read(split, training=stage == "train")}
         if stage == "val" and self._locate("train"):
             return {stage: None}
-        if stage == "test" and (val := self.table("val")):
+        if stage == "test" and (val := self.annotations("val")):
             _warn("no test split in %s: testing on the %d validation images", self.root, len(val))
             return {stage: val}
         raise DataError(f"[LCD-D131] there is no {stage} split: {self._place()}; set data.{stage}")
