@@ -27,7 +27,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
 def test_cascade_rcnn__every_parameter_has_a_gradient(dialect: str, box_loss: str) -> None:
     detector = tiny(dialect=dialect, box_loss=box_loss)
     losses = detector([torch.rand(3, 50, 70), torch.rand(3, 64, 64)], [target([[5, 5, 40, 45]], [2]), target([], [])])
-    names = [f"loss_{kind}_{stage}" for stage in (1, 2, 3) for kind in ("classifier", "box_reg")]
+    names = [f"loss_{kind}_{stage}" for stage in (1, 2, 3) for kind in ("classification", "box")]
     assert list(losses) == ["loss_objectness", "loss_rpn_box", *names]
     assert all(x > 0 for x in losses.values())
     sum(losses.values()).backward()

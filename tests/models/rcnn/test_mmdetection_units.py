@@ -47,9 +47,12 @@ def test_anchors__equal(units: dict[str, Tensor], info: dict[str, Any]) -> None:
 @pytest.mark.parametrize("out", ["out0", "out1", "out2", "out3"])
 def test_decode__equal(units: dict[str, Tensor], info: dict[str, Any], out: str) -> None:
     coder = create_box_coder(tuple(info["decode"]["stds"][out]), "mmdetection")
-    moved = coder.decode_single(units["decode.deltas"], units["decode.rois"])
-    clipped = clip_boxes_to_image(moved.unflatten(1, (-1, 4)), info["decode"]["max_shape"]).flatten(1)
-    assert torch.equal(clipped, units[f"decode.{out}"])
+    moved = coder.decode_single(units["decode.deltas"], units["decode.rois"]).unflatten(1, (-1, 4))  # [N, K, 4]
+    clipped = clip_boxes_to_image(moved, info["decode"]["max_shape"])
+    # processors round the last bit of exp, which every side is multiplied by, and of fused sums differently
+    extent = (moved[..., :2].abs() + moved[..., 2:].abs()).repeat(1, 1, 2)
+    error = (clipped - units[f"decode.{out}"].unflatten(1, (-1, 4))).abs()
+    assert (error <= 2 * torch.finfo(torch.float32).eps * extent).all()
 
 
 def test_encode__inverts_decode(units: dict[str, Tensor]) -> None:

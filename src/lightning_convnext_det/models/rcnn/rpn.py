@@ -20,6 +20,8 @@ from lightning_convnext_det.types import Target
 
 _MIN_MATCH_IOU = 0.3  # MMDetection: below, the best anchor of an object is left as it is (train_cfg.rpn.assigner)
 _DIVISOR = 32  # images are padded to a multiple of this
+# torchvision's names of the losses, and the names that all detectors here use
+_LOSSES = {"loss_objectness": "loss_objectness", "loss_rpn_box_reg": "loss_rpn_box"}
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -59,7 +61,7 @@ class ProposalNetwork(RegionProposalNetwork):
         """Propose boxes float32 [P, 4] by descending objectness for each image; in training also the two losses."""
         self._shapes = images.image_sizes  # assign_targets_to_anchors is not given them
         boxes, losses = super().forward(images, features, targets)
-        return boxes, losses
+        return boxes, {_LOSSES[name]: value for name, value in losses.items()}
 
     def filter_proposals(
         self,
