@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lightning_convnext_det.ops.deform_attn_gather import attention_by_gather
 from lightning_convnext_det.ops.deform_attn_indexed import attention_by_indexing
+from lightning_convnext_det.ops.tracing import is_recording
 
 
 def multi_scale_deformable_attention(
@@ -47,7 +48,7 @@ def multi_scale_deformable_attention(
     Reference:
         Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", arXiv:2010.04159.
     """
-    if torch.compiler.is_exporting() or torch._C._is_tracing():
+    if is_recording():
         return attention_by_grid_sample(value, spatial_shapes, sampling_locations, attention_weights)
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     if value.device.type == "xla":

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from lightning_convnext_det.ops.roi_align_gather import roi_align_by_gather
+from lightning_convnext_det.ops.tracing import is_recording
 
 
 def roi_align(
@@ -49,7 +50,7 @@ def roi_align(
     """
     size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
     rois = _as_rois(input, boxes)
-    if torch.compiler.is_exporting() or torch._C._is_tracing():
+    if is_recording():
         return _roi_align_by_torchvision(input, rois, size, spatial_scale, sampling_ratio, aligned)
     if input.device.type == "cpu":
         _check_images(input, rois)

@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 import warnings
 
 import pytest
@@ -71,7 +72,7 @@ def test_set_criterion__equals_a_search_over_all_assignments() -> None:
     losses = SetCriterion()(predicted, found)
     for i, suffix in enumerate(["_aux0", ""]):
         expected = losses_by_hand(predicted.logits[i].detach(), predicted.boxes[i].detach(), found)
-        actual = [losses[f"loss_{name}{suffix}"].item() for name in ("classification", "boxes", "giou")]
+        actual = [losses[f"loss_{name}{suffix}"].item() for name in ("classification", "box", "giou")]
         assert actual == pytest.approx(expected, rel=1e-5)
 
 
@@ -86,7 +87,7 @@ def test_set_criterion__proposals_have_one_class() -> None:
     losses = SetCriterion()(predictions(), found, proposals)
     binary = found._replace(labels=torch.zeros_like(found.labels))
     expected = losses_by_hand(proposals.logits[0].detach(), proposals.boxes[0].detach(), binary)
-    actual = [losses[f"loss_{name}_proposals"].item() for name in ("classification", "boxes", "giou")]
+    actual = [losses[f"loss_{name}_proposals"].item() for name in ("classification", "box", "giou")]
     assert actual == pytest.approx(expected, rel=1e-5)
 
 
@@ -211,3 +212,41 @@ def test_generalized_iou__stays_in_range_with_finite_gradient(numbers: list[floa
     assert -1 - 1e-5 <= value.item() <= 1 + 1e-5
     assert boxes.grad is not None
     assert boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["classification", "box", "giou"])
+def test_set_criterion__loss_weights_scale_their_loss_alone(place: int) -> None:
+    predicted, found = predictions(), objects(2, 1)
+    weights = [2.0, 5.0, 2.0]
+    weights[place] *= 3
+    usual, other = SetCriterion()(predicted, found), SetCriterion(loss_weights=weights)(predicted, found)
+    changed = ("loss_classification", "loss_box", "loss_giou")[place]
+    for name, value in usual.items():
+        torch.testing.assert_close(other[name], value * (3 if name.startswith(changed) else 1))
+
+
+def test_set_criterion__matching_costs_choose_the_pairs() -> None:
+    # query 0 has the class, query 1 the box
+    predicted = Predictions(
+        torch.tensor([[[[4.0], [-4.0]]]]), torch.tensor([[[[0.8, 0.8, 0.1, 0.1], [0.3, 0.3, 0.2, 0.2]]]])
+    )
+    found = Objects.from_lists([torch.tensor([[0.3, 0.3, 0.2, 0.2]])], [torch.tensor([0])])
+    by_class = SetCriterion(matching_costs=(1, 0, 0))(predicted, found)
+    by_box = SetCriterion(matching_costs=(0, 1, 0))(predicted, found)
+    assert by_class["loss_box"].item() == pytest.approx(5 * (0.5 + 0.5 + 0.1 + 0.1))
+    assert by_box["loss_box"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_weights": (1, 2)}, "loss_weights is [1, 2]; expected three numbers >= 0"),
+        ({"loss_weights": (1, 2, -1)}, "loss_weights is [1, 2, -1]; expected three"),
+        ({"matching_costs": (1, math.nan, 1)}, "matching_costs is [1, nan, 1]; expected three"),
+        ({"matching_costs": (0, 0, 0)}, "matching_costs are all 0"),
+    ],
+    ids=["two", "negative", "nan", "all_zero"],
+)
+def test_set_criterion__refuses_factors(options: dict[str, tuple[float, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SetCriterion(**options)

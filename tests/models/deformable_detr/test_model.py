@@ -72,7 +72,7 @@ def test_deformable_detr__losses_reach_every_parameter(options: dict[str, object
     perturb(detector)
     losses = detector(create_images(), targets())
     suffixes = ["", "_aux0", "_aux1", *(["_proposals"] if options.get("two_stage") else [])]
-    assert set(losses) == {f"loss_{k}{s}" for k in ("classification", "boxes", "giou") for s in suffixes}
+    assert set(losses) == {f"loss_{k}{s}" for k in ("classification", "box", "giou") for s in suffixes}
     assert {(x.dtype, x.dim()) for x in losses.values()} == {(torch.float32, 0)}
     sum(losses.values()).backward()
     without = [n for n, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()]

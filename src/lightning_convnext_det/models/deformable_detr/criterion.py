@@ -77,34 +77,27 @@ class SetCriterion(nn.Module):
     """Match predictions with objects one to one at the least cost, and compare the pairs.
 
     Args:
-        cost_classification: weight of the focal classification cost in the matching.
-        cost_boxes: weight of the L1 distance of boxes in 0..1 in the matching.
-        cost_giou: weight of the generalised IoU in the matching.
-        weight_classification: weight of the focal loss.
-        weight_boxes: weight of the L1 loss.
-        weight_giou: weight of the generalised IoU loss.
+        loss_weights: factors of the losses: focal loss of the classes, L1 distance of boxes in 0..1, generalised IoU.
+        matching_costs: factors of the same three in the cost of matching a query with an object.
         alpha: weight of positives in the focal loss and cost.
         gamma: exponent that turns easy examples down in the focal loss and cost.
+
+    Raises:
+        ValueError: if factors are not three numbers of at least 0, or all costs are 0.
     """
 
     def __init__(
         self,
-        cost_classification: float = 2.0,
-        cost_boxes: float = 5.0,
-        cost_giou: float = 2.0,
-        weight_classification: float = 2.0,
-        weight_boxes: float = 5.0,
-        weight_giou: float = 2.0,
+        loss_weights: Sequence[float] = (2.0, 5.0, 2.0),
+        matching_costs: Sequence[float] = (2.0, 5.0, 2.0),
         alpha: float = 0.25,
         gamma: float = 2.0,
     ) -> None:
         super().__init__()
-        self.cost_classification, self.cost_boxes, self.cost_giou = cost_classification, cost_boxes, cost_giou
-        self.weights = {
-            "classification": weight_classification,
-            "boxes": weight_boxes,
-            "giou": weight_giou,
-        }
+        self.loss_weights = _per_loss("loss_weights", loss_weights)
+        self.matching_costs = _per_loss("matching_costs", matching_costs)
+        if not any(matching_costs):
+            raise ValueError("matching_costs are all 0, so that any query would match any object; raise one")
         self.alpha, self.gamma = alpha, gamma
         self._warned = False
 
@@ -138,7 +131,7 @@ class SetCriterion(nn.Module):
             losses = {}
             for (predictions, found), pairs, names in zip(sets, matches, suffixes, strict=False):
                 for key, values in self._compare(predictions, found, pairs).items():
-                    weighted = values * (self.weights[key] / num_boxes)  # [layers]
+                    weighted = values * (self.loss_weights[key] / num_boxes)  # [layers]
                     losses.update({f"loss_{key}{name}": v for name, v in zip(names, weighted, strict=True)})
         return losses
 
@@ -178,7 +171,8 @@ class SetCriterion(nn.Module):
         negative = -(1 - self.alpha) * probabilities**self.gamma * F.logsigmoid(-logits)
         distance = torch.cdist(boxes, targets.expand(layers, -1, -1, -1), p=1)
         overlap = generalized_iou(corners(boxes)[:, :, :, None], corners(targets)[None, :, None])
-        return self.cost_classification * (positive - negative) + self.cost_boxes * distance - self.cost_giou * overlap
+        costs = self.matching_costs
+        return costs["classification"] * (positive - negative) + costs["box"] * distance - costs["giou"] * overlap
 
     def _compare(self, predictions: Predictions, objects: Objects, pairs: Matches) -> dict[str, Tensor]:
         """Sum the losses of each layer over images, queries and classes, float32 [layers] each."""
@@ -188,7 +182,7 @@ class SetCriterion(nn.Module):
         missed = 1 - generalized_iou(corners(boxes), corners(objects.boxes))
         return {
             "classification": focal.flatten(1).sum(1),
-            "boxes": (distance * pairs.matched).flatten(1).sum(1),
+            "box": (distance * pairs.matched).flatten(1).sum(1),
             "giou": (missed * pairs.matched).flatten(1).sum(1),
         }
 
@@ -201,6 +195,12 @@ class SetCriterion(nn.Module):
                 f"objects, more than the {num_queries} queries; the surplus is not learnt; raise num_queries",
                 stacklevel=3,
             )
+
+
+def _per_loss(name: str, factors: Sequence[float]) -> dict[str, float]:
+    if len(factors) != 3 or not all(0 <= factor < math.inf for factor in factors):
+        raise ValueError(f"{name} is {list(factors)}; expected three numbers >= 0: classification, box, giou")
+    return dict(zip(("classification", "box", "giou"), map(float, factors), strict=True))
 
 
 def corners(boxes: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class DeformableDETR(nn.Module):
         box_refinement: let every decoder layer correct the boxes of the one before; else all correct the same points.
         two_stage: let the encoder propose the boxes that the decoder starts from; needs ``box_refinement``.
         auxiliary_losses: train every decoder layer, not only the last.
+        loss_weights: factors of the losses: classification (focal), box (L1 in 0..1) and generalised IoU.
+        matching_costs: factors of the same three in the cost by which queries are matched with objects.
         position_offset: 0.5 encodes the centre of every cell, as the paper's authors do; 0.0 its far edge, as birder.
         independent_images: keep an image's result independent of its batch; else pad before the backbone, which is
             faster on GPUs where sizes differ.
@@ -130,6 +132,8 @@ class DeformableDETR(nn.Module):
         box_refinement: bool = True,
         two_stage: bool = False,
         auxiliary_losses: bool = True,
+        loss_weights: Sequence[float] = (2.0, 5.0, 2.0),
+        matching_costs: Sequence[float] = (2.0, 5.0, 2.0),
         position_offset: float = 0.5,
         independent_images: bool = True,
         fixed_size: list[int] | None = None,
@@ -197,7 +201,7 @@ class DeformableDETR(nn.Module):
         self.box_heads = nn.ModuleList(
             MLP(hidden_dim, [hidden_dim, hidden_dim, 4], inplace=False) for _ in range(heads)
         )
-        self.criterion = SetCriterion()
+        self.criterion = SetCriterion(loss_weights, matching_costs)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
