@@ -1,4 +1,4 @@
-"""A LightningModule that notes which images it is given; run as a script, by each of two processes."""
+"""A LightningModule that records the images it is given; run as a script by each of two ranks."""
 
 import json
 import sys
@@ -65,7 +65,7 @@ def make_trainer(folder: Path, **options: object) -> Trainer:
 
 
 def main(root: str, out: str) -> None:
-    """Fit, validate, test and predict on two processes, then overfit; write what each saw."""
+    """Fit, validate, test and predict on two ranks, then overfit; write what each saw."""
     data = DetectionDataModule(root, batch_size=2, num_workers=0, predict=f"{root}/val", train_transforms="none")
     model, options = Recorder(), {"devices": 2, "strategy": "ddp", "num_sanity_val_steps": 0}
     trainer = make_trainer(Path(out), **options)

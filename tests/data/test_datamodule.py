@@ -143,14 +143,14 @@ def copy_without(coco: Path, root: Path, *splits: str) -> Path:
     return root
 
 
-def test_val__set_aside_where_there_is_no_split(coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_val__held_out_where_there_is_no_split(coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = copy_without(coco, tmp_path / "set", "val", "test")
     with caplog.at_level(logging.WARNING):
         data = data_module(root, val_fraction=0.3)
         train, val = data.annotations("train"), data.annotations("val")
     assert len(val) == 3
     assert sorted([*train.image_ids, *val.image_ids]) == list(range(1, 12))
-    assert "3 of the 11 images of 'train' are set aside for validation" in caplog.text
+    assert "3 of the 11 images of 'train' are held out for validation" in caplog.text
     again = data_module(root, val_fraction=0.3).annotations("val")
     assert again.image_ids.tolist() == val.image_ids.tolist()
     assert data_module(root, val_fraction=0.3, seed=1).annotations("val").image_ids.tolist() != val.image_ids.tolist()
@@ -430,7 +430,7 @@ def test_train_dataloader__little_shared_memory_is_said(
     assert "LCD-R001" in caplog.text
 
 
-def test_two_processes__each_image_once(coco: Path, tmp_path: Path) -> None:
+def test_two_ranks__each_image_once(coco: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = [sys.executable, recorder.__file__, str(coco), str(tmp_path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)

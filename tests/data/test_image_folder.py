@@ -40,7 +40,7 @@ def test_image_folder__splits_are_found(tmp_path: Path) -> None:
             assert [Path(f).parent.name for f in batch["file_names"]] == ["ab"[k] for k in batch["labels"]]
 
 
-def test_image_folder__a_part_is_set_aside_by_seed(tmp_path: Path) -> None:
+def test_image_folder__a_part_is_held_out_by_seed(tmp_path: Path) -> None:
     write(tmp_path, count=10)
     held_out = []
     for seed in (0, 0, 1):
@@ -81,7 +81,7 @@ def test_image_folder__evaluation_cuts_as_timm_does(tmp_path: Path) -> None:
         ("absent", "there is no such folder"),
         ("one class", "fewer than two class folders: a"),
         ("empty class", "b holds no images"),
-        ("other class", "c is no class of the training images"),
+        ("other class", "c is not a class of the training images"),
     ],
 )
 def test_image_folder__what_is_wrong_is_said(case: str, message: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning_convnext_det.data.batch import pack
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader
-from lightning_convnext_det.data.sampler import TrainingBatches
+from lightning_convnext_det.data.sampler import TrainingBatchSampler
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 from tests.data.builders import Box, TinyImage, make_annotations
@@ -23,7 +23,7 @@ def training_loader(folder: Path, num_workers: int = 0) -> TrainingLoader:
     return TrainingLoader(
         dataset,
         batch_size=None,
-        sampler=TrainingBatches(table.sizes[:, 1] >= table.sizes[:, 0], 2),
+        sampler=TrainingBatchSampler(table.sizes[:, 1] >= table.sizes[:, 0], 2),
         collate_fn=pack,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -109,7 +109,7 @@ def test_image_loader__leaves_out_what_cannot_be_read(
     assert [len(images) for images, _ in batches] == [1, 2, 2, 2]
     messages = [record.getMessage() for record in caplog.records]
     assert [Path(files[index]).name in messages[index - 1] for index in (1, 2, 3)] == [True] * 3
-    assert messages[3] == "3 of 10 images could not be read and were left out"
+    assert messages[3] == "3 of 10 images could not be read and were skipped"
 
 
 def test_image_loader__nothing_can_be_read(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_training_loader__two_ranks_share_an_epoch(tmp_path: Path) -> None:
     table = make_annotations(tmp_path, IMAGES)
     seen = []
     for rank in (0, 1):
-        sampler = TrainingBatches(np.ones(10, np.bool_), 2, num_replicas=2, rank=rank)
+        sampler = TrainingBatchSampler(np.ones(10, np.bool_), 2, num_replicas=2, rank=rank)
         loader = TrainingLoader(
             DetectionDataset(table, training=True), batch_size=None, sampler=sampler, collate_fn=pack
         )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.sampler import EvaluationSampler, TrainingBatches, batch_sizes
+from lightning_convnext_det.data.sampler import EvaluationSampler, TrainingBatchSampler, batch_sizes
 
 
 def mixed_orientations(count: int, seed: int = 0) -> NDArray[np.bool_]:
@@ -14,29 +14,31 @@ def mixed_orientations(count: int, seed: int = 0) -> NDArray[np.bool_]:
 
 
 def all_batches(landscape: NDArray[np.bool_], batch_size: int, replicas: int, epoch: int, drop_last: bool = False):
-    shares = []
+    parts = []
     for rank in range(replicas):
-        sampler = TrainingBatches(landscape, batch_size, 3, drop_last=drop_last, num_replicas=replicas, rank=rank)
+        sampler = TrainingBatchSampler(landscape, batch_size, 3, drop_last=drop_last, num_replicas=replicas, rank=rank)
         sampler.set_epoch(epoch)
-        shares.append(list(sampler))
-        assert len(shares[-1]) == len(sampler)
-    return shares
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler)
+    return parts
 
 
 @settings(max_examples=200, deadline=None)
 @given(count=st.integers(1, 90), batch_size=st.integers(1, 7), replicas=st.integers(1, 5), drop_last=st.booleans())
-def test_training_batches__cover_each_image_once(count: int, batch_size: int, replicas: int, drop_last: bool) -> None:
+def test_training_batch_sampler__covers_each_image_once(
+    count: int, batch_size: int, replicas: int, drop_last: bool
+) -> None:
     landscape = mixed_orientations(count)
     sizes = batch_sizes(count, batch_size, replicas, drop_last)
     if not sizes or min(sizes) == 0:
         with pytest.raises(ValueError, match="do not give each of"):
-            TrainingBatches(landscape, batch_size, drop_last=drop_last, num_replicas=replicas)
+            TrainingBatchSampler(landscape, batch_size, drop_last=drop_last, num_replicas=replicas)
         return
-    shares = all_batches(landscape, batch_size, replicas, 2, drop_last)
-    assert len({len(share) for share in shares}) == 1  # ranks must take the same number of steps
-    assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
-    assert {epoch for share in shares for batch in share for epoch, _ in batch} == {2}
-    seen = Counter(index for share in shares for batch in share for _, index in batch)
+    parts = all_batches(landscape, batch_size, replicas, 2, drop_last)
+    assert len({len(part) for part in parts}) == 1  # ranks must take the same number of steps
+    assert all(1 <= len(batch) <= batch_size for part in parts for batch in part)
+    assert {epoch for part in parts for batch in part for epoch, _ in batch} == {2}
+    seen = Counter(index for part in parts for batch in part for _, index in batch)
     assert set(seen.values()) == {1}
     left_out = count - len(seen)
     if drop_last:
@@ -50,11 +52,11 @@ def test_batch_sizes__by_hand() -> None:
     assert batch_sizes(10, 4, 1, True) == [4, 4]
     assert batch_sizes(8, 4, 2, False) == [4, 4]
     assert batch_sizes(11, 4, 2, False) == [4, 4, 2, 1]
-    assert batch_sizes(9, 4, 2, False) == [3, 2, 2, 2]  # one image is too few for two ranks: two steps share 9
+    assert batch_sizes(9, 4, 2, False) == [3, 2, 2, 2]  # one image is too few for two ranks: two steps part 9
     assert batch_sizes(5, 1, 2, False) == [1, 1, 1, 1]
 
 
-def test_training_batches__orientations_are_not_mixed_before_the_last_step() -> None:
+def test_training_batch_sampler__orientations_are_not_mixed_before_the_last_step() -> None:
     landscape = mixed_orientations(203)
     for epoch in range(5):
         (batches,) = all_batches(landscape, 4, 1, epoch)
@@ -64,26 +66,26 @@ def test_training_batches__orientations_are_not_mixed_before_the_last_step() -> 
         assert [len(batch) for batch in batches] == [4] * 50 + [3]
 
 
-def test_training_batches__order_depends_on_seed_and_epoch_alone() -> None:
+def test_training_batch_sampler__order_depends_on_seed_and_epoch_alone() -> None:
     landscape = mixed_orientations(50)
     first = all_batches(landscape, 4, 1, 1)
     assert all_batches(landscape, 4, 1, 1) == first
     other_epoch = all_batches(landscape, 4, 1, 2)
     assert [[i for _, i in b] for b in other_epoch[0]] != [[i for _, i in b] for b in first[0]]
-    sampler = TrainingBatches(landscape, 4, seed=4)
+    sampler = TrainingBatchSampler(landscape, 4, seed=4)
     sampler.set_epoch(1)
     assert list(sampler) != first[0]
 
 
-def test_training_batches__without_shuffle_every_epoch_has_the_same_batches() -> None:
-    sampler = TrainingBatches(np.array([True, False, True, True, False]), 2, shuffle=False)
+def test_training_batch_sampler__without_shuffle_every_epoch_has_the_same_batches() -> None:
+    sampler = TrainingBatchSampler(np.array([True, False, True, True, False]), 2, shuffle=False)
     assert list(sampler) == [[(0, 0), (0, 2)], [(0, 1), (0, 4)], [(0, 3)]]
     sampler.set_epoch(7)
     assert list(sampler) == [[(7, 0), (7, 2)], [(7, 1), (7, 4)], [(7, 3)]]
 
 
-def test_training_batches__start_leaves_out_the_first_batches_once() -> None:
-    sampler = TrainingBatches(mixed_orientations(30), 4)
+def test_training_batch_sampler__start_leaves_out_the_first_batches_once() -> None:
+    sampler = TrainingBatchSampler(mixed_orientations(30), 4)
     everything = list(sampler)
     sampler.start = 3
     sampler.set_epoch(0)
@@ -95,20 +97,20 @@ def test_training_batches__start_leaves_out_the_first_batches_once() -> None:
     assert len(list(sampler)) == len(everything)
 
 
-def test_training_batches__fewer_images_than_processes() -> None:
-    with pytest.raises(ValueError, match="2 training images do not give each of 3 processes one image"):
-        TrainingBatches(np.ones(2, np.bool_), 4, num_replicas=3)
+def test_training_batch_sampler__fewer_images_than_ranks() -> None:
+    with pytest.raises(ValueError, match="2 training images do not give each of 3 ranks one image"):
+        TrainingBatchSampler(np.ones(2, np.bool_), 4, num_replicas=3)
 
 
-def test_training_batches__no_batch_size() -> None:
+def test_training_batch_sampler__no_batch_size() -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
-        TrainingBatches(np.ones(2, np.bool_), 0)
+        TrainingBatchSampler(np.ones(2, np.bool_), 0)
 
 
 @given(count=st.integers(0, 60), replicas=st.integers(1, 9))
-def test_evaluation_share__contiguous_and_exact(count: int, replicas: int) -> None:
-    shares = [EvaluationSampler(count, replicas, rank) for rank in range(replicas)]
-    assert [index for share in shares for index in share] == list(range(count))
-    assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
+def test_evaluation_sampler__contiguous_and_exact(count: int, replicas: int) -> None:
+    parts = [EvaluationSampler(count, replicas, rank) for rank in range(replicas)]
+    assert [index for part in parts for index in part] == list(range(count))
+    assert max(len(part) for part in parts) - min(len(part) for part in parts) <= 1
     if count:
-        assert len(shares[0]) > 0
+        assert len(parts[0]) > 0

@@ -91,7 +91,7 @@ def test_split_randomly__leaves_an_image_on_either_side(
 
 
 def test_split_randomly__one_image(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="too few to set one aside"):
+    with pytest.raises(DataError, match=r"too few to hold one out.*data\.val_fraction 0"):
         split_randomly(make_annotations(tmp_path, [TinyImage(20, 30)], write=False), 0.5, seed=0)
 
 

@@ -13,8 +13,8 @@ from lightning_convnext_det.data.transforms import (
     MULTISCALE_SIZES,
     Preset,
     RandomSizeCrop,
+    RandomSquareCrop,
     ShortestSide,
-    SquareWindow,
     create_transforms,
     scaled_size,
     seeded,
@@ -179,11 +179,11 @@ def test_create_transforms__lsj_fills_right_and_bottom() -> None:
     assert (square[:, :, 65:] == FILL).all()
 
 
-def test_square_window__lies_anywhere_in_a_larger_image() -> None:
+def test_random_square_crop__lies_anywhere_in_a_larger_image() -> None:
     rows, columns = torch.meshgrid(torch.arange(90), torch.arange(130), indexing="ij")
     image = torch.stack([rows, columns, rows]).to(torch.uint8)
     target: Target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    corners = [transform_sample(SquareWindow(30), image, target)[0][:2, 0, 0].tolist() for _ in range(100)]
+    corners = [transform_sample(RandomSquareCrop(30), image, target)[0][:2, 0, 0].tolist() for _ in range(100)]
     for axis, last in ((0, 60), (1, 100)):
         positions = [corner[axis] for corner in corners]
         assert min(positions) < 0.2 * last

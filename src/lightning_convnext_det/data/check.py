@@ -1,7 +1,7 @@
-"""A report on a dataset before anything is trained on it: what is in it, and every record that is not as it should be.
+"""Dataset check: statistics, invalid annotations, and unusual images.
 
-The dataset is only read. Beyond what the readers find, images are looked at one by one: formats that differ from the
-file name, alpha, 16 bits, several frames, EXIF orientation, and files that are equal byte by byte.
+The dataset is only read. Besides the problems that the readers find, it reports formats that differ from the file name,
+alpha channels, 16-bit images, animations, EXIF orientations, and duplicate files.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _STYLES: dict[Action, str] = {"refused": "red", "dropped": "yellow", "clipped": 
 
 
 class SplitSummary(NamedTuple):
-    """What a split holds, in numbers."""
+    """Statistics of a split."""
 
     images: int
     images_without_boxes: int
@@ -41,22 +41,22 @@ class SplitSummary(NamedTuple):
     medium: int
     large: int
     boxes_per_class: tuple[int, ...]
-    """In order of label, crowd included."""
+    """In order of label, crowd boxes included."""
     smallest: tuple[int, int]
-    """Height and width of the image of the least area; 0, 0 without images."""
+    """Height and width of the image with the smallest area; 0, 0 without images."""
     largest: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`check_dataset` finds.
+    """Result of :func:`check_dataset`.
 
     Attributes:
         root: folder of the dataset.
         format: of its annotations.
-        tables: the records that can be used, by split.
-        problems: each once, however many splits share it.
-        modes: how many images have each of Pillow's colour modes, by split.
+        tables: the valid annotations, by split.
+        problems: without duplicates, also where several splits have the same.
+        modes: number of images per Pillow colour mode, by split.
     """
 
     root: Path
@@ -67,7 +67,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is dropped, clipped or refused; what is merely noted does not count."""
+        """Whether nothing is dropped, clipped or refused; notes do not count."""
         return all(problem.action == "noted" for problem in self.problems)
 
 
@@ -81,16 +81,16 @@ def check_dataset(
     follow_symlinks: bool = True,
     decode: bool = False,
 ) -> Report:
-    """Read all splits of a dataset and collect what is wrong with them.
+    """Read all splits of a dataset and collect their problems.
 
     Args:
         root: folder of the dataset, its ``data.yaml``, or one COCO file.
         format: ``auto`` looks at the folder.
-        class_names: the names of the classes in order of label; those of the dataset if not given.
-        invalid_annotations: what is to become of records that cannot be used, see ``read_split``.
-        exif: what boxes refer to in images with an EXIF orientation, see ``read_split``.
-        follow_symlinks: accept images that are links out of the root.
-        decode: decode every image, about 3 ms each, as a header does not show that the rest is damaged.
+        class_names: names of the classes in order of label (default: those of the dataset).
+        invalid_annotations: whether to drop or refuse annotations that cannot be used, see ``read_split``.
+        exif: whether boxes refer to the stored or the upright image, see ``read_split``.
+        follow_symlinks: accept links to images outside of the root.
+        decode: decode every image, about 3 ms each; a header does not show damage in the pixels.
 
     Raises:
         DataError: if no split is found.
@@ -125,7 +125,7 @@ def check_dataset(
 
 
 def summarize_table(table: DetectionAnnotations) -> SplitSummary:
-    """Count what a split holds; small and large are COCO's areas of 32 x 32 and 96 x 96 pixels."""
+    """Compute the statistics of a split; small and large are COCO's, below 32 x 32 and from 96 x 96 pixels."""
     per_image = np.diff(table.offsets)
     small, large = int((table.area < SMALL_AREA).sum()), int((table.area >= LARGE_AREA).sum())
     order = np.argsort(table.sizes.astype(np.int64).prod(axis=1), kind="stable")
@@ -147,9 +147,9 @@ def summarize_table(table: DetectionAnnotations) -> SplitSummary:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print what is wrong, all of it, then what the set holds, then whether it is clean.
+    """Print all problems, then the statistics, then the verdict.
 
-    Of what is merely noted, the first 20 of each kind are shown and the rest is counted.
+    Of the notes, the first 20 of each code are printed and the others counted.
     """
     console = console or Console()
     for action, style in _STYLES.items():
@@ -172,7 +172,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _overview(report: Report) -> Table:
-    """One column for each split."""
+    """Table of statistics, one column per split."""
     grid = Table(title=Text(f"{report.root.name}"), title_justify="left")
     grid.add_column("")
     summaries = [summarize_table(table) for table in report.tables.values()]
@@ -196,7 +196,7 @@ def _overview(report: Report) -> Table:
 
 
 def _class_counts(report: Report) -> Table:
-    """Boxes per class and split."""
+    """Table of boxes per class and split."""
     grid = Table(title="boxes per class", title_justify="left")
     grid.add_column("class")
     counts: list[dict[str, int]] = []
@@ -211,7 +211,7 @@ def _class_counts(report: Report) -> Table:
 def _inspect_images(
     tables: dict[str, DetectionAnnotations], root: Path
 ) -> tuple[dict[str, Counter[str]], list[Problem]]:
-    """Colour modes by split, and what is unusual about single images."""
+    """Count colour modes by split, and find unusual images."""
     modes: dict[str, Counter[str]] = {}
     problems = []
     for name, table in tables.items():
@@ -226,7 +226,7 @@ def _inspect_images(
 
 
 def _peculiarities(header: ImageHeader, path: Path, upright: bool) -> Iterator[tuple[str, str]]:
-    """Code and text for each thing about an image that a user may not expect."""
+    """Yield code and text for each unusual property of an image."""
     if not header.suits(path.suffix):
         yield "LCD-I012", f"holds {header.format}, though it is named {path.suffix}"
     if header.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -241,13 +241,13 @@ def _peculiarities(header: ImageHeader, path: Path, upright: bool) -> Iterator[t
 
 
 def _paths(tables: dict[str, DetectionAnnotations]) -> dict[Path, None]:
-    """All images, each once, however their names lead to them."""
+    """Paths of all images, without duplicates."""
     every = (table.path(index) for table in tables.values() for index in range(len(table)))
     return dict.fromkeys(Path(os.path.normpath(path)) for path in every)
 
 
 def _equal_files(tables: dict[str, DetectionAnnotations], root: Path) -> Iterator[Problem]:
-    """Images that equal another one byte by byte; only those of equal length are read."""
+    """Find duplicate image files; only files of equal size are read."""
     by_length: dict[int, list[Path]] = {}
     for path in _paths(tables):
         by_length.setdefault(path.stat().st_size, []).append(path)
@@ -261,7 +261,7 @@ def _equal_files(tables: dict[str, DetectionAnnotations], root: Path) -> Iterato
 
 
 def _shared_images(tables: dict[str, DetectionAnnotations], root: Path) -> Iterator[Problem]:
-    """Splits that hold the same files; that ``trainval`` holds ``train`` and ``val`` is its purpose."""
+    """Find images in more than one split; ``trainval`` may contain ``train`` and ``val``."""
     paths = {name: set(_paths({name: table})) for name, table in tables.items()}
     for one, other in combinations(paths, 2):
         shared = paths[one] & paths[other]
@@ -271,7 +271,7 @@ def _shared_images(tables: dict[str, DetectionAnnotations], root: Path) -> Itera
 
 
 def _undecodable(tables: dict[str, DetectionAnnotations], root: Path) -> list[Problem]:
-    """Images whose pixels cannot be decoded."""
+    """Find images that cannot be decoded."""
 
     def problem_of(path: Path) -> Problem | None:
         try:

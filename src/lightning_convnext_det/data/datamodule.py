@@ -1,4 +1,4 @@
-"""Loaders for training, validation, test and prediction, for a folder in any of the formats."""
+"""LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, 
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.records import InvalidAnnotations
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatches
+from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatchSampler
 from lightning_convnext_det.data.splits import SplitReader, warn_of_shared_images
 from lightning_convnext_det.data.transforms import MULTISCALE_SIZES, RESIZING_PRESETS, Preset, create_transforms
 from lightning_convnext_det.errors import DataError
@@ -27,19 +27,33 @@ PREFETCH = 2  # batches per worker: torch's default
 
 
 class DetectionDataModule(LightningDataModule):
-    """Images with boxes for a ``Trainer``, from a folder in COCO, Pascal VOC or YOLO layout.
+    """LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format.
 
-    The layout and the splits are found by looking. Validation uses the split ``val``; where there is none, and when
-    training is on ``trainval``, a part of the training images is set aside. Testing uses ``test``, else validation.
-    Nothing is read before it is needed, and each split once. Batches are lists of images of any sizes and of targets.
+    A batch is a list of images, uint8 RGB [3, H, W] of any sizes, and a list of targets: ``boxes`` float32 [N, 4],
+    corners (x1, y1, x2, y2) in pixels of the image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``. For
+    evaluation targets also have ``crowd`` bool [N] and ``area`` float32 [N]; crowd boxes are left out of training.
 
-    Prediction numbers its images from 1. One that cannot be read is left out and named in a warning, not an error.
+    >>> from tempfile import mkdtemp
+    >>> from lightning_convnext_det.data.synthetic import write_synthetic_coco
+    >>> root = write_synthetic_coco(mkdtemp() + "/shapes", num_train=4, num_val=2)
+    >>> data = DetectionDataModule(str(root), batch_size=2, num_workers=0)
+    >>> data.class_names
+    ['disc', 'ring', 'square', 'triangle', 'star']
+    >>> images, targets = next(iter(data.train_dataloader()))
+    >>> len(images), images[0].dtype, targets[0]["boxes"].shape[1]
+    (2, torch.uint8, 4)
+
+    Format and splits are found from the files. Validation uses the split ``val``; without one, and when training on
+    ``trainval``, a part of the training images is held out. Testing uses ``test``, else the validation images. A split
+    is read when it is first needed, and once.
+
+    In prediction, ``image_id`` counts from 1, and an unreadable image is skipped with a warning that names it.
 
     Args:
         root: folder of the dataset.
-        format: layout of the folder; ``auto`` looks.
-        train: split to train on (default: train); or the path of a COCO file or a folder of VOC's XML, written ./NAME
-            where a split has the same name.
+        format: of the annotations; ``auto`` finds out.
+        train: split to train on (default: train), or the path of a COCO file or of a folder with VOC's XML, written
+            ./NAME where a split has the same name.
         val: split to validate on (default: val), or such a path.
         test: split to test on (default: test), or such a path.
         train_images: folder of the images when ``train`` is a path (default: looked for around it).
@@ -47,28 +61,28 @@ class DetectionDataModule(LightningDataModule):
         test_images: folder of the images when ``test`` is a path (default: looked for around it).
         predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
         batch_size: images per batch on each device.
-        num_workers: processes that read images; 0 reads in the training process (default: one per core, at most 4).
-        train_transforms: random changes of training images: ``none``; ``flip``: mirrored half of the time;
-            ``multiscale``: also resized to one of ``sizes`` and often cropped before that; ``lsj``: scaled by 0.1 to 2
-            and cut to a square.
-        sizes: shorter sides in pixels that ``multiscale`` draws from.
-        max_size: limit of the longer side in pixels for ``multiscale``.
-        crop_size: side of the square in pixels for ``lsj``.
+        num_workers: worker processes that read images; 0 reads in the main process (default: one per core, at most 4).
+        train_transforms: augmentation of training images: ``none``; ``flip``: horizontal flip; ``multiscale``: flip,
+            resize to one of ``sizes``, in half of the cases after a random crop; ``lsj``: flip, scale by 0.1 to 2, crop
+            or pad to a square.
+        sizes: shorter sides for ``multiscale`` in pixels.
+        max_size: largest longer side for ``multiscale`` in pixels.
+        crop_size: side of the square for ``lsj`` in pixels.
         scale_range: smallest and largest scale for ``lsj``.
-        vertical_flip: also turn training images upside down half of the time.
-        color_jitter: change brightness, contrast and saturation of training images by up to this factor.
-        val_fraction: share of the training images to set aside where there is no validation split; 0 for none.
-        seed: of the order of the images, their random changes, and the images set aside.
-        class_names: names of the classes in order of label, where the dataset does not tell them, or where some
-            classes of a trained model do not occur in it (default: those of the dataset).
+        vertical_flip: also flip vertically with probability 0.5.
+        color_jitter: change brightness, contrast and saturation by up to this factor.
+        val_fraction: fraction of the training images to hold out where there is no validation split; 0 for none.
+        seed: of the order of the images, their augmentation, and the images held out.
+        class_names: names of the classes in order of label, where the dataset does not name them, or lacks some
+            classes of a trained model (default: those of the dataset).
         classes: names of the classes to use, in order of label (default: all).
-        invalid_annotations: annotations that cannot be used: ``auto`` leaves out those that are harmless to lose and
-            refuses the others; ``drop`` leaves all out; ``refuse`` refuses all.
-        exif: whether boxes refer to images turned by their EXIF orientation; ``auto`` goes by the stated sizes.
+        invalid_annotations: annotations that cannot be used: ``auto`` drops those that are harmless to lose and refuses
+            the others; ``drop`` drops all; ``refuse`` refuses all.
+        exif: whether boxes refer to images turned by their EXIF orientation; ``auto`` goes by the annotated sizes.
         train_on_difficult: train on objects that VOC marks as difficult.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
         persistent_workers: keep the worker processes from one epoch to the next.
-        timeout: seconds to wait for a batch from a worker before giving up; 0 waits for ever.
+        timeout: seconds to wait for a batch from a worker; 0 waits without limit.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -106,14 +120,7 @@ class DetectionDataModule(LightningDataModule):
         timeout: float = 300.0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1.")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must not be negative.")
+        _check_arguments(batch_size, num_workers, val_fraction, seed)
         self.batch_size = batch_size
         self.num_workers = min(4, _available_cores()) if num_workers is None else num_workers
         self.train_transforms = train_transforms
@@ -142,26 +149,26 @@ class DetectionDataModule(LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes in order of label; reads the training split if nothing has been read yet."""
+        """Names of the classes in order of label; reads the training split if no split has been read yet."""
         return list(self._reader.class_table()[0])
 
     @property
     def category_ids(self) -> list[int]:
-        """The dataset's own ids of the classes, in order of label."""
+        """The dataset's category ids, in order of label."""
         return list(self._reader.class_table()[1])
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, background not counted."""
+        """Number of classes, without background."""
         return len(self._reader.class_table()[0])
 
     @property
     def resizes(self) -> bool:
-        """Whether the training images have their final size: the detector must then not resize them in training."""
+        """Whether the transforms set the final size of training images; the detector then does not resize them."""
         return self.train_transforms in RESIZING_PRESETS
 
     def annotations(self, stage: Literal["train", "val", "test"]) -> DetectionAnnotations | None:
-        """The images and boxes of a stage; None for a validation that is switched off.
+        """The annotations of a stage; None if validation is switched off.
 
         Raises:
             DataError: if the split is missing or cannot be used.
@@ -169,7 +176,7 @@ class DetectionDataModule(LightningDataModule):
         return self._reader.annotations(stage)
 
     def setup(self, stage: str) -> None:
-        """Read what a stage needs, so that all that is wrong with it is said before the first step.
+        """Read the splits of a stage, so that all problems are reported before the first step.
 
         Raises:
             DataError: if a split is missing, empty, or cannot be used.
@@ -188,11 +195,11 @@ class DetectionDataModule(LightningDataModule):
             self.annotations("test")
 
     def train_dataloader(self) -> TrainingLoader:
-        """Batches by seed and epoch, orientations apart; its place in an epoch goes into Lightning's checkpoints."""
+        """Training batches grouped by orientation; the position in the epoch is saved in Lightning's checkpoints."""
         table = self.annotations("train")
         assert table is not None
         num_replicas, rank = self._replicas()
-        batches = TrainingBatches(
+        batches = TrainingBatchSampler(
             table.sizes[:, 1] >= table.sizes[:, 0],
             self.batch_size,
             self.seed,
@@ -206,18 +213,18 @@ class DetectionDataModule(LightningDataModule):
         return self._loader(TrainingLoader, dataset, batches, None)
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
-        """Each validation image once, shared out over the processes; an empty list if there are none."""
+        """Validation batches of this rank, over all ranks each image once; an empty list without validation."""
         table = self.annotations("val")
         return [] if table is None else self._evaluation_loader(table)
 
     def test_dataloader(self) -> EvaluationLoader:
-        """Each test image once, shared out over the processes."""
+        """Test batches of this rank, over all ranks each image once."""
         table = self.annotations("test")
         assert table is not None
         return self._evaluation_loader(table)
 
     def predict_dataloader(self) -> ImageLoader:
-        """Images without boxes; their targets hold ``file_name`` and ``image_id``, which counts from 1.
+        """Images without boxes; targets have ``file_name`` and ``image_id``, which counts from 1.
 
         Raises:
             DataError: if no images are given or found.
@@ -225,19 +232,19 @@ class DetectionDataModule(LightningDataModule):
         if not self.predict:
             raise DataError("[LCD-P001] data.predict is not given: name an image, a folder or a pattern")
         files = find_images(self.predict)
-        share = EvaluationSampler(len(files), *self._replicas())
-        return self._loader(ImageLoader, ImageDataset(files), share, self.batch_size)
+        sampler = EvaluationSampler(len(files), *self._replicas())
+        return self._loader(ImageLoader, ImageDataset(files), sampler, self.batch_size)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch; not to an XLA device, which would compile anew for each image's size: the detector does."""
+        """Move a batch to a device; the detector moves it to XLA, which would recompile for each image size."""
         if device.type == "xla":
             return batch
         return cast(Batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
     def _evaluation_loader(self, table: DetectionAnnotations) -> EvaluationLoader:
         dataset = DetectionDataset(table, training=False)
-        share = EvaluationSampler(len(table), *self._replicas())
-        return self._loader(EvaluationLoader, dataset, share, self.batch_size)
+        sampler = EvaluationSampler(len(table), *self._replicas())
+        return self._loader(EvaluationLoader, dataset, sampler, self.batch_size)
 
     def _loader(
         self,
@@ -246,7 +253,7 @@ class DetectionDataModule(LightningDataModule):
         sampler: Sampler[int] | Sampler[list[Key]],
         batch_size: int | None,
     ) -> _Loader:
-        """A loader with the options that all have in common."""
+        """Create a loader with the options that all have in common."""
         return kind(
             dataset,
             batch_size=batch_size,
@@ -261,7 +268,7 @@ class DetectionDataModule(LightningDataModule):
         )
 
     def _replicas(self) -> tuple[int, int]:
-        """The number of processes and which this one is."""
+        """Number of ranks, and the rank of this process."""
         if self.trainer is not None:
             return self.trainer.world_size, self.trainer.global_rank
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -274,7 +281,7 @@ class DetectionDataModule(LightningDataModule):
         return torch.cuda.is_available()
 
     def _check_shared_memory(self, pixels: int) -> None:
-        """Say so before workers die of a bus error for want of shared memory, as in a container's 64 MB."""
+        """Warn before workers die of a bus error for lack of shared memory, as in a container with 64 MB."""
         if self.num_workers == 0 or not os.path.isdir("/dev/shm"):
             return
         needed = 3 * pixels * self.batch_size * self.num_workers * PREFETCH
@@ -285,6 +292,17 @@ class DetectionDataModule(LightningDataModule):
                 "lower num_workers or batch_size, or start the container with a larger --shm-size",
                 self.num_workers, needed >> 20, free >> 20,
             )  # fmt: skip
+
+
+def _check_arguments(batch_size: int, num_workers: int | None, val_fraction: float, seed: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1.")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative.")
 
 
 def _available_cores() -> int:

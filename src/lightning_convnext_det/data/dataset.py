@@ -1,4 +1,4 @@
-"""Images and their boxes, one at a time: for training and evaluation from a table, for prediction from files."""
+"""Datasets of images with boxes, for training and evaluation, and of images alone, for prediction."""
 
 from collections.abc import Sequence
 from glob import glob
@@ -21,16 +21,28 @@ from lightning_convnext_det.types import Target
 
 
 class DetectionDataset(Dataset[Sample]):
-    """The images of a table, of whatever format it was read from.
+    """Map-style dataset of images with boxes, for a split in COCO, Pascal VOC or YOLO format.
 
-    Indexed by an image's number or by ``(epoch, number)``, or by a list of either for a list of samples. A number
-    alone is of epoch 0. What the transforms draw from torch is a function of seed, epoch and number, so the same key
-    gives the same sample in any process, with any number of workers; torch's own generator is left as it was.
+    ``dataset[index]`` is an image, uint8 RGB [3, H, W], and a ``Target``: ``boxes`` float32 [N, 4], corners
+    (x1, y1, x2, y2) in pixels of that image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``. For evaluation
+    it also has ``crowd`` bool [N] and ``area`` float32 [N] in square pixels; for training, crowd boxes are left out.
+
+    >>> from lightning_convnext_det.data.formats.discovery import find_splits, read_split
+    >>> from lightning_convnext_det.data.synthetic import write_synthetic_coco
+    >>> from tempfile import mkdtemp
+    >>> splits = find_splits(write_synthetic_coco(mkdtemp() + "/shapes", num_train=2, num_val=1))
+    >>> image, target = DetectionDataset(read_split(splits["train"]), training=True)[0]
+    >>> image.dtype, image.shape[0], target["boxes"].shape[1]
+    (torch.uint8, 3, 4)
+
+    An index may also be ``(epoch, index)``, or a list of either for a list of samples; an index alone means epoch 0.
+    The random numbers that the transforms draw depend on seed, epoch and index alone, so the same key gives the same
+    sample with any number of workers and ranks. The global generators are left as they were.
 
     Args:
-        table: the split; its arrays are shared by worker processes, not copied, where they are forked.
+        table: the split's annotations; forked workers share its arrays.
         transforms: torchvision v2 transforms of image and boxes; None for none.
-        training: leave crowd boxes out. Otherwise targets also hold ``crowd`` and ``area``.
+        training: leave out crowd boxes. Otherwise targets also have ``crowd`` and ``area``.
         seed: of the transforms.
     """
 
@@ -66,7 +78,7 @@ class DetectionDataset(Dataset[Sample]):
             return transform_sample(self.transforms, image, target)
 
     def target(self, index: int) -> Target:
-        """The objects of an image, before any transform; tensors of its own."""
+        """The target of an image before transforms; its tensors are copies."""
         table, rows = self.table, self.table.rows(index)
         crowd = torch.from_numpy(table.crowd[rows].copy())
         target: Target = {
@@ -84,7 +96,7 @@ class DetectionDataset(Dataset[Sample]):
         return target
 
     def _read(self, epoch: int, index: int) -> Tensor:
-        """The image, uint8 [3, H, W], of the size that its boxes refer to."""
+        """Decode an image and check that it has the size its boxes refer to; uint8 [3, H, W]."""
         table = self.table
         path, where = table.path(index), f"(image id {table.image_ids[index]}, epoch {epoch})"
         try:
@@ -101,12 +113,14 @@ class DetectionDataset(Dataset[Sample]):
 
 
 class ImageDataset(Dataset[Sample | UnreadableImage]):
-    """Images without annotations, numbered from 1 in the order given.
+    """Map-style dataset of images without annotations, for prediction.
 
-    An image that cannot be read does not end a prediction over many: its item says why instead.
+    ``dataset[index]`` is an image, uint8 RGB [3, H, W], turned upright by its EXIF orientation, and a ``Target``
+    without boxes; its ``image_id`` counts from 1 in the order of the files. The item of an image that cannot be decoded
+    is an ``UnreadableImage``, so that one damaged file does not end a prediction over many.
 
     Args:
-        files: the images; turned upright by their EXIF orientation.
+        files: paths of the images.
     """
 
     def __init__(self, files: Sequence[str | Path]) -> None:
@@ -132,11 +146,11 @@ class ImageDataset(Dataset[Sample | UnreadableImage]):
 
 
 def find_images(sources: Sequence[str | Path]) -> list[Path]:
-    """The files that prediction is asked for, each once.
+    """List the image files of folders, patterns and single paths, each once.
 
     Args:
-        sources: files, whatever their names; folders, of which the images in them are taken, sorted, but not those in
-            folders below; and patterns such as ``photos/**/*.jpg``, of which only images are taken.
+        sources: files of any name; folders, whose images are taken in sorted order, without subfolders; patterns such
+            as ``photos/**/*.jpg``, of which only images are taken.
 
     Raises:
         DataError: if a source yields none.

@@ -1,4 +1,4 @@
-"""Images in one folder per class, for training and evaluating classifiers."""
+"""Dataset and LightningDataModule for classification: one folder of images per class."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from lightning_convnext_det.data.dataset import find_images
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.listing import image_names
 from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatches
+from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatchSampler
 from lightning_convnext_det.data.transforms import seeded
 from lightning_convnext_det.errors import DataError
 
@@ -31,7 +31,7 @@ _SPLITS: dict[Stage, tuple[str, ...]] = {
 
 
 class LabeledImage(TypedDict, total=False):
-    """An image and what it shows."""
+    """An image and its label."""
 
     image: Tensor
     """uint8 [3, H, W]."""
@@ -40,14 +40,14 @@ class LabeledImage(TypedDict, total=False):
 
 
 class ImageFolderDataset(Dataset[LabeledImage | list[LabeledImage]]):
-    """Images with labels, or without for prediction.
+    """Map-style dataset of images with labels, or without labels for prediction.
 
-    Indexed by an image's number or by ``(epoch, number)``, or by a list of either. What the transform draws is a
-    function of seed, epoch and number.
+    Indexed by ``index`` or ``(epoch, index)``, or by a list of either. The random numbers that the transform draws
+    depend on seed, epoch and index alone.
 
     Args:
-        files: the images; turned upright by their EXIF orientation.
-        labels: as many, or None.
+        files: paths of the images, which are turned upright by their EXIF orientation.
+        labels: one per image, or None.
         transform: from a Pillow image to uint8 [3, H, W].
         seed: of the transform.
     """
@@ -80,10 +80,28 @@ class ImageFolderDataset(Dataset[LabeledImage | list[LabeledImage]]):
 
 
 class ImageFolderDataModule(LightningDataModule):
-    """Images in one folder per class for a ``Trainer``: ``ROOT/train/CLASS/*.jpg``, or ``ROOT/CLASS/*.jpg``.
+    """LightningDataModule for classification, with one folder of images per class.
 
-    Where there is no folder ``val``, a part of the training images is set aside. Testing uses ``test``, else
-    validation. Training images are changed by timm, and evaluation images cut as timm does.
+    Images are in ``ROOT/train/CLASS/*.jpg``, or in ``ROOT/CLASS/*.jpg`` without splits. A batch is a dict of
+    ``images`` uint8 [B, 3, image_size, image_size], ``labels`` int64 [B] (absent in prediction) and ``file_names``.
+
+    >>> from pathlib import Path
+    >>> from tempfile import mkdtemp
+    >>> from PIL import Image
+    >>> root = Path(mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (root / "train" / name).mkdir(parents=True)
+    ...     for i in range(4):
+    ...         Image.new("RGB", (40, 30)).save(root / "train" / name / f"{i}.png")
+    >>> data = ImageFolderDataModule(str(root), image_size=32, batch_size=4, num_workers=0, val_fraction=0.25)
+    >>> data.class_names
+    ['cat', 'dog']
+    >>> batch = next(iter(data.train_dataloader()))
+    >>> tuple(batch["images"].shape), tuple(batch["labels"].shape)
+    ((4, 3, 32, 32), (4,))
+
+    Without a folder ``val``, a part of the training images is held out for validation. Testing uses ``test``, else the
+    validation images. timm's transforms augment training images and crop evaluation images.
 
     Args:
         root: folder of the dataset.
@@ -93,16 +111,16 @@ class ImageFolderDataModule(LightningDataModule):
         predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
         image_size: side of the images in pixels.
         batch_size: images per batch on each device.
-        num_workers: processes that read images; 0 reads in the training process.
-        scale: smallest and largest share of a training image that is cut out.
-        ratio: narrowest and widest shape, width over height, of what is cut out.
-        horizontal_flip: share of the training images that are mirrored.
-        vertical_flip: share of the training images that are turned upside down.
+        num_workers: worker processes that read images; 0 reads in the main process.
+        scale: smallest and largest area of the random crop, as a fraction of the training image.
+        ratio: smallest and largest aspect ratio, width over height, of the random crop.
+        horizontal_flip: probability of a horizontal flip in training.
+        vertical_flip: probability of a vertical flip in training.
         color_jitter: change brightness, contrast and saturation of training images by up to this factor.
         auto_augment: timm's name of an augmentation policy, e.g. 'rand-m9-mstd0.5-inc1' (default: none).
-        crop_pct: share of the resized image that evaluation cuts out of its middle.
-        val_fraction: share of the training images to set aside where there is no validation split.
-        seed: of the order of the images, their random changes, and the images set aside.
+        crop_pct: side of evaluation's centre crop, as a fraction of the resized image.
+        val_fraction: fraction of the training images to hold out where there is no validation split.
+        seed: of the order of the images, their augmentation, and the images held out.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
 
     Raises:
@@ -139,11 +157,11 @@ class ImageFolderDataModule(LightningDataModule):
         self.given: dict[Stage, str | None] = {"train": train, "val": val, "test": test}
         self.predict = [predict] if isinstance(predict, str) else predict
         self.val_fraction, self.drop_last = val_fraction, drop_last
-        self._changes = create_transform(
+        self._train_transform = create_transform(
             image_size, is_training=True, scale=scale, ratio=ratio, hflip=horizontal_flip, vflip=vertical_flip,
             color_jitter=color_jitter, auto_augment=auto_augment, interpolation="random", normalize=False,
         )  # fmt: skip
-        self._cut = create_transform(image_size, crop_pct=crop_pct, interpolation="bicubic", normalize=False)
+        self._eval_transform = create_transform(image_size, crop_pct=crop_pct, interpolation="bicubic", normalize=False)
         self._splits: dict[Stage, tuple[list[Path], list[int]]] = {}
         self._names: list[str] | None = None
 
@@ -171,14 +189,14 @@ class ImageFolderDataModule(LightningDataModule):
         return len(self.class_names)
 
     def train_dataloader(self) -> TrainingLoader:
-        """Batches by seed and epoch; their place in the epoch goes into Lightning's checkpoints."""
+        """Training batches; the position in the epoch is saved in Lightning's checkpoints."""
         files, labels = self._split("train")
         num_replicas, rank = self._replicas()
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        batches = TrainingBatches(
+        batches = TrainingBatchSampler(
             np.ones(len(files), dtype=np.bool_), self.batch_size, self.seed, shuffle, self.drop_last, num_replicas, rank
         )
-        dataset = ImageFolderDataset(files, labels, self._changes, self.seed)
+        dataset = ImageFolderDataset(files, labels, self._train_transform, self.seed)
         return _TrainingLoader(dataset, sampler=batches, batch_size=None, **self._options())
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
@@ -201,9 +219,9 @@ class ImageFolderDataModule(LightningDataModule):
         return self._evaluation_loader(find_images(self.predict), None)
 
     def _evaluation_loader(self, files: list[Path], labels: list[int] | None) -> EvaluationLoader:
-        share = EvaluationSampler(len(files), *self._replicas())
-        dataset = ImageFolderDataset(files, labels, self._cut)
-        return _EvaluationLoader(dataset, sampler=share, batch_size=self.batch_size, **self._options())
+        sampler = EvaluationSampler(len(files), *self._replicas())
+        dataset = ImageFolderDataset(files, labels, self._eval_transform)
+        return _EvaluationLoader(dataset, sampler=sampler, batch_size=self.batch_size, **self._options())
 
     def _options(self) -> dict[str, Any]:  # of torch's DataLoader
         return {
@@ -234,7 +252,7 @@ class ImageFolderDataModule(LightningDataModule):
             if folder is not None:
                 self._splits[stage] = _read_folder(folder, self.class_names)
                 if stage == "train" and self._folder("val") is None:
-                    self._set_aside()
+                    self._hold_out()
             elif stage == "train":
                 raise DataError("[LCD-D140] data.root holds no folder 'train' with one folder per class")
             elif stage == "val":
@@ -243,7 +261,7 @@ class ImageFolderDataModule(LightningDataModule):
                 self._splits["test"] = self._split("val")
         return self._splits[stage]
 
-    def _set_aside(self) -> None:
+    def _hold_out(self) -> None:
         files, labels = self._splits["train"]
         order = np.random.default_rng(self.seed).permutation(len(files))
         count = round(self.val_fraction * len(files))
@@ -288,7 +306,7 @@ def _class_folders(folder: Path) -> list[str]:
 def _read_folder(folder: Path, class_names: list[str]) -> tuple[list[Path], list[int]]:
     names = _class_folders(folder)
     if unknown := [name for name in names if name not in class_names]:
-        raise DataError(f"[LCD-D140] {folder / unknown[0]} is no class of the training images")
+        raise DataError(f"[LCD-D140] {folder / unknown[0]} is not a class of the training images")
     files: list[Path] = []
     labels: list[int] = []
     for name in names:
@@ -302,7 +320,7 @@ def _read_folder(folder: Path, class_names: list[str]) -> tuple[list[Path], list
 
 @contextmanager
 def _seeded_everything(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed torch, and Python's and numpy's generators, which timm's transforms draw from, and put them back."""
+    """Seed the generators of torch, NumPy and Python, which timm's transforms draw from, and restore them."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the generator that timm uses
     with seeded(seed, epoch, index):
         number = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Loaders whose errors are one line, that can continue in the middle of an epoch, and that outlive a broken image."""
+"""Data loaders: one-line errors from workers, resuming in mid-epoch, and prediction that skips unreadable images."""
 
 import logging
 import signal
@@ -8,7 +8,7 @@ from typing import TypedDict, cast
 from torch.utils.data import DataLoader
 
 from lightning_convnext_det.data.batch import Batch, PackedBatch, unpack
-from lightning_convnext_det.data.sampler import TrainingBatches
+from lightning_convnext_det.data.sampler import TrainingBatchSampler
 from lightning_convnext_det.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -17,17 +17,17 @@ _GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
 class LoaderState(TypedDict):
-    """Where in training a loader is."""
+    """Position of a training loader."""
 
     epoch: int
     batches: int
-    """Batches of that epoch which training has received, on each process."""
+    """Batches of that epoch that training has received, on each rank."""
 
 
 def outlast_signals(worker: int) -> None:
-    """Let a worker live on for a while when all processes of a run are told to stop, as scancel and timeout do.
+    """Delay a worker's reaction to SIGTERM, which ``scancel`` and ``timeout`` send to all processes of a run.
 
-    The main process then takes the step under way and saves; a worker's death would end it with an error before.
+    The main process can then finish its step and save; it would fail if a worker died before.
     """
     if hasattr(signal, "SIGALRM"):
         # not ignored: torch ends workers that hang by this signal
@@ -36,11 +36,10 @@ def outlast_signals(worker: int) -> None:
 
 
 class EvaluationLoader(DataLoader[object]):
-    """A loader whose data errors read the same with workers as without: one line, no traceback of another process.
+    """Data loader for evaluation; a data error in a worker is the same one-line error as without workers.
 
-    The ``collate_fn`` of all loaders here must be ``pack``; what they yield is unpacked. Where there are fewer images
-    than processes, a process without any has one batch without images: Lightning would leave it out of the validation
-    altogether, and the others would wait for it.
+    ``collate_fn`` must be ``pack``; batches are unpacked here. A rank without images yields one empty batch: Lightning
+    would otherwise skip the validation on this rank, and the other ranks would wait for it.
     """
 
     unpack = staticmethod(unpack)
@@ -70,40 +69,40 @@ class EvaluationLoader(DataLoader[object]):
 
 
 class TrainingLoader(EvaluationLoader):
-    """A loader of whole batches whose place in the epoch goes into Lightning's checkpoints.
+    """Data loader for training whose position in the epoch is saved in Lightning's checkpoints.
 
-    Its sampler must be a ``TrainingBatches``, its ``batch_size`` None. Lightning creates the iterator of a resumed
-    epoch before it sets the epoch; an iterator here asks for epoch and place only with its first batch.
+    ``sampler`` must be a ``TrainingBatchSampler`` and ``batch_size`` None. Lightning creates the iterator of a resumed
+    epoch before it sets the epoch, so the iterator reads epoch and position only when the first batch is asked for.
     """
 
-    sampler: TrainingBatches
+    sampler: TrainingBatchSampler
     _received = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
-        """Yield the batches of the sampler's epoch, from where a loaded state left off."""
+        """Yield the batches of the sampler's epoch, from the position of a loaded state on."""
         self._received = self.sampler.start
         for batch in super().__iter__():
             self._received += 1
             yield batch
 
     def state_dict(self) -> LoaderState:
-        """Where training is; Lightning stores it in checkpoints."""
+        """Position in training; Lightning stores it in checkpoints."""
         return {"epoch": self.sampler.epoch, "batches": self._received}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Continue with the batch after those that a state counts."""
+        """Continue at the position of a state."""
         self.sampler.set_epoch(state["epoch"])
         self.sampler.start = self._received = state["batches"]
 
 
 class ImageLoader(EvaluationLoader):
-    """A loader that leaves out images that cannot be read, reports each as it comes and their number at the end.
+    """Data loader for prediction that skips unreadable images, names each, and counts them at the end.
 
-    A batch of which nothing is left is not yielded.
+    A batch without readable images is not yielded.
     """
 
     def __len__(self) -> int:
-        """Number of batches; 0 on a process without images."""
+        """Number of batches; 0 on a rank without images."""
         return DataLoader.__len__(self)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
@@ -117,10 +116,10 @@ class ImageLoader(EvaluationLoader):
             num_read += len(batch.sizes)
             num_failed += len(batch.unreadable)
             for image in batch.unreadable:
-                _logger.warning("left out: %s", image.reason)
+                _logger.warning("skipped: %s", image.reason)
             if batch.sizes:
                 yield unpack(batch)
         if num_failed == len(cast(Sized, self.dataset)):
             raise DataError(f"[LCD-P002] none of {num_failed} images can be read; the reasons are given above")
         if num_failed:
-            _logger.warning("%d of %d images could not be read and were left out", num_failed, num_read + num_failed)
+            _logger.warning("%d of %d images could not be read and were skipped", num_failed, num_read + num_failed)

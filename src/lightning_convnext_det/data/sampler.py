@@ -1,7 +1,7 @@
-"""Which images make up which batch, on which process, in which epoch.
+"""Samplers: training batches that are reproducible and grouped by orientation, and evaluation without duplicates.
 
-Both samplers are subclasses of ``DistributedSampler`` *and* of ``SequentialSampler`` for Lightning's sake: it replaces
-the sampler of a loader by its own under several processes unless it is the first, and under ``overfit_batches`` unless
+Both are subclasses of ``DistributedSampler`` *and* of ``SequentialSampler`` for Lightning's sake: it replaces
+the sampler of a loader by its own on several ranks unless it is the first, and under ``overfit_batches`` unless
 it is the second (``trainer/connectors/data_connector.py``, lightning 2.6). So ``use_distributed_sampler`` may stay on.
 """
 
@@ -13,48 +13,53 @@ from torch.utils.data import SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 Key = tuple[int, int]
-"""Epoch and index of an image: together with the seed they decide every random choice made for it."""
+"""Epoch and index of an image, which with the seed determine its augmentation."""
 
 
 def batch_sizes(num_images: int, batch_size: int, num_replicas: int, drop_last: bool) -> list[int]:
     """Sizes of all batches of an epoch, in order; every ``num_replicas`` of them make up one step.
 
-    All are ``batch_size`` but those of the last step, which shares the rest evenly. Fewer images than processes are
-    shared out over the last two steps. Only with ``batch_size=1`` that is impossible: they then sit out this epoch.
+    All but the last step's are ``batch_size``; the last step divides the remainder evenly over the ranks. A remainder
+    smaller than the number of ranks is divided over the last two steps, or left out if ``batch_size`` is 1.
     """
     full_steps, rest = divmod(num_images, batch_size * num_replicas)
     sizes = [batch_size] * (full_steps * num_replicas)
     if rest == 0 or drop_last or (rest < num_replicas and batch_size == 1):
         return sizes
-    shares = num_replicas
+    parts = num_replicas
     if rest < num_replicas and full_steps:
         sizes = sizes[:-num_replicas]
         rest += batch_size * num_replicas
-        shares = 2 * num_replicas
-    return sizes + [rest // shares + (share < rest % shares) for share in range(shares)]
+        parts = 2 * num_replicas
+    return sizes + [rest // parts + (part < rest % parts) for part in range(parts)]
 
 
-class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
-    """The batches of one process: lists of ``(epoch, index)``, landscape with landscape and portrait with portrait.
+class TrainingBatchSampler(DistributedSampler[list[Key]], SequentialSampler):
+    """Batch sampler of one rank that groups landscape and portrait images and can start in mid-epoch.
 
-    The order is a function of the seed and the epoch alone. Over all processes an epoch holds each image exactly once
-    (with ``drop_last`` at most once), each process has the same number of batches, and only what is left over when the
-    two groups are cut into whole batches is mixed, at the epoch's end.
+    Yields lists of ``(epoch, index)``. The order depends on the seed and the epoch alone. Over all ranks, an epoch
+    visits each image exactly once (at most once with ``drop_last``), and every rank gets the same number of batches.
+    Only the remainders of the two groups are mixed, at the end of the epoch.
+
+    >>> import numpy as np
+    >>> sampler = TrainingBatchSampler(np.array([True, False, True, True, False]), batch_size=2, shuffle=False)
+    >>> list(sampler)
+    [[(0, 0), (0, 2)], [(0, 1), (0, 4)], [(0, 3)]]
 
     Attributes:
-        start: how many batches the next pass leaves out at its beginning; 0 again after that, or with another epoch.
+        start: number of batches that the next pass skips; reset to 0 by that pass and by a change of epoch.
 
     Args:
         landscape: whether an image is at least as wide as it is high, bool [N].
-        batch_size: images per batch and process.
+        batch_size: images per batch on each rank.
         seed: of the order.
-        shuffle: ``False`` gives the same batches in every epoch, by rising index.
+        shuffle: ``False`` gives the same batches in every epoch, by ascending index.
         drop_last: leave out the last step of an epoch when it is smaller than the others.
-        num_replicas: number of processes.
-        rank: which of them this is.
+        num_replicas: number of ranks.
+        rank: of this process.
 
     Raises:
-        ValueError: if there are fewer images than an epoch needs for one batch on each process.
+        ValueError: if there are too few images for one batch on each rank.
     """
 
     def __init__(
@@ -82,12 +87,12 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
         if not self.sizes or min(self.sizes) == 0:
             kind = "full batch" if drop_last else "image"
             raise ValueError(
-                f"{len(landscape)} training images do not give each of {num_replicas} processes one {kind} at "
-                f"batch_size={batch_size}, drop_last={drop_last}; lower batch_size or use fewer processes."
+                f"{len(landscape)} training images do not give each of {num_replicas} ranks one {kind} at "
+                f"batch_size={batch_size}, drop_last={drop_last}; lower batch_size or use fewer devices."
             )
 
     def __len__(self) -> int:
-        """Number of batches per process and epoch, whatever ``start`` is."""
+        """Number of batches per rank and epoch, regardless of ``start``."""
         return len(self.sizes) // self.num_replicas
 
     def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]  # SequentialSampler is a mark, see above
@@ -98,13 +103,13 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
             yield [(epoch, int(index)) for index in batch]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; another one than before begins at its first batch."""
+        """Set the epoch; a new epoch begins at its first batch."""
         if epoch != self.epoch:
             self.start = 0
         self.epoch = epoch
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """All images such that whole batches hold one orientation, int64 [N]."""
+        """All indices, ordered so that full batches hold one orientation, int64 [N]."""
         generator = np.random.default_rng((self.seed, epoch))
         whole: list[NDArray[np.int64]] = []
         rest: list[NDArray[np.int64]] = []
@@ -112,9 +117,9 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
             group = np.flatnonzero(self.landscape == orientation)
             if self.shuffle:
                 group = generator.permutation(group)
-            cut = len(group) - len(group) % self.batch_size
-            whole.append(group[:cut].reshape(-1, self.batch_size))
-            rest.append(group[cut:])
+            full = len(group) - len(group) % self.batch_size
+            whole.append(group[:full].reshape(-1, self.batch_size))
+            rest.append(group[full:])
         batches, left_over = np.concatenate(whole), np.concatenate(rest)
         if self.shuffle:
             batches, left_over = generator.permutation(batches), generator.permutation(left_over)
@@ -122,16 +127,19 @@ class TrainingBatches(DistributedSampler[list[Key]], SequentialSampler):
 
 
 class EvaluationSampler(DistributedSampler[int], SequentialSampler):
-    """The contiguous run of images that one process evaluates: each image once, none added to make shares equal.
+    """Sampler of one rank's contiguous part of a split, without the duplicates of ``DistributedSampler``'s padding.
+
+    >>> [list(EvaluationSampler(5, num_replicas=2, rank=rank)) for rank in (0, 1)]
+    [[0, 1, 2], [3, 4]]
 
     Args:
-        num_images: of the split.
-        num_replicas: number of processes.
-        rank: which of them this is.
+        num_images: number of images in the split.
+        num_replicas: number of ranks.
+        rank: of this process.
     """
 
     def __init__(self, num_images: int, num_replicas: int = 1, rank: int = 0) -> None:
-        # rounded up, so that with fewer images than processes the first process is not the idle one
+        # rounded up, so that rank 0 is not the idle one when there are fewer images than ranks
         bounds = [-(-num_images * replica // num_replicas) for replica in (rank, rank + 1)]
         self.indices = range(bounds[0], bounds[1])
         self.epoch = 0

@@ -1,4 +1,4 @@
-"""Which split of a dataset serves training, validation and testing, and its table, read when it is first needed."""
+"""Reader of the training, validation and test splits of a dataset, each read when it is first needed."""
 
 import logging
 import os
@@ -26,25 +26,25 @@ _warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class SplitReader:
-    """Finds the splits of a dataset and reads each once.
+    """Finds the splits of a dataset and reads each at most once.
 
-    The class names of the training split, or of the first that there is, are those of all: another split with other
-    classes is refused. Where there is no validation split, or training is on ``trainval``, a part of the training
-    images is set aside by a seed; where there is no test split, validation serves as one.
+    All splits must have the classes of the training split, or of the first split found. Without a validation split, or
+    when training on ``trainval``, a random part of the training images is held out for validation; without a test
+    split, testing uses the validation images.
 
     Args:
         root: folder of the dataset; None if ``wanted`` gives paths only.
         format: of the folder, or ``auto``.
-        wanted: for each stage the name of a split, the path of a COCO file or of a folder of VOC's XML, or None for the
-            usual name. A name that is also a folder's means the split; ./NAME means the folder.
-        images: for each stage the folder of the images that go with such a path, or None to look around it.
-        val_fraction: share of the training images to set aside; 0 for no validation.
-        seed: of that choice.
+        wanted: for each stage the name of a split, the path of a COCO file or of a folder with VOC's XML, or None for
+            the usual name. A split wins over a folder of the same name; ./NAME means the folder.
+        images: for each stage the folder of images for such a path, or None to look around it.
+        val_fraction: fraction of the training images to hold out; 0 for no validation.
+        seed: of that random choice.
         class_names: the names of the classes in order of label; None for those of the dataset.
-        classes: train on and evaluate these only, in this order; None for all.
-        invalid_annotations: what becomes of records that cannot be used.
-        exif: whether boxes refer to upright images.
-        train_on_difficult: treat VOC's difficult objects as any other in training.
+        classes: names of the classes to use, in order of label; None for all.
+        invalid_annotations: whether to drop or refuse annotations that cannot be used.
+        exif: whether boxes refer to images turned by their EXIF orientation.
+        train_on_difficult: train on VOC's difficult objects like any other.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class SplitReader:
         self._tables: dict[Stage, DetectionAnnotations | None] = {}
 
     def class_table(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The names of the classes in order of label, and the dataset's ids of them.
+        """Class names and the dataset's category ids, both in order of label.
 
         Raises:
             DataError: if no split is given, or it cannot be read.
@@ -87,7 +87,7 @@ class SplitReader:
         return table.class_names, table.category_ids
 
     def annotations(self, stage: Stage) -> DetectionAnnotations | None:
-        """The images of a stage; None for a validation that the user has switched off.
+        """The annotations of a stage; None if validation is switched off.
 
         Raises:
             DataError: if there is no such split, it cannot be used, or its classes are not those of training.
@@ -99,7 +99,7 @@ class SplitReader:
         return self._tables[stage]
 
     def _first_stage(self) -> Stage:
-        """The stage whose split names the classes."""
+        """The stage whose split defines the classes."""
         for stage in STAGES:
             if self._locate(stage):
                 return stage
@@ -111,10 +111,10 @@ class SplitReader:
         raise DataError(f"[LCD-D131] there is no train split: {self._place()}; set data.train to one of them")
 
     def _read_stage(self, stage: Stage) -> dict[Stage, DetectionAnnotations | None]:
-        """The table of a stage, and of another that is read on the way."""
+        """Read a stage, and any other that comes with it."""
         split = self._locate(stage)
-        if stage == "train" and self._sets_aside():
-            return self._read_and_set_aside()
+        if stage == "train" and self._holds_out():
+            return self._read_and_hold_out()
         if split:
             return {stage: self._read(split, training=stage == "train")}
         if stage == "val" and self._locate("train"):
@@ -124,27 +124,27 @@ class SplitReader:
             return {stage: val}
         raise DataError(f"[LCD-D131] there is no {stage} split: {self._place()}; set data.{stage}")
 
-    def _sets_aside(self) -> bool:
-        """Whether validation images are taken out of the training split."""
+    def _holds_out(self) -> bool:
+        """Whether validation images are held out of the training split."""
         train = self._locate("train")
         if train is None or self.wanted["val"] is not None or self.val_fraction == 0:
             return False
         return self._locate("val") is None or canonical_split(train.name) == "trainval"
 
-    def _read_and_set_aside(self) -> dict[Stage, DetectionAnnotations | None]:
+    def _read_and_hold_out(self) -> dict[Stage, DetectionAnnotations | None]:
         split = self._locate("train")
         assert split is not None
         table = self._read(split, training=False)
-        remaining, aside = split_randomly(table, self.val_fraction, self.seed)
+        remaining, held_out = split_randomly(table, self.val_fraction, self.seed)
         _warn(
-            "%d of the %d images of '%s' are set aside for validation (val_fraction %g, seed %d)",
-            len(aside), len(table), split.name, self.val_fraction, self.seed,
+            "%d of the %d images of '%s' are held out for validation (val_fraction %g, seed %d)",
+            len(held_out), len(table), split.name, self.val_fraction, self.seed,
         )  # fmt: skip
         train = self._read(split, training=True) if self.train_on_difficult else table
-        return {"train": take_images(train, remaining), "val": take_images(table, aside)}
+        return {"train": take_images(train, remaining), "val": take_images(table, held_out)}
 
     def _read(self, split: Split, training: bool) -> DetectionAnnotations:
-        """Read a split, say what was left out, and select the classes."""
+        """Read a split, log its problems, and select the classes."""
         table = read_split(
             split,
             class_names=self._first[1].class_names if self._first else self.class_names,
@@ -160,7 +160,7 @@ class SplitReader:
         return table if self.classes is None else select_classes(table, self.classes)
 
     def _locate(self, stage: Stage) -> Split | None:
-        """Where the files of a stage are; None if the usual names are not there."""
+        """Find the files of a stage; None if no split has a usual name."""
         wanted = self.wanted[stage]
         if wanted is not None and self._is_path(wanted):
             images = self.images[stage]
@@ -184,7 +184,7 @@ class SplitReader:
         raise DataError(f"[LCD-D131] data.{stage}: there is no split '{wanted}': {self._place()}{hint}")
 
     def _is_path(self, wanted: str) -> bool:
-        """Whether a path is meant: a split of the dataset wins over a folder of XML of the same name."""
+        """Whether this is a path; a split of the dataset wins over a folder of XML with the same name."""
         if wanted.endswith(".json") or os.sep in wanted:
             return True
         if not any(name.lower().endswith(".xml") for name in list_names(self._path(wanted))):
@@ -195,9 +195,9 @@ class SplitReader:
             named = {}
         return wanted not in named and canonical_split(wanted) not in named
 
-    def _path(self, stated: str) -> Path:
-        """A path as it is, or below the root where only that exists."""
-        path = Path(stated)
+    def _path(self, given: str) -> Path:
+        """A path as given, or below the root if it exists only there."""
+        path = Path(given)
         return path if path.exists() or not self.root else Path(self.root, path)
 
     def _splits(self) -> dict[str, Split]:
@@ -209,11 +209,11 @@ class SplitReader:
         return self._found
 
     def _place(self) -> str:
-        """What the root holds, for messages."""
+        """The splits in the root, for messages."""
         return "data.root is not given" if self.root is None else f"{self.root} has {', '.join(self._splits())}"
 
 
 def warn_of_shared_images(train: DetectionAnnotations, val: DetectionAnnotations) -> None:
-    """Say how many validation images are trained on."""
+    """Warn if validation images are also trained on."""
     if shared := count_shared(train, val):
         _warn("%d of %d validation images are also trained on: the score is too good", shared, len(val))

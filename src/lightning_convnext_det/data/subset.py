@@ -1,4 +1,4 @@
-"""Parts of a table: some of its images, or some of its classes."""
+"""Subsets of annotations: by image, by class, or a random split."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from lightning_convnext_det.errors import DataError
 
 
 def take_images(table: DetectionAnnotations, indices: NDArray[np.int64]) -> DetectionAnnotations:
-    """The table of some images, in the order given."""
+    """Select images, in the order given."""
     counts = np.diff(table.offsets)[indices]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     rows = np.arange(offsets[-1]) + np.repeat(table.offsets[indices] - offsets[:-1], counts)
@@ -25,10 +25,10 @@ def take_images(table: DetectionAnnotations, indices: NDArray[np.int64]) -> Dete
 
 
 def select_classes(table: DetectionAnnotations, class_names: Sequence[str]) -> DetectionAnnotations:
-    """The table with the objects of some classes only, labelled in the order given; all images stay.
+    """Select the objects of some classes and relabel them in the order given; all images stay.
 
     Raises:
-        DataError: if the table has no such class, or one is named twice.
+        DataError: if a class does not exist, or one is named twice.
     """
     for name in class_names:
         if name not in table.class_names:
@@ -54,25 +54,28 @@ def select_classes(table: DetectionAnnotations, class_names: Sequence[str]) -> D
 def split_randomly(
     table: DetectionAnnotations, fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the images that remain and of those set aside, both rising; at least one of each.
+    """Split images at random: indices to train on and indices held out, both ascending, at least one of each.
 
     Args:
         table: at least two images.
-        fraction: of the images to set aside.
-        seed: of the choice.
+        fraction: of the images to hold out.
+        seed: of the random choice.
 
     Raises:
         DataError: if there is one image only.
     """
     if len(table) < 2:
-        raise DataError(f"[LCD-D133] {table.image_root} holds 1 image: too few to set one aside for validation")
+        raise DataError(
+            f"[LCD-D133] {table.image_root} holds 1 image, too few to hold one out for validation; name validation "
+            "images in data.val, or train without validation: data.val_fraction 0"
+        )
     count = min(max(round(len(table) * fraction), 1), len(table) - 1)
     order = np.random.default_rng(seed).permutation(len(table))
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def count_shared(first: DetectionAnnotations, second: DetectionAnnotations) -> int:
-    """How many files two tables have in common."""
+    """Count the image files that two splits have in common."""
     paths = [{str(table.path(index)) for index in range(len(table))} for table in (first, second)]
     return len(paths[0] & paths[1])
 

@@ -1,8 +1,9 @@
-"""A procedural detection set in COCO layout, to try the whole package without any data.
+"""Synthetic detection dataset in COCO format, to try the whole package without any data.
 
-Shapes of five classes on textured backgrounds, strokes as clutter. Classes share textures, sizes and rotations; each
-has a usual colour, from which one object in seven strays, so that the outline counts too. Objects overlap and stick out
-of the image, and some images have none. A small network learns it from random weights in minutes.
+Shapes of five classes on textured backgrounds, with strokes as clutter. Textures, sizes and rotations are the same for
+all classes. Each class has a usual colour, which one object in seven does not have, so that the outline counts too.
+Objects overlap and extend beyond the image, and some images have none. A small network learns it from random weights in
+minutes.
 """
 
 import json
@@ -18,10 +19,10 @@ from lightning_convnext_det.errors import DataError
 
 CLASS_NAMES = ("disc", "ring", "square", "triangle", "star")
 MIN_VISIBLE = 0.6  # of an object's pixels; less is not drawn
-EMPTY_SHARE = 0.06  # of the images, so that several hundred hold a few dozen negatives
+EMPTY_FRACTION = 0.06  # of the images, so that several hundred hold a few dozen negatives
 MAX_OBJECTS = 8
 MIN_RADIUS, MAX_RADIUS = 0.07, 0.24  # of the shorter side: objects of about 30 to 120 pixels
-STRAY_SHARE = 1 / 7  # of the objects have any colour
+STRAY_FRACTION = 1 / 7  # of the objects have any colour
 USUAL_COLOURS = {
     "disc": (215, 60, 50),
     "ring": (60, 180, 75),
@@ -36,7 +37,7 @@ Colours = NDArray[np.float32]
 
 
 class Scene(NamedTuple):
-    """A drawn image and what it shows."""
+    """A synthetic image and its objects."""
 
     image: NDArray[np.uint8]
     """RGB, [H, W, 3]."""
@@ -65,14 +66,14 @@ def write_synthetic_coco(
 ) -> Path:
     """Write ``annotations/instances_SPLIT.json`` and a folder ``SPLIT`` of JPEG files for each split.
 
-    The same arguments give the same images, and an image does not depend on how many there are.
+    The same arguments give the same images; an image does not depend on the number of images.
 
     Args:
-        folder: where to; made if it does not exist.
-        num_train: training images.
-        num_val: validation images.
-        num_test: test images; 0 writes no such split.
-        seed: of all random choices.
+        folder: to write to; created if it does not exist.
+        num_train: number of training images.
+        num_val: number of validation images.
+        num_test: number of test images; 0 writes no such split.
+        seed: of all random numbers.
         min_side: smallest side of an image in pixels.
         max_side: largest side of an image in pixels.
 
@@ -100,7 +101,7 @@ def draw_scene(generator: np.random.Generator, height: int, width: int) -> Scene
     muted = 128 + 0.35 * (_colours(generator, 3) - 128)
     canvas = _texture(generator, height, width, muted)
     canvas = _with_strokes(generator, canvas)
-    count = 0 if generator.random() < EMPTY_SHARE else int(generator.integers(1, MAX_OBJECTS + 1))
+    count = 0 if generator.random() < EMPTY_FRACTION else int(generator.integers(1, MAX_OBJECTS + 1))
     masks = np.zeros((0, height, width), np.bool_)
     labels: list[int] = []
     pixels = np.zeros(0, np.int64)  # of each object, were nothing in front of it and the image larger
@@ -146,7 +147,7 @@ def _write_images(folder: Path, count: int, seed: tuple[int, int], sides: tuple[
 
 
 def _random_outline(generator: np.random.Generator, name: str, height: int, width: int) -> tuple[Mask, int]:
-    """A shape of random size, place and rotation: its pixels [H, W], and their number if none were cut off."""
+    """Draw a shape of random size, position and rotation: its mask [H, W], and its number of pixels before clipping."""
     radius = min(height, width) * float(np.exp(generator.uniform(np.log(MIN_RADIUS), np.log(MAX_RADIUS))))
     stretch = float(generator.uniform(0.8, 1.25))
     angle = float(generator.uniform(0, 2 * np.pi))
@@ -223,7 +224,7 @@ def _with_strokes(generator: np.random.Generator, canvas: Colours) -> Colours:
 def _shades(generator: np.random.Generator, name: str) -> Colours:
     """Two shades of a class's usual colour, or of any colour, [2, 3]."""
     usual = np.array(USUAL_COLOURS[name], np.float32) + 25 * generator.standard_normal(3, np.float32)
-    colour = _colours(generator, 1)[0] if generator.random() < STRAY_SHARE else usual
+    colour = _colours(generator, 1)[0] if generator.random() < STRAY_FRACTION else usual
     return np.stack([colour, colour * generator.uniform(0.45, 0.85)]).clip(0, 255).astype(np.float32)
 
 
@@ -243,9 +244,9 @@ def _paint(generator: np.random.Generator, canvas: Colours, mask: Mask, name: st
         "checks": (np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period) > 0) * 1.0,
         "gradient": (along - along.min()) / max(float(np.ptp(along)), 1.0),
     }
-    share = patterns[str(generator.choice(list(patterns)))][:, None]
+    blend = patterns[str(generator.choice(list(patterns)))][:, None]
     light = 1 + generator.uniform(0, 0.3) * ((across - across.mean()) / max(float(np.ptp(across)), 1.0))[:, None]
-    canvas[ys, xs] = (pair[0] * (1 - share) + pair[1] * share) * light
+    canvas[ys, xs] = (pair[0] * (1 - blend) + pair[1] * blend) * light
 
 
 def _photograph(generator: np.random.Generator, canvas: Colours) -> NDArray[np.uint8]:

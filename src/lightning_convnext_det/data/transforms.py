@@ -1,7 +1,8 @@
-"""Random changes of a training image and its boxes: four named presets on torchvision's v2 transforms.
+"""Augmentation of training images and their boxes: four presets of torchvision v2 transforms.
 
-Sides are rounded to the nearest pixel and are at least 1, where torchvision's own resizing rounds down, to 0 for a very
-narrow image. All random choices are drawn from torch's generator on the CPU, which ``seeded`` fixes per image.
+``ShortestSide`` and ``LargeScaleJitter`` round sides to the nearest pixel, at least 1; torchvision's RandomShortestSize
+and ScaleJitter round down, to 0 for very narrow images. All random numbers come from torch's CPU generator, which
+``seeded`` sets for each image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from lightning_convnext_det.types import Target
 
 Preset = Literal["none", "flip", "multiscale", "lsj"]
 RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
-"""Presets that fix the size of an image: the detector must not resize it once more in training."""
+"""Presets that set the final size of an image; the detector must not resize it again in training."""
 MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR, arXiv:2005.12872, section 4
 MIN_VISIBLE_SIDE = 1.0  # pixels; the proposal heads cannot regress a box without area
 FILL = 114  # mean of ImageNet's mean colour 124, 116, 104: close to 0 once normalised, as the padding of detectors
@@ -30,7 +31,7 @@ FILL = 114  # mean of ImageNet's mean colour 124, 116, 104: close to 0 once norm
 
 
 class ShortestSide(v2.RandomShortestSize):
-    """Resize such that the shorter side is one of ``min_size``, or less where the longer would exceed ``max_size``."""
+    """Resize the shorter side to one of ``min_size``, or less if the longer side would exceed ``max_size``."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the size of the output."""
@@ -47,11 +48,11 @@ class ShortestSide(v2.RandomShortestSize):
 
 
 class LargeScaleJitter(v2.Transform):
-    """Resize to a random multiple of the size that just fits a square.
+    """Large-scale jittering: resize to a random multiple of the size that fits into a square.
 
     Args:
         side: of the square, in pixels.
-        scale_range: the smallest and the largest multiple, drawn uniformly.
+        scale_range: smallest and largest multiple; drawn uniformly.
 
     Reference:
         Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation",
@@ -76,11 +77,11 @@ class LargeScaleJitter(v2.Transform):
 
 
 class RandomSizeCrop(v2.Transform):
-    """Cut out a window whose sides are drawn independently; a side of the image that is too short is kept.
+    """Crop a window whose height and width are drawn independently; a side shorter than ``min_side`` is kept.
 
     Args:
-        min_side: smallest side of the window in pixels.
-        max_side: largest side of the window in pixels.
+        min_side: smallest side of the crop in pixels.
+        max_side: largest side of the crop in pixels.
     """
 
     def __init__(self, min_side: int, max_side: int) -> None:
@@ -102,16 +103,16 @@ class RandomSizeCrop(v2.Transform):
         }
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
-        """Cut an image or its boxes."""
+        """Crop an image or its boxes."""
         return self._call_kernel(F.crop, inpt, **params)
 
 
-class SquareWindow(v2.Transform):
-    """A square cut out at random where the image is larger, and filled up at right and bottom where it is smaller.
+class RandomSquareCrop(v2.Transform):
+    """Crop to a square at a random position, and pad at the right and bottom where the image is smaller.
 
     Args:
         side: of the square in pixels.
-        fill: grey value, 0 ... 255, of the part that the image does not cover.
+        fill: grey value of the padding, 0 ... 255.
     """
 
     def __init__(self, side: int, fill: int = FILL) -> None:
@@ -131,7 +132,7 @@ class SquareWindow(v2.Transform):
         return {"crop": crop, "padding": [0, 0, self.side - crop["width"], self.side - crop["height"]]}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Any:
-        """Cut and fill an image or its boxes."""
+        """Crop and pad an image or its boxes."""
         window = self._call_kernel(F.crop, inpt, **params["crop"])
         if not isinstance(window, tv_tensors.Image):
             return self._call_kernel(F.pad, window, padding=params["padding"])
@@ -150,22 +151,22 @@ def create_transforms(
     vertical_flip: bool = False,
     color_jitter: float = 0.0,
 ) -> v2.Transform | None:
-    """Build what happens to a training image.
+    """Build the augmentation of training images and their boxes.
 
     Args:
-        preset: ``none``; ``flip``: half of the images are mirrored; ``multiscale``: mirrored, then resized to one of
-            ``sizes``, half of them cropped before that (DETR, arXiv:2005.12872); ``lsj``: mirrored, resized to
-            0.1 ... 2 times ``crop_size`` and cut or filled to that square (arXiv:2012.07177).
-        sizes: shorter sides of ``multiscale`` in pixels. Its crop keeps the proportions that it has for 800, the
-            largest size of the original: resized to 400, 500 or 600, cut to 384 ... 600.
-        max_size: the longer side of ``multiscale`` is at most this many pixels.
-        crop_size: side of the square of ``lsj`` in pixels.
-        scale_range: smallest and largest scale of ``lsj``.
-        vertical_flip: also turn half of the images upside down; for images from above or through a microscope.
+        preset: ``none``; ``flip``: horizontal flip with probability 0.5; ``multiscale``: flip, then resize to one of
+            ``sizes``, in half of the cases after a random crop (DETR, arXiv:2005.12872); ``lsj``: flip, resize to 0.1
+            to 2 times ``crop_size``, crop or pad to that square (arXiv:2012.07177).
+        sizes: shorter sides for ``multiscale`` in pixels. Its crop scales with the largest of them; for 800, as in
+            DETR, it is: resize to 400, 500 or 600, crop to 384 ... 600.
+        max_size: largest longer side for ``multiscale`` in pixels.
+        crop_size: side of the square for ``lsj`` in pixels.
+        scale_range: smallest and largest scale for ``lsj``.
+        vertical_flip: also flip vertically with probability 0.5, e.g. for aerial or microscope images.
         color_jitter: change brightness, contrast and saturation by up to this factor; 0.4 is common.
 
     Returns:
-        A transform of images and boxes; None if there is nothing to do.
+        A transform of image and boxes; None if there is nothing to do.
 
     Raises:
         ValueError: if a preset is not known or a size is not positive.
@@ -183,14 +184,14 @@ def create_transforms(
         crop = RandomSizeCrop(round(384 * unit), round(600 * unit))
         steps.append(v2.RandomChoice([resize, v2.Compose([shorter, crop, resize])]))
     elif preset == "lsj":
-        steps += [LargeScaleJitter(crop_size, scale_range), SquareWindow(crop_size)]
+        steps += [LargeScaleJitter(crop_size, scale_range), RandomSquareCrop(crop_size)]
     if color_jitter > 0:
         steps.append(v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter))
     return v2.Compose(steps) if steps else None
 
 
 def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Apply v2 transforms to an image and its boxes, and leave out the boxes that vanish.
+    """Apply v2 transforms to an image and its boxes, and remove boxes that are no longer visible.
 
     A box stays if its visible part is at least 1 pixel wide and high. All fields of ``target`` that have a row per box
     follow, and ``area`` changes in the proportion in which its box does. Neither argument is modified.
@@ -220,7 +221,7 @@ def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) ->
 
 @contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Make torch's random choices on the CPU a function of three numbers, and leave its generator as it was."""
+    """Seed torch's CPU generator from seed, epoch and index, and restore its state afterwards."""
     state = torch.random.get_rng_state()
     torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
     try:
@@ -235,7 +236,7 @@ def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
 
 
 def _channels_innermost(inpt: Tensor) -> Any:
-    """An image laid out as [H, W, 3] in memory: resizing it takes less than half of the time, this copy included."""
+    """Change an image's memory layout to channels last; resizing then takes half of the time, this copy included."""
     if not isinstance(inpt, tv_tensors.Image):
         return inpt
     return tv_tensors.wrap(inpt.permute(1, 2, 0).contiguous().permute(2, 0, 1), like=inpt)
@@ -253,7 +254,7 @@ def _check_arguments(
     scale_range: tuple[float, float],
     color_jitter: float,
 ) -> None:
-    """Refuse arguments of ``create_transforms`` that make no sense."""
+    """Validate the arguments of ``create_transforms``."""
     if preset not in get_args(Preset):
         close = get_close_matches(preset, get_args(Preset), n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
