@@ -226,14 +226,12 @@ def test_prediction_writer__folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_prediction_writer__target_without_id(tmp_path: Path) -> None:
-    data = DataLoader([([torch.zeros(3, 260, 260)], [{"file_name": "a.jpg"}])], batch_size=None)
-    with pytest.raises(KeyError, match="image_id"):
-        predict(PredictionWriter(tmp_path), data)  # Foretold asks for it first
     module = Foretold()
-    module.detection = lambda _: Foretold().detection(0)  # type: ignore[method-assign]
-    module.predict_step = lambda batch, batch_idx: [module.detection(0)]  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="a target has no 'image_id'"):
-        predict(PredictionWriter(tmp_path), data, module)
+    module.predict_step = lambda batch, batch_idx: [Foretold().detection(0)] * len(batch)  # type: ignore[method-assign]
+    data = DataLoader([torch.zeros(2, 3, 260, 260), [torch.zeros(3, 260, 260)]], batch_size=None)
+    predict(PredictionWriter(tmp_path, draw=False), data, module)
+    records = json.loads((tmp_path / "predictions.json").read_text())
+    assert sorted({(record["image_id"], record["file_name"]) for record in records}) == [(1, "1"), (2, "2"), (3, "3")]
 
 
 def test_prediction_writer__module_without_classes(tmp_path: Path) -> None:

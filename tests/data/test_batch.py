@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_convnext_det.data.batch import UnreadableImage, collate, pack, unpack
+from lightning_convnext_det.data.batch import UnreadableImage, collate, pack, split_batch, unpack
 from lightning_convnext_det.data.dataset import DetectionDataset
 from tests.data.builders import Box, TinyImage, make_annotations
 
@@ -44,7 +44,7 @@ def test_unpack__layout_in_memory_is_kept(tmp_path: Path) -> None:
 def test_pack__tensors_do_not_grow_with_the_batch(tmp_path: Path) -> None:
     packed = pack(DetectionDataset(make_annotations(tmp_path, IMAGES), training=False)[[0, 1, 2]])
     assert sum(isinstance(value, torch.Tensor) for value in packed) == 1
-    assert set(packed.objects) == {"boxes", "labels", "crowd", "area"}
+    assert set(packed.objects) == {"boxes", "labels", "iscrowd", "area"}
 
 
 def test_pack__sets_aside_what_cannot_be_read(tmp_path: Path) -> None:
@@ -54,3 +54,34 @@ def test_pack__sets_aside_what_cannot_be_read(tmp_path: Path) -> None:
     assert packed.unreadable == [failed]
     assert [target["image_id"] for target in unpack(packed)[1]] == [100, 102]
     assert unpack(pack([failed])) == ([], [])
+
+
+IMAGE, TARGET = torch.zeros(3, 8, 9), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "has_targets"),
+    [
+        (([IMAGE, IMAGE], [TARGET, TARGET]), 2, True),
+        (([IMAGE], [TARGET]), 1, True),
+        (tuple(zip(*[(IMAGE, TARGET), (IMAGE, TARGET)], strict=True)), 2, True),  # torchvision's collate_fn
+        ((torch.stack([IMAGE] * 3), [TARGET] * 3), 3, True),
+        ([(IMAGE, TARGET), (IMAGE, TARGET)], 2, True),
+        ([(IMAGE, TARGET)], 1, True),
+        (([], []), 0, True),
+        ([IMAGE, IMAGE], 2, False),
+        ((IMAGE,), 1, False),
+        (torch.stack([IMAGE] * 3), 3, False),
+        ([torch.stack([IMAGE] * 3)], 3, False),  # a DataLoader over a TensorDataset
+    ],
+)
+def test_split_batch__forms_that_loaders_yield(batch: object, count: int, has_targets: bool) -> None:
+    images, targets = split_batch(batch)
+    assert [image.shape for image in images] == [IMAGE.shape] * count
+    assert targets == [TARGET] * count if has_targets else targets is None
+
+
+@pytest.mark.parametrize("batch", [{"images": IMAGE}, IMAGE, ["a.jpg"], (torch.zeros(2, 3, 8, 8), torch.zeros(2)), 5])
+def test_split_batch__refuses(batch: object) -> None:
+    with pytest.raises(TypeError, match=r"give (a list of tensors \[C, H, W\]|\(images, targets\))"):
+        split_batch(batch)

@@ -27,18 +27,18 @@ def test_getitem__training_leaves_crowd_boxes_out(tmp_path: Path) -> None:
     assert target["labels"].tolist() == [1]
     assert target["image_id"] == 100
     assert target["file_name"] == str(tmp_path / "00.png")
-    assert "crowd" not in target
+    assert "iscrowd" not in target
 
 
 def test_getitem__evaluation_keeps_crowd_and_area(tmp_path: Path) -> None:
     _, target = DetectionDataset(make_annotations(tmp_path, IMAGES), training=False)[0]
     assert target["labels"].tolist() == [1, 0]
-    assert target["crowd"].tolist() == [False, True]
+    assert target["iscrowd"].tolist() == [False, True]
     assert target["area"].tolist() == [100.0, 77.0]
     assert {key: value.dtype for key, value in target.items() if isinstance(value, torch.Tensor)} == {
         "boxes": torch.float32,
         "labels": torch.int64,
-        "crowd": torch.bool,
+        "iscrowd": torch.bool,
         "area": torch.float32,
     }
 

@@ -111,10 +111,10 @@ def test_transform_sample__no_boxes() -> None:
 
 def test_transform_sample__a_transform_that_removes_boxes() -> None:
     image, target = image_with((0, 0, 4, 4), (10, 10, 50, 40), (60, 0, 62, 50))
-    target["crowd"] = torch.tensor([False, True, False])
+    target["iscrowd"] = torch.tensor([False, True, False])
     _, found = transform_sample(v2.SanitizeBoundingBoxes(min_size=10), image, target)
     assert found["labels"].tolist() == [1]
-    assert found["crowd"].tolist() == [True]
+    assert found["iscrowd"].tolist() == [True]
     assert found["area"].tolist() == [1200.0]
 
 

@@ -1,8 +1,10 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
@@ -50,7 +52,7 @@ def read_pair(truth: dict[str, Any], found: list[dict[str, Any]]) -> tuple[list[
                 image["id"],
                 [corners(a["bbox"]) for a in own],
                 [label[a["category_id"]] for a in own],
-                crowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in own], dtype=torch.bool),
+                iscrowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in own], dtype=torch.bool),
                 area=torch.tensor([float(a["area"]) for a in own]),
             )
         )
@@ -75,8 +77,16 @@ def test_evaluator__equals_pycocotools_on_published_pairs(shared_data: Path, pai
             assert figures[f"map/{category}"] == pytest.approx(values["AP"], abs=1e-6)
 
 
+def as_in_torchvision(target: Target) -> Target:
+    """The target as torchvision's tutorials have it."""
+    boxes = target["boxes"] if len(target["boxes"]) else torch.tensor([])
+    image_id, iscrowd = torch.tensor([target["image_id"]]), target["iscrowd"].long()
+    return {**target, "boxes": boxes, "image_id": image_id, "iscrowd": iscrowd}
+
+
+@pytest.mark.parametrize("form", [dict, as_in_torchvision])
 def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_images(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: Callable[[Target], Target], shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = shared_data / "coco_mini" / "annotations" / "instances_val2017.json"
     truth = json.loads(file.read_text())
@@ -98,7 +108,7 @@ def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_images(
     detections, targets, ids = read_pair(truth, found)
     evaluator = DetectionEvaluator([str(i) for i in ids])
     for d, t in reversed(list(zip(detections, targets, strict=True))):  # the order of arrival must not matter
-        evaluator.update([d], [t])
+        evaluator.update([d], [form(t)])
     figures = evaluator.compute()
     assert 0.1 < figures["map"] < 0.9
     for name, value in zip(METRICS, reference.stats, strict=True):
@@ -110,7 +120,9 @@ def test_evaluator__truth_as_prediction_is_exactly_one(shared_data: Path) -> Non
     truth = json.loads((shared_data / "coco_mini" / "annotations" / "instances_val2017.json").read_text())
     _, targets, ids = read_pair(truth, [])
     perfect = [
-        detection(t["boxes"][~t["crowd"]].tolist(), [1.0] * int((~t["crowd"]).sum()), t["labels"][~t["crowd"]].tolist())
+        detection(
+            t["boxes"][~t["iscrowd"]].tolist(), [1.0] * int((~t["iscrowd"]).sum()), t["labels"][~t["iscrowd"]].tolist()
+        )
         for t in targets
     ]
     evaluator = DetectionEvaluator([str(i) for i in ids])
@@ -142,7 +154,7 @@ def test_evaluator__a_image_counts_once_and_reset_forgets() -> None:
 )
 def test_evaluator__undefined_is_nan(boxes: list[list[float]], labels: list[int], crowd: list[bool]) -> None:
     evaluator = DetectionEvaluator(["cat"])
-    targets = [target(1, boxes, labels, crowd=torch.tensor(crowd, dtype=torch.bool))]
+    targets = [target(1, boxes, labels, iscrowd=torch.tensor(crowd, dtype=torch.bool))]
     evaluator.update([detection([[0, 0, 5, 5]], [0.5], [0])], targets)
     assert all(math.isnan(value) for value in evaluator.compute().values())
 
@@ -155,11 +167,28 @@ def test_evaluator__refuses_non_finite_predictions(bad: float) -> None:
             evaluator.update([found], [target(1, [], [], file_name="a.jpg")])
 
 
-def test_evaluator__needs_the_image() -> None:
-    with pytest.raises(ValueError, match="no 'image_id'"):
-        DetectionEvaluator(["cat"]).update(
-            [detection([], [], [])], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}]
-        )
+@pytest.mark.parametrize("form", [int, lambda i: torch.tensor(i), lambda i: torch.tensor([i]), np.int64])
+def test_evaluator__equal_image_ids_are_one_image(form: Callable[[int], object]) -> None:
+    evaluator = DetectionEvaluator(["cat"])
+    box = [[0.0, 0.0, 10.0, 10.0]]
+    for _ in range(2):
+        evaluator.update([detection(box, [0.9], [0])], [target(form(1), box, [0])])
+    evaluator.update([detection([], [], [])], [target(2, box, [0])])
+    assert evaluator.compute()["map_50"] == pytest.approx(51 / 101)  # one of two found; of three it would be 34 / 101
+
+
+def test_evaluator__targets_without_image_id_are_different_images() -> None:
+    evaluator = DetectionEvaluator(["cat"])
+    one = {"boxes": torch.tensor([[0.0, 0.0, 10.0, 10.0]]), "labels": torch.tensor([0])}
+    for found in (detection([[0.0, 0.0, 10.0, 10.0]], [0.9], [0]), detection([], [], [])):
+        evaluator.update([found], [one])
+    assert evaluator.compute()["map_50"] == pytest.approx(51 / 101)
+
+
+@pytest.mark.parametrize("image_id", ["a", 1.5, torch.tensor([1, 2]), torch.tensor(1.0)])
+def test_evaluator__refuses_image_ids_that_are_not_integers(image_id: object) -> None:
+    with pytest.raises(TypeError, match=r"image_id is .*; give an int or a tensor with one integer"):
+        DetectionEvaluator(["cat"]).update([detection([], [], [])], [target(image_id, [], [])])
 
 
 def test_evaluator__a_hundred_detections_per_image_count() -> None:

@@ -54,7 +54,7 @@ def images():
                  "labels": torch.cat([labels, torch.randint(0, 3, (3,), generator=generator)])}
         target = {"boxes": boxes, "labels": labels, "image_id": i * 10}
         if i % 2 or crowd.any():  # the optional fields are not in every target, nor on every process
-            target |= {"crowd": crowd, "area": (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])}
+            target |= {"iscrowd": crowd, "area": (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])}
         yield found, target
 
 def evaluate(rank, world_size):

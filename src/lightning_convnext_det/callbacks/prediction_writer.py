@@ -4,7 +4,7 @@ import heapq
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.metrics.coco_results import coco_results
-from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.types import Detection, image_id_of
 from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
 
 _RESULTS = "predictions.json"
@@ -59,7 +60,8 @@ class PredictionWriter(Callback):
         self.draw_limit = draw_limit
         self.font = font
         self._part: _Part | None = None
-        self._limit: int | None = None  # of this process
+        self._limit: int | None = None  # of this rank
+        self._num_images = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Clear away the results of an earlier prediction; all processes wait for the first to do so.
@@ -94,6 +96,7 @@ class PredictionWriter(Callback):
         if not _hidden(self.folder, 0, "part").exists():
             raise ValueError(f"process {rank} does not see the '{self.folder}' of process 0; choose a shared folder")
         self._part = _Part(self.folder, rank, list(names), list(ids))
+        self._num_images = 0
         limit = self.draw_limit if self.draw else 0
         self._limit = None if limit is None else _share(limit, rank, trainer.world_size)
 
@@ -102,24 +105,32 @@ class PredictionWriter(Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Sequence[Detection],
-        batch: tuple[list[Tensor], list[Target]],
+        batch: Batch | list[Tensor] | Tensor,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Write the records of a batch and draw its images.
 
+        An image without ``image_id`` gets the next number: 1, 2, ... on one rank, in turn on several.
+
         Raises:
             DivergenceError: if a box or score is not finite.
-            ValueError: if a target has no ``image_id``.
         """
         assert self._part is not None  # opened when the prediction began
-        for image, target, detection in zip(*batch, outputs, strict=True):
+        images, targets = split_batch(batch)
+        names: Sequence[Mapping[str, object]] = targets or [{}] * len(images)
+        for image, target, detection in zip(images, names, outputs, strict=True):
+            image_id = image_id_of(target)
+            if image_id is None:
+                image_id = self._num_images * trainer.world_size + trainer.global_rank + 1
+            self._num_images += 1
+            file_name = str(target.get("file_name", image_id))
             found = Detection(
                 boxes=detection["boxes"].cpu(), labels=detection["labels"].cpu(), scores=detection["scores"].cpu()
             )
-            self._part.write(found, target)
+            self._part.write(found, image_id, file_name)
             if self._limit is None or self._part.num_drawn < self._limit:
-                self._part.draw(image, found, target, self.score_threshold, self.font)
+                self._part.draw(image, found, image_id, file_name, self.score_threshold, self.font)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Merge the parts of all processes into ``predictions.json``."""
@@ -163,16 +174,20 @@ class _Part:
             self._drawings = files.enter_context(open(_hidden(folder, rank, "drawn"), "w"))
             self._files = files.pop_all()
 
-    def write(self, detection: Detection, target: Target) -> None:
-        image_id, file_name = _identity(target)
+    def write(self, detection: Detection, image_id: int, file_name: str) -> None:
         records = coco_results(detection, image_id, file_name, self.class_names, self.category_ids)
         if records:
             self._records.write(f"{image_id}\t{', '.join(json.dumps(record) for record in records)}\n")
 
     def draw(
-        self, image: Tensor, detection: Detection, target: Target, score_threshold: float, font: str | None
+        self,
+        image: Tensor,
+        detection: Detection,
+        image_id: int,
+        file_name: str,
+        score_threshold: float,
+        font: str | None,
     ) -> None:
-        image_id, file_name = _identity(target)
         kept = detection["scores"] >= score_threshold
         names = [self.class_names[label] for label in detection["labels"][kept].tolist()]
         drawing = draw_detections(image, detection["boxes"][kept], names, detection["scores"][kept], self.colors, font)
@@ -185,13 +200,6 @@ class _Part:
 
     def close(self) -> None:
         self._files.close()
-
-
-def _identity(target: Target) -> tuple[int, str]:
-    if "image_id" not in target:
-        raise ValueError("a target has no 'image_id'; predictions are written with the id of their image")
-    image_id = int(target["image_id"])
-    return image_id, target.get("file_name", str(image_id))
 
 
 def _share(number: int, rank: int, world_size: int) -> int:

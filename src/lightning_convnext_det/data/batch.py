@@ -5,13 +5,13 @@ to five tensors instead of that many per image: a tenth of the time for 16 image
 open files.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lightning_convnext_det.types import Target
+from lightning_convnext_det.types import Target, image_id_of
 
 Sample = tuple[Tensor, Target]
 """An image, uint8 [3, H, W], and its target."""
@@ -59,6 +59,53 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return [image for image, _ in samples], [target for _, target in samples]
 
 
+def split_batch(batch: object) -> tuple[list[Tensor], list[Target] | None]:
+    """Split a batch of any ``DataLoader`` into its images and its targets.
+
+    >>> images, targets = torch.zeros(2, 3, 8, 8), [{}, {}]
+    >>> [len(part) for part in split_batch((images, targets))]
+    [2, 2]
+    >>> split_batch([(images[0], targets[0])])[1]
+    [{}]
+    >>> split_batch(images)[1] is None
+    True
+
+    Args:
+        batch: ``(images, targets)``; a list of ``(image, target)``; or images alone. Images are a list of tensors
+            [C, H, W] or one tensor [B, C, H, W].
+
+    Returns:
+        The images, and one target for each; None in place of the targets for images alone.
+
+    Raises:
+        TypeError: if the batch is something else.
+    """
+    if isinstance(batch, Tensor):
+        return _split_images(batch), None
+    if not isinstance(batch, list | tuple):
+        raise TypeError(f"a batch is a {type(batch).__name__}; give (images, targets), e.g. by collate_fn=collate")
+    if len(batch) == 2 and _are_targets(batch[1]):
+        return _split_images(batch[0]), list(batch[1])
+    if batch and all(isinstance(one, list | tuple) and len(one) == 2 and _are_targets(one[1:]) for one in batch):
+        return [image for image, _ in batch], [target for _, target in batch]
+    if len(batch) == 1 and isinstance(batch[0], Tensor) and batch[0].dim() == 4:  # of a TensorDataset
+        return _split_images(batch[0]), None
+    return _split_images(batch), None
+
+
+def _are_targets(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value)
+
+
+def _split_images(images: object) -> list[Tensor]:
+    if isinstance(images, Tensor) and images.dim() == 4:
+        return list(images)
+    if isinstance(images, list | tuple) and all(isinstance(one, Tensor) and one.dim() == 3 for one in images):
+        return list(images)
+    shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    raise TypeError(f"the images of a batch are {shape}; give a list of tensors [C, H, W] or a tensor [B, C, H, W]")
+
+
 def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
     """Collate samples into a packed batch."""
     images, targets = collate([sample for sample in samples if not isinstance(sample, UnreadableImage)])
@@ -73,7 +120,7 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
         innermost=innermost,
         counts=[len(target["boxes"]) for target in targets],
         objects={key: torch.cat([fields[key] for fields in rows]) for key in (rows[0] if rows else ())},
-        image_ids=[target["image_id"] for target in targets],
+        image_ids=[cast(int, image_id_of(target)) for target in targets],
         file_names=[target["file_name"] for target in targets],
         unreadable=[sample for sample in samples if isinstance(sample, UnreadableImage)],
     )
@@ -95,8 +142,8 @@ def unpack(batch: PackedBatch) -> Batch:
             "image_id": image_id,
             "file_name": file_name,
         }
-        if "crowd" in rows:
-            target["crowd"] = rows["crowd"][index]
+        if "iscrowd" in rows:
+            target["iscrowd"] = rows["iscrowd"][index]
         if "area" in rows:
             target["area"] = rows["area"][index]
         targets.append(target)

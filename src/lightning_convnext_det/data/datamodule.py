@@ -31,7 +31,7 @@ class DetectionDataModule(LightningDataModule):
 
     A batch is a list of images, uint8 RGB [3, H, W] of any sizes, and a list of targets: ``boxes`` float32 [N, 4],
     corners (x1, y1, x2, y2) in pixels of the image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``. For
-    evaluation targets also have ``crowd`` bool [N] and ``area`` float32 [N]; crowd boxes are left out of training.
+    evaluation targets also have ``iscrowd`` bool [N] and ``area`` float32 [N]; crowd boxes are left out of training.
 
     >>> from tempfile import mkdtemp
     >>> from lightning_convnext_det.data.synthetic import write_synthetic_coco

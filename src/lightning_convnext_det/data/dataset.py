@@ -25,7 +25,7 @@ class DetectionDataset(Dataset[Sample]):
 
     ``dataset[index]`` is an image, uint8 RGB [3, H, W], and a ``Target``: ``boxes`` float32 [N, 4], corners
     (x1, y1, x2, y2) in pixels of that image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``. For evaluation
-    it also has ``crowd`` bool [N] and ``area`` float32 [N] in square pixels; for training, crowd boxes are left out.
+    it also has ``iscrowd`` bool [N] and ``area`` float32 [N] in square pixels; for training, crowd boxes are left out.
 
     >>> from lightning_convnext_det.data.formats.discovery import find_splits, read_split
     >>> from lightning_convnext_det.data.synthetic import write_synthetic_coco
@@ -42,7 +42,7 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         table: the split's annotations; forked workers share its arrays.
         transforms: torchvision v2 transforms of image and boxes; None for none.
-        training: leave out crowd boxes. Otherwise targets also have ``crowd`` and ``area``.
+        training: leave out crowd boxes. Otherwise targets also have ``iscrowd`` and ``area``.
         seed: of the transforms.
     """
 
@@ -91,7 +91,7 @@ class DetectionDataset(Dataset[Sample]):
             if crowd.any():
                 target["boxes"], target["labels"] = target["boxes"][~crowd], target["labels"][~crowd]
         else:
-            target["crowd"] = crowd
+            target["iscrowd"] = crowd
             target["area"] = torch.from_numpy(table.area[rows].copy())
         return target
 

@@ -212,8 +212,8 @@ def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) ->
     visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_VISIBLE_SIDE).all(dim=1)
     boxes, rows = boxes[visible], found["labels"][visible]
     changed: Target = {**target, "boxes": boxes, "labels": target["labels"][rows]}
-    if "crowd" in target:
-        changed["crowd"] = target["crowd"][rows]
+    if "iscrowd" in target:
+        changed["iscrowd"] = target["iscrowd"][rows]
     if "area" in target:
         changed["area"] = target["area"][rows] * _box_area(boxes) / _box_area(target["boxes"][rows])
     return pixels.as_subclass(Tensor), changed

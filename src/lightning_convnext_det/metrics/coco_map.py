@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_convnext_det.errors import DivergenceError
-from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.types import Detection, Target, image_id_of
 
 # pycocotools' own values in float64; torchmetrics' default is a float32 linspace, which differs by up to 6e-5 in mAP
 _IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
@@ -35,6 +35,10 @@ METRICS = (
     "mar_medium",
     "mar_large",
 )
+
+
+_Key = tuple[int, int]
+"""0 and the image's id; or, for a target without an id, 1 + rank and a running number."""
 
 
 class _Record(NamedTuple):
@@ -57,7 +61,7 @@ class DetectionEvaluator:
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
         self.undefined: str | None = None
-        self._records: dict[int, _Record] = {}
+        self._records: dict[_Key, _Record] = {}
 
     def reset(self) -> None:
         """Forget all images."""
@@ -68,18 +72,18 @@ class DetectionEvaluator:
 
         Args:
             detections: boxes in pixels of the original image.
-            targets: boxes in the same pixels, with ``crowd``, ``area`` and ``image_id`` where the dataset has them.
+            targets: boxes in the same pixels, with ``iscrowd``, ``area`` and ``image_id`` where the dataset has them.
+                Every target without ``image_id`` counts as another image.
 
         Raises:
             DivergenceError: if a box or score is not finite.
-            ValueError: if a target has no ``image_id``.
+            TypeError: if an ``image_id`` is not an integer.
         """
         for detection, target in zip(detections, targets, strict=True):
-            if "image_id" not in target:
-                raise ValueError("a target has no 'image_id'; evaluation counts each image once, by its id")
-            key = target["image_id"]
+            image_id = image_id_of(target)
+            key = (1 + _rank(), len(self._records)) if image_id is None else (0, image_id)
             if not (detection["boxes"].isfinite().all() and detection["scores"].isfinite().all()):
-                name = target.get("file_name", key)
+                name = target.get("file_name", f"image {key[1]}")
                 raise DivergenceError(f"[LCD-E010] the boxes or scores predicted for '{name}' are not finite")
             self._records[key] = _Record(_cpu_detection(detection), _cpu_target(target))
 
@@ -100,7 +104,7 @@ class DetectionEvaluator:
         figures, self.undefined = outcome[0]
         return figures
 
-    def _evaluate(self, records: dict[int, _Record]) -> dict[str, float]:
+    def _evaluate(self, records: dict[_Key, _Record]) -> dict[str, float]:
         metric = MeanAveragePrecision(
             iou_thresholds=_IOU_THRESHOLDS,
             rec_thresholds=_RECALL_THRESHOLDS,
@@ -134,8 +138,8 @@ def _cpu_detection(detection: Detection) -> dict[str, Tensor]:
 
 
 def _cpu_target(target: Target) -> dict[str, Tensor]:
-    boxes = target["boxes"].to("cpu", torch.float32)
-    crowd = target.get("crowd", torch.zeros(len(boxes), dtype=torch.bool))
+    boxes = target["boxes"].to("cpu", torch.float32).reshape(-1, 4)  # torch.tensor([]) is [0]
+    crowd = target.get("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
     area = target.get("area", (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
     return {
         "boxes": boxes,
@@ -149,7 +153,7 @@ def _defined(value: float) -> float:
     return math.nan if value == -1 else value  # COCO's -1 says that there is nothing to measure
 
 
-def _why_undefined(records: dict[int, _Record]) -> str:
+def _why_undefined(records: dict[_Key, _Record]) -> str:
     if not records:
         return "no image was evaluated"
     boxes = sum(len(record.target["boxes"]) for record in records.values())
@@ -165,15 +169,15 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(records: dict[int, _Record]) -> dict[int, _Record] | None:
+def _gather(records: dict[_Key, _Record]) -> dict[_Key, _Record] | None:
     """Bring all records to rank 0; None on the others. An image that two processes saw counts once."""
     if _world_size() == 1:
         return records
-    parts: list[dict[int, _Record] | None] | None = [None] * _world_size() if _rank() == 0 else None
+    parts: list[dict[_Key, _Record] | None] | None = [None] * _world_size() if _rank() == 0 else None
     dist.gather_object(records, parts, dst=0)
     if parts is None:
         return None
-    merged: dict[int, _Record] = {}
+    merged: dict[_Key, _Record] = {}
     for part in parts:
         merged.update(part or {})
     return merged

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
+from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.metrics.coco_map import METRICS, DetectionEvaluator
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
-from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.types import Detection
 
 _logger = logging.getLogger(__name__)
-
-Batch = tuple[list[Tensor], list[Target]]
 
 
 class Outcome(TypedDict):
@@ -137,7 +136,7 @@ class DetectionModule(TrainableModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Outcome:
         """Compute the sum of the detector's weighted losses; each is logged as ``train/<name>``."""
-        images, targets = batch
+        images, targets = _annotated(batch)
         reason = None
         try:
             losses: dict[str, Tensor] = self.detector(images, targets)
@@ -178,8 +177,9 @@ class DetectionModule(TrainableModule):
         self._log_metrics("test")
 
     def _evaluate(self, batch: Batch) -> None:
-        if batch[0]:  # a process without images has one batch without images, see EvaluationLoader
-            self.evaluator.update(self.detector(batch[0]), batch[1])
+        images, targets = _annotated(batch)
+        if images:  # a rank without images has one batch without images, see EvaluationLoader
+            self.evaluator.update(self.detector(images), targets)
 
     def _log_metrics(self, stage: str) -> None:
         figures = self.evaluator.compute()
@@ -192,9 +192,10 @@ class DetectionModule(TrainableModule):
         self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))}, batch_size=1)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, batch_size=1)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Detection]:
-        """Find objects; boxes are in pixels of the images given."""
-        return cast(list[Detection], self.detector(batch[0]))
+    def predict_step(self, batch: Batch | list[Tensor] | Tensor, batch_idx: int) -> list[Detection]:
+        """Detect objects in a batch of images, with or without targets; boxes are in pixels of the images given."""
+        images, _ = split_batch(batch)
+        return cast(list[Detection], self.detector(images))
 
     # ---- optimisation
 
@@ -230,3 +231,10 @@ class DetectionModule(TrainableModule):
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)
+
+
+def _annotated(batch: object) -> Batch:
+    images, targets = split_batch(batch)
+    if targets is None:
+        raise ValueError("the batch has images but no targets; give (images, targets), e.g. by collate_fn=collate")
+    return images, targets
