@@ -3,6 +3,7 @@
 jsonargparse imports and calls what a configuration names for a parameter of type Any, a bare Callable or a bare class.
 """
 
+import ast
 import collections.abc
 import importlib
 import inspect
@@ -10,6 +11,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +34,8 @@ FORWARDED = {
 
 
 def public_names() -> list[str]:
-    return sorted(lightning_convnext_det.__all__)
+    names = sorted(lightning_convnext_det.__all__)
+    return [name for name in names if not typing.is_typeddict(getattr(lightning_convnext_det, name))]
 
 
 def constructors() -> Iterator[tuple[str, type]]:
@@ -95,3 +98,24 @@ def test_constructors__that_a_configuration_can_name_take_no_value_of_any_type()
         if is_own(kind) and (wrong := open_parameters(kind, kind.__name__))
     }
     assert found == {}
+
+
+def test_package__imports_lazily_what_it_declares_to_type_checkers() -> None:
+    source = ast.parse(Path(lightning_convnext_det.__file__).read_text())
+    guarded = next(node for node in source.body if isinstance(node, ast.If))
+    declared = {
+        alias.name: node.module.removeprefix("lightning_convnext_det.")
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+    assert declared == lightning_convnext_det._HOMES
+    assert sorted(declared) == sorted(lightning_convnext_det.__all__)
+    for name in declared:
+        assert getattr(lightning_convnext_det, name).__name__ == name
+
+
+def test_package__dir_shows_the_public_names() -> None:
+    assert {*lightning_convnext_det.__all__, "__version__"} <= set(dir(lightning_convnext_det))
+    with pytest.raises(AttributeError, match="has no attribute 'Detektor'"):
+        lightning_convnext_det.Detektor  # noqa: B018

@@ -1,14 +1,18 @@
 """Object detection on any timm backbone with PyTorch Lightning.
 
-The names below are imported when they are first used, so that a plain detector does not import the trainer.
+The names below are imported when they are first used, so that a detector alone does not import Lightning.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
     from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+    from lightning_convnext_det.callbacks.stage_unfreezing import StageUnfreezing
+    from lightning_convnext_det.data.batch import collate
     from lightning_convnext_det.data.datamodule import DetectionDataModule
+    from lightning_convnext_det.data.dataset import DetectionDataset
     from lightning_convnext_det.data.image_folder import ImageFolderDataModule
     from lightning_convnext_det.inference.predictor import Predictor
     from lightning_convnext_det.models.classifier import (
@@ -32,25 +36,34 @@ if TYPE_CHECKING:
         load_module,
         start_module,
     )
+    from lightning_convnext_det.types import Detection, Target
+    from lightning_convnext_det.visualization import draw_detections
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
+    "BestCheckpoint",
     "CascadeRCNN",
     "CascadeRCNNModule",
     "Classifier",
     "ClassifierModule",
     "DeformableDETR",
     "DeformableDETRModule",
+    "Detection",
     "DetectionDataModule",
+    "DetectionDataset",
     "DetectionModule",
     "FasterRCNN",
     "FasterRCNNModule",
     "ImageFolderDataModule",
     "PredictionWriter",
     "Predictor",
+    "StageUnfreezing",
+    "Target",
     "classify",
+    "collate",
     "create_classifier",
     "create_detector",
+    "draw_detections",
     "extract_features",
     "list_classifiers",
     "list_detectors",
@@ -60,22 +73,29 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BestCheckpoint": "callbacks.best_checkpoint",
     "CascadeRCNN": "models.rcnn.cascade_rcnn",
     "CascadeRCNNModule": "modules",
     "Classifier": "models.classifier",
     "ClassifierModule": "modules",
     "DeformableDETR": "models.deformable_detr.model",
     "DeformableDETRModule": "modules",
+    "Detection": "types",
     "DetectionDataModule": "data.datamodule",
+    "DetectionDataset": "data.dataset",
     "DetectionModule": "modules",
     "FasterRCNN": "models.rcnn.faster_rcnn",
     "FasterRCNNModule": "modules",
     "ImageFolderDataModule": "data.image_folder",
     "PredictionWriter": "callbacks.prediction_writer",
     "Predictor": "inference.predictor",
+    "StageUnfreezing": "callbacks.stage_unfreezing",
+    "Target": "types",
     "classify": "models.classifier",
+    "collate": "data.batch",
     "create_classifier": "models.classifier",
     "create_detector": "models.zoo",
+    "draw_detections": "visualization",
     "extract_features": "models.classifier",
     "list_classifiers": "models.classifier",
     "list_detectors": "models.zoo",
@@ -89,3 +109,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""What goes into a detector and what comes out of it."""
+"""The input and the output of a detector: targets and detections, by torchvision's conventions."""
 
 import operator
 from collections.abc import Mapping
@@ -8,19 +8,24 @@ from torch import Tensor
 
 
 class Target(TypedDict):
-    """The objects of one image.
+    """The annotated objects of one image; a detector in training takes one for each image.
 
-    A detector in training needs ``boxes`` and ``labels`` only; the others serve evaluation and messages.
+    Training needs ``boxes`` and ``labels``; the other keys serve evaluation and messages. Labels count from 0 and the
+    background has none, unlike torchvision's, which begin at 1.
+
+    >>> import torch
+    >>> target = Target(boxes=torch.tensor([[10.0, 20.0, 50.0, 60.0]]), labels=torch.tensor([0]))
+    >>> nothing = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
     """
 
     boxes: Tensor
-    """Corners (x1, y1, x2, y2) in pixels of the image given, float32 [N, 4]."""
+    """Corners (x1, y1, x2, y2) in pixels of the image, x1 < x2 and y1 < y2, float32 [N, 4]."""
     labels: Tensor
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     iscrowd: NotRequired[Tensor]
     """Regions that evaluation ignores, bool or int [N]; absent in training."""
     area: NotRequired[Tensor]
-    """Areas in square pixels as the annotation states them, float32 [N]."""
+    """Areas in square pixels as annotated, by which evaluation groups objects into sizes, float32 [N]."""
     image_id: NotRequired[int | Tensor]
     """The dataset's own id of the image: an int or, as in torchvision's tutorials, a tensor with one element."""
     file_name: NotRequired[str]
@@ -43,10 +48,21 @@ def image_id_of(target: Mapping[str, object]) -> int | None:
 
 
 class Detection(TypedDict):
-    """What a detector finds in one image, by descending score."""
+    """The objects that a detector finds in one image, by descending score.
+
+    >>> import torch
+    >>> from lightning_convnext_det import FasterRCNN
+    >>> detector = FasterRCNN(3, backbone="test_convnext", min_size=64, max_size=96).eval()
+    >>> with torch.no_grad():
+    ...     detection = detector([torch.rand(3, 64, 80)])[0]
+    >>> sorted(detection)
+    ['boxes', 'labels', 'scores']
+    >>> detection["boxes"].shape[1]
+    4
+    """
 
     boxes: Tensor
-    """Corners (x1, y1, x2, y2) in pixels of the image given, float32 [N, 4]."""
+    """Corners (x1, y1, x2, y2) in pixels of the image, float32 [N, 4]."""
     labels: Tensor
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     scores: Tensor
