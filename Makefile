@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all test-xla lint types clean
+.PHONY: demo test test-all test-xla lint types docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -41,5 +41,9 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
+# every page and every docstring, warnings as errors; nothing is loaded from the network, neither here nor by the pages
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-xla runs demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site .venv .venv-xla runs demo .pytest_cache .mypy_cache .ruff_cache
