@@ -123,6 +123,26 @@ def test_timm_pyramid__name_without_a_pyramid(name: str, message: str) -> None:
         TimmPyramid(name)
 
 
+def test_timm_pyramid__frozen_stages_keep_their_statistics() -> None:
+    pyramid = TimmPyramid("resnet18", frozen_stages=2, batch_norm="train")
+    pyramid.eval().train()  # as a trainer does, around validation
+    before = {k: v.clone() for k, v in pyramid.net.state_dict().items()}
+    images = torch.rand(2, 3, 64, 64) * 3 + 2
+    first = pyramid(images)
+    after = pyramid.net.state_dict()
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"layer3", "layer4"}
+    expected = pyramid.eval()(images)
+    torch.testing.assert_close(first[:2], expected[:2])  # frozen stages compute the same in training and evaluation
+    assert not torch.allclose(first[2], expected[2])
+
+
+def test_timm_pyramid__frozen_stages_drop_no_path() -> None:
+    pyramid = TimmPyramid("test_convnext", frozen_stages=4, drop_path_rate=0.5).train()
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(pyramid(images), pyramid(images), rtol=0, atol=0)
+
+
 def test_timm_pyramid__frozen_stages_out_of_range() -> None:
     with pytest.raises(ValueError, match="frozen_stages is 5"):
         TimmPyramid("test_convnext", frozen_stages=5)

@@ -31,7 +31,6 @@ class StageUnfreezing(Callback):
             raise ValueError(f"epochs are {epochs}; give one or more, rising, the deepest stage's first")
         self.epochs = epochs
         self._trainable: list[nn.Parameter] = []
-        self._momenta: dict[nn.BatchNorm2d, float | None] = {}
         self._frozen = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -44,7 +43,6 @@ class StageUnfreezing(Callback):
         if len(self.epochs) > len(pyramid.strides):
             raise ValueError(f"epochs are {self.epochs}, but the backbone has {len(pyramid.strides)} stages")
         self._trainable = [p for p in pyramid.net.parameters() if p.requires_grad]
-        self._momenta = {m: m.momentum for m in pyramid.net.modules() if isinstance(m, nn.BatchNorm2d)}
         self._frozen = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,8 +58,6 @@ class StageUnfreezing(Callback):
         self._frozen = frozen
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        for module, momentum in self._momenta.items():
-            module.momentum = momentum  # freezing has stopped the statistics of stages that learn now
         if frozen:
             pyramid.freeze(frozen)
         learning = sum(p.numel() for p in self._trainable if p.requires_grad)

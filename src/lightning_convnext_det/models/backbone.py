@@ -1,13 +1,12 @@
-"""A pyramid of feature maps out of any timm network, and the FPN on top of it.
+"""Multi-scale feature maps of any timm network: the backbone of every detector.
 
-`TimmPyramid` chooses levels by their stride, never by their index: ConvNeXt has four maps from stride 4, a ResNet has
-five from stride 2. `PyramidFPN` adds torchvision's feature pyramid network (arXiv:1612.03144) and is what a two-stage
-detector takes as its backbone.
+`TimmPyramid` chooses feature maps by their stride, never by their index: ConvNeXt has four from stride 4, a ResNet has
+five from stride 2.
 """
 
 import difflib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Literal
 
@@ -22,7 +21,16 @@ from lightning_convnext_det.models.backbone_weights import fetching, flat_name, 
 
 
 class TimmPyramid(nn.Module):
-    """Feature maps of a timm network at the asked strides.
+    """Backbone: feature maps of a timm network at given strides.
+
+    Takes normalised images, float [B, in_chans, H, W] of any size, padded with zeros at the right and the bottom to a
+    multiple of the largest stride. Returns one float map [B, channels[i], H / strides[i], W / strides[i]] per stride,
+    finest first, H and W after padding.
+
+    >>> import torch
+    >>> pyramid = TimmPyramid("test_convnext", strides=(4, 8, 16, 32))
+    >>> [tuple(x.shape) for x in pyramid(torch.zeros(2, 3, 64, 90))]
+    [(2, 24, 16, 24), (2, 32, 8, 12), (2, 48, 4, 6), (2, 64, 2, 3)]
 
     Args:
         name: any timm model name with a feature pyramid, e.g. ``convnext_tiny`` or ``convnext_tiny.fb_in22k``.
@@ -30,12 +38,14 @@ class TimmPyramid(nn.Module):
         weights: a local ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file with a state dict of this network,
             instead of ``pretrained``.
         in_chans: channels of the input.
-        strides: strides of the maps to return, rising.
-        drop_path_rate: stochastic depth; 0 leaves the network's own default.
-        out_norm: put a LayerNorm over the channels of every map, as the ConvNeXt authors' detectors do.
-        frozen_stages: how many levels, from the finest, have all parameters that they depend on frozen.
+        strides: strides of the feature maps to return, ascending.
+        drop_path_rate: stochastic depth; 0 keeps the default of the network.
+        stem_eps: epsilon of the first LayerNorm; 0 keeps timm's.
+        out_norm: LayerNorm over the channels of every map, as in the ConvNeXt authors' detectors.
+        frozen_stages: how many levels, from the finest, are frozen with all parameters that they depend on; their
+            BatchNorms keep their statistics.
         batch_norm: ``frozen`` turns BatchNorm into a fixed affine map, as is usual for small detection batches;
-            ``train`` leaves it.
+            ``train`` keeps it.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         channels_last: run in channels_last memory format, 2-4 times faster for convolutions on CPUs and tensor cores.
 
@@ -57,6 +67,7 @@ class TimmPyramid(nn.Module):
         in_chans: int = 3,
         strides: Sequence[int] = (4, 8, 16, 32),
         drop_path_rate: float = 0.0,
+        stem_eps: float = 0.0,
         out_norm: bool = False,
         frozen_stages: int = 0,
         batch_norm: Literal["frozen", "train"] = "frozen",
@@ -68,13 +79,15 @@ class TimmPyramid(nn.Module):
         self.strides = list(strides)
         check_name(name, "backbone")
         if self.strides != sorted(set(self.strides)):
-            raise ValueError(f"strides must rise, got {self.strides}")
+            raise ValueError(f"strides must ascend, got {self.strides}")
         self.net = _create_features(name, self.strides, pretrained and weights is None, in_chans, drop_path_rate)
         if weights is not None:
             load_backbone_weights(self.net, weights, name)
         self.channels: list[int] = _feature_info(self.net).channels()
         self.is_channels_last_output = getattr(self.net, "output_fmt", None) == Format.NHWC
         self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in self.channels) if out_norm else None
+        if stem_eps:
+            _set_stem_eps(self.net, stem_eps, name)
         if gradient_checkpointing:
             _enable_checkpointing(self.net, name)
         if batch_norm == "frozen":
@@ -86,7 +99,7 @@ class TimmPyramid(nn.Module):
             self.freeze(frozen_stages)
 
     def freeze(self, stages: int) -> None:
-        """Freeze all parameters that the first maps depend on.
+        """Freeze all parameters that the first feature maps depend on.
 
         Args:
             stages: how many maps, from the finest.
@@ -107,29 +120,41 @@ class TimmPyramid(nn.Module):
         for parameter, learns, grad in zip(parameters, learning, grads, strict=True):
             parameter.requires_grad_(learns and grad is None)
         self.net.train(training)
-        frozen = [m for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)]
-        for module in frozen:
-            if module.weight is not None and not module.weight.requires_grad:
-                module.momentum = 0.0  # running statistics of a frozen stage stay as they are
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the maps.
-
-        Args:
-            images: normalised images, float [B, in_chans, H, W] of any size; padded with zeros to a multiple of the
-                largest stride.
-
-        Returns:
-            One float map [B, channels[i], H / strides[i], W / strides[i]] per level, H and W after padding.
-        """
+        """Compute the feature maps, finest first, of normalised images [B, in_chans, H, W]."""
         # ConvNeXt floors odd sizes, the FPN then cannot add levels
         images = pad_to_multiple(images, self.strides[-1]).contiguous(memory_format=self.memory_format)
-        maps: list[Tensor] = list(self.net(images))
+        with _in_evaluation_mode(_frozen_modules(self.net) if self.training else ()):
+            maps: list[Tensor] = list(self.net(images))
         if self.is_channels_last_output:
             maps = [x.permute(0, 3, 1, 2) for x in maps]  # [B, H, W, C] -> [B, C, H, W], no copy
         if self.norms is not None:
             maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
         return maps
+
+
+def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Find the modules whose parameters are all frozen, with all that they consist of."""
+    learns = {parameter.requires_grad for parameter in module.parameters()}
+    if learns == {False}:
+        yield from module.modules()
+    elif learns == {False, True}:
+        for child in module.children():
+            yield from _frozen_modules(child)
+
+
+@contextmanager
+def _in_evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep statistics and drop no path for a while; lasting evaluation mode would alarm Lightning at every start."""
+    learning = [module for module in modules if module.training]
+    for module in learning:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.training = True
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -140,7 +165,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def check_name(name: str, role: Literal["backbone", "classifier"]) -> None:
-    """Refuse a name of no timm network, or a tag of no weights, with those that may be meant."""
+    """Refuse an unknown timm name or tag of weights, and suggest similar ones."""
     architecture = name.split(".")[0]
     if timm.is_model(architecture):
         try:
@@ -200,6 +225,13 @@ def _create(name: str, *, out_indices: list[int] | None = None, **options: bool 
     return net
 
 
+def _set_stem_eps(net: nn.Module, eps: float, name: str) -> None:
+    norm = next((m for m in net.modules() if isinstance(m, nn.LayerNorm)), None)
+    if norm is None:
+        raise ValueError(f"stem_eps is {eps}, but backbone '{name}' has no LayerNorm; leave it at 0")
+    norm.eps = eps
+
+
 def _enable_checkpointing(net: nn.Module, name: str) -> None:
     try:
         net.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -208,7 +240,7 @@ def _enable_checkpointing(net: nn.Module, name: str) -> None:
 
 
 def backbone_state_dict(pyramid: TimmPyramid) -> dict[str, Tensor]:
-    """The weights of a detector's backbone under the names of timm's classifier, which timm loads.
+    """State dict of a detector's backbone under timm's names, which `timm.create_model` loads.
 
     ``timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": FILE}, num_classes=N)`` and the same with
     ``features_only=True`` take them from a file.

@@ -1,8 +1,8 @@
-"""Matching of predictions with objects, and the losses of Deformable DETR (arXiv:2010.04159, arXiv:2005.12872).
+"""Hungarian matching and losses of Deformable DETR (arXiv:2010.04159, arXiv:2005.12872).
 
-All decoder layers and images are matched after one transfer from the device, and their losses are computed together.
-Everything here is float32. Unlike the authors' implementation, numbers that are not finite stop the run by name, and
-boxes without area cannot make the generalised IoU undefined.
+All decoder layers and images are matched after one transfer from the device, and their losses are computed together, in
+float32. Unlike in the authors' implementation, predictions that are not finite raise an error that names the layer, and
+boxes without area have a defined generalised IoU.
 """
 
 import math
@@ -21,11 +21,11 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from lightning_convnext_det.errors import DivergenceError
 
-_PAIRS = 2**22  # of queries and objects compared at a time: about a gigabyte for what the costs hold meanwhile
+_PAIRS = 2**22  # queries times objects compared at a time: about a gigabyte of intermediate results
 
 
 class Predictions(NamedTuple):
-    """What the heads of several layers predict, before any choice among them."""
+    """Class logits and boxes of several layers."""
 
     logits: Tensor
     """Class logits, float32 [layers, B, Q, C]."""
@@ -34,7 +34,7 @@ class Predictions(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The objects of a batch, filled up to the same number for every image."""
+    """Ground truth of a batch, padded to the same number of objects for every image."""
 
     boxes: Tensor
     """Boxes (centre x, centre y, width, height) in 0..1 of the image, float32 [B, N, 4]."""
@@ -45,12 +45,12 @@ class Objects(NamedTuple):
 
     @classmethod
     def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor], multiple: int = 1) -> "Objects":
-        """Put boxes [N, 4] (centre, size) and labels [N] of each image into one tensor each.
+        """Pad and stack the boxes [N, 4] (centre, size) and labels [N] of each image.
 
         Args:
             boxes: of each image.
             labels: of each image.
-            multiple: round the largest number of an image up to a multiple of this, and to at least this if above 1.
+            multiple: pad to a multiple of this, and to at least this if above 1.
         """
         padded = nn.utils.rnn.pad_sequence([b.to(torch.float32) for b in boxes], batch_first=True, padding_value=0.5)
         indices = nn.utils.rnn.pad_sequence([x.to(torch.int64) for x in labels], batch_first=True)
@@ -65,16 +65,16 @@ class Objects(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """The prediction that each object is matched with; of the same shape whatever is matched."""
+    """Index of the query that each object is matched with; its shape does not depend on the matching."""
 
     query: Tensor
     """Int64 [layers, B, N], 0 where there is none."""
     matched: Tensor
-    """Whether there is one, bool [layers, B, N]."""
+    """Whether the object has a query, bool [layers, B, N]."""
 
 
 class SetCriterion(nn.Module):
-    """Match predictions with objects one to one at the least cost, and compare the pairs.
+    """Set prediction loss: match queries with objects one to one at the least cost, and compare the pairs.
 
     Args:
         loss_weights: factors of the losses: focal loss of the classes, L1 distance of boxes in 0..1, generalised IoU.
@@ -108,8 +108,8 @@ class SetCriterion(nn.Module):
 
         Args:
             decoder: predictions of the decoder layers that are trained, the last one last.
-            objects: what is there.
-            proposals: the encoder's proposals of the two-stage variant, as one layer; their objects all have class 0.
+            objects: the ground truth.
+            proposals: the encoder's proposals of the two-stage variant, as one layer; all objects are class 0 there.
 
         Returns:
             ``loss_classification``, ``loss_box`` and ``loss_giou`` of the last layer; of earlier ones with suffix
@@ -137,7 +137,7 @@ class SetCriterion(nn.Module):
 
     @torch.no_grad()
     def _match(self, sets: list[tuple[Predictions, Objects]]) -> list[Matches]:
-        """Match every layer and image of all sets, after one transfer to the host."""
+        """Match all layers and images after one transfer to the host."""
         costs = [self.matching_cost(predictions, objects) for predictions, objects in sets]
         finite = [torch.stack([x.isfinite().flatten(1).all(1) for x in p], 1) for p, _ in sets]  # [layers, 2] each
         packed = torch.cat([x.flatten() for x in (*costs, *finite)]).cpu().numpy()
@@ -154,7 +154,7 @@ class SetCriterion(nn.Module):
         return [Matches(query.clamp(min=0), query >= 0) for query in shaped]
 
     def matching_cost(self, predictions: Predictions, objects: Objects) -> Tensor:
-        """Compute what it would cost to match every query with every object, float32 [layers, B, Q, N]."""
+        """Compute the cost of matching every query with every object, float32 [layers, B, Q, N]."""
         layers, batch, _, _ = predictions.boxes.shape
         step = max(1, _PAIRS // max(1, layers * batch * objects.labels.shape[1]))
         logits, boxes = torch.split(predictions.logits, step, 2), torch.split(predictions.boxes, step, 2)
@@ -192,7 +192,7 @@ class SetCriterion(nn.Module):
             self._warned = True
             warnings.warn(
                 f"[LCD-M201] {len(surplus)} of {len(objects.counts)} images of a batch hold up to {max(surplus)} "
-                f"objects, more than the {num_queries} queries; the surplus is not learnt; raise num_queries",
+                f"objects, more than the {num_queries} queries; the surplus is not learned; raise num_queries",
                 stacklevel=3,
             )
 
@@ -204,7 +204,7 @@ def _per_loss(name: str, factors: Sequence[float]) -> dict[str, float]:
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """Turn boxes [..., 4] (centre x, centre y, width, height) into (x1, y1, x2, y2)."""
+    """Convert boxes [..., 4] from (centre x, centre y, width, height) to (x1, y1, x2, y2)."""
     converted: Tensor = box_convert(boxes, "cxcywh", "xyxy")
     return converted
 
@@ -212,7 +212,7 @@ def corners(boxes: Tensor) -> Tensor:
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Compute the generalised IoU of boxes (x1, y1, x2, y2) in -1..1, elementwise after broadcasting.
 
-    Boxes without area have IoU 0 with everything; nothing is undefined.
+    A box without area has IoU 0 with every box.
 
     Reference:
         Rezatofighi et al., "Generalized Intersection over Union", arXiv:1902.09630.
@@ -230,9 +230,9 @@ def _area(sides: Tensor) -> Tensor:
 
 
 def _one_hot(predictions: Predictions, objects: Objects, pairs: Matches) -> Tensor:
-    """1 for the class of the object that a query is matched with, else 0; float32 [layers, B, Q, C]."""
+    """One-hot classification targets of the queries, all zero where unmatched; float32 [layers, B, Q, C]."""
     queries, classes = predictions.logits.shape[2:]
-    nowhere = queries * classes  # a place behind the last, for objects without a query: no shape depends on them
+    nowhere = queries * classes  # one past the last, for objects without a query: shapes stay independent of them
     place = torch.where(pairs.matched, pairs.query * classes + objects.labels, nowhere)  # [layers, B, N]
     flat = predictions.logits.new_zeros(*predictions.logits.shape[:2], nowhere + 1)
     return flat.scatter(2, place, 1.0)[..., :-1].view(predictions.logits.shape)
@@ -249,7 +249,7 @@ def _assign(cost: NDArray[np.float32], counts: list[int]) -> NDArray[np.int64]:
 
 
 def _check_finite(flags: NDArray[np.float32], proposals: bool) -> None:
-    """Name the first that is not finite; flags of logits and boxes, layer by layer, the proposals last."""
+    """Raise for the first layer that is not finite; flags of logits and boxes, layer by layer, proposals last."""
     names = [(what, f"decoder layer {i}") for i in range(len(flags) // 2 - proposals) for what in ("logits", "boxes")]
     names += [(what, "the proposals") for what in ("logits", "boxes")] if proposals else []
     bad = [name for name, flag in zip(names, flags, strict=True) if not flag]
@@ -265,7 +265,7 @@ def _check_finite(flags: NDArray[np.float32], proposals: bool) -> None:
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
     """Average a number of objects over the ranks that train together; at least 1. Float32 [1]."""
-    total = torch.tensor([float(count)], device=device)  # XLA compiles anew for scalars that equal others in the graph
+    total = torch.tensor([float(count)], device=device)  # XLA compiles again for scalars that equal others in the graph
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()
@@ -273,5 +273,5 @@ def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
 
 
 def prior_bias(probability: float = 0.01) -> float:
-    """Give the bias with which a sigmoid starts at a probability (RetinaNet, arXiv:1708.02002, section 4.1)."""
+    """Bias at which a sigmoid gives a probability (RetinaNet, arXiv:1708.02002, section 4.1)."""
     return -math.log((1 - probability) / probability)

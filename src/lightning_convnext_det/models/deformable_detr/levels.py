@@ -1,6 +1,6 @@
-"""The maps of a pyramid as one sequence of tokens, with positions and padding: what Deformable DETR's encoder reads.
+"""Multi-scale feature maps as one sequence of tokens with position encodings and padding mask, for Deformable DETR.
 
-Unlike the authors' implementation (fundamentalvision/Deformable-DETR), a batch without padding carries no mask at all,
+Unlike in the authors' implementation (fundamentalvision/Deformable-DETR), a batch without padding carries no mask,
 position encodings are computed per row and per column, and images can be projected independently of their batch.
 """
 
@@ -15,7 +15,7 @@ from lightning_convnext_det.models.backbone import TimmPyramid
 
 
 class Levels(NamedTuple):
-    """The maps of all levels as one sequence of S tokens per image, finest level first, row by row."""
+    """Feature maps of all levels as one sequence of S tokens per image, finest level first, row by row."""
 
     tokens: Tensor
     """Float [B, S, D]."""
@@ -35,7 +35,7 @@ class Levels(NamedTuple):
     """True on tokens outside the image, bool [B, S]; None without padding."""
 
     def to_maps(self, reference_points: Tensor) -> Tensor:
-        """Turn points or boxes [B, Q, 2 or 4] in 0..1 of the image into 0..1 of each map, [B, Q, L or 1, 2 or 4]."""
+        """Convert points or boxes [B, Q, 2 or 4] from 0..1 of the image to 0..1 of each map, [B, Q, L or 1, 2 or 4]."""
         if self.valid_ratios is None:
             return reference_points[:, :, None]
         scale = self.valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)  # [B, L, 2 or 4]
@@ -43,16 +43,17 @@ class Levels(NamedTuple):
 
 
 class PyramidLevels(nn.Module):
-    """Bring the maps of a backbone to one width, add coarser levels, and lay all out as one sequence.
+    """Project the backbone's feature maps to one width, add coarser levels, and flatten all into tokens.
 
     Args:
-        channels: channels of the backbone's maps, finest first.
-        extra_levels: further levels, by convolutions of stride 2 on the coarsest map.
+        channels: channels of the backbone's feature maps, finest first.
+        extra_levels: number of coarser levels, by convolutions of stride 2 on the coarsest map.
         hidden_dim: channels of the tokens.
-        position_offset: as `flatten_levels` takes it.
-        independent_images: run backbone and projections, whose norms look at whole maps, on every image without
+        position_offset: see `flatten_levels`.
+        independent_images: run backbone and projections, whose norms average over whole maps, on every image without
             the padding that its neighbours need; else on the padded batch.
-        always_masked: mask padding also where there is none, so that all batches of a size are computed alike.
+        always_masked: compute the padding mask also where nothing is padded, so that all batches of a size have the
+            same graph.
     """
 
     def __init__(
@@ -79,12 +80,12 @@ class PyramidLevels(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, backbone: TimmPyramid, batch: Tensor, sizes: list[tuple[int, int]] | None) -> Levels:
-        """Compute the levels.
+        """Compute the tokens of a batch.
 
         Args:
-            backbone: what computes the maps.
-            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zeros where padded.
-            sizes: (height, width) of every image without its padding; None if all fill the batch.
+            backbone: computes the feature maps.
+            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zero on padding.
+            sizes: (height, width) of every image without its padding; None if no image is padded.
         """
         full = (batch.shape[-2], batch.shape[-1])
         sizes = [full] * len(batch) if sizes is None else sizes
@@ -115,12 +116,12 @@ def flatten_levels(
     level_embedding: Tensor,
     position_offset: float,
 ) -> Levels:
-    """Lay the maps of all levels out as one sequence.
+    """Flatten the feature maps of all levels into one sequence of tokens.
 
     Args:
         maps: float [B, D, H, W] per level.
-        valid_sizes: for every image the (height, width) in cells that it fills of each level; None if all fill all.
-        level_embedding: what tells the levels apart, float [L, D].
+        valid_sizes: for every image the (height, width) in cells that it covers of each level; None without padding.
+        level_embedding: added to the position encoding of each level, float [L, D].
         position_offset: subtracted from the 1-based cell number before encoding it: 0.5 encodes cell centres, as the
             paper's authors and Hugging Face do; 0.0 encodes far edges, as birder does.
     """
@@ -158,7 +159,7 @@ def _encode_grid(y: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 def encode_sine(values: Tensor, dim: int) -> Tensor:
-    """Encode numbers in 0..1 by sines and cosines of falling frequency, alternating. Float32 [..., dim].
+    """Sine position encoding of numbers in 0..1, sines and cosines alternating; float32 [..., dim].
 
     Reference:
         Carion et al., "End-to-End Object Detection with Transformers", arXiv:2005.12872, appendix A.4; base 10000.
@@ -177,7 +178,7 @@ def _take(batch: Tensor, images: list[int]) -> Tensor:
 
 
 def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
-    """Put the maps [b, D, h, w] of groups of images into one map [B, D, H, W] with zeros around."""
+    """Join the maps [b, D, h, w] of groups of images into one map [B, D, H, W], padded with zeros."""
     if len(maps) == 1:
         return maps[0]
     height, width = max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps)
@@ -189,6 +190,6 @@ def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
 
 
 def _fill(size: tuple[int, int], frame: tuple[int, int], level: Tensor) -> tuple[int, int]:
-    """Count the rows and columns of a level that an image fills: those whose first pixel lies in it."""
+    """Count the rows and columns of a level that an image covers: those whose first pixel lies in it."""
     height, width = level.shape[-2:]
     return -(-size[0] * height // frame[0]), -(-size[1] * width // frame[1])

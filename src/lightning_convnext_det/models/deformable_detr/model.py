@@ -1,9 +1,9 @@
-"""Deformable DETR (arXiv:2010.04159) on any timm pyramid: plain, with iterative box refinement, or in two stages.
+"""Deformable DETR (arXiv:2010.04159) on any timm backbone: plain, with iterative box refinement, or in two stages.
 
 Checked against the authors' implementation (fundamentalvision/Deformable-DETR), Hugging Face's port and birder's
-variant; `lightning_convnext_det.convert` imports the weights of all three. By default an image's result does not
-depend on the other images of its batch: the backbone and the projections, whose norms look at whole maps, see every
-image without the padding that its neighbours need. `independent_images=False` pads first, as all three do.
+variant; `lightning_convnext_det.convert` imports the weights of all three. By default the detections of an image do not
+depend on the other images of its batch: the backbone and the projections, whose norms average over whole feature maps,
+run on every image without the padding that its neighbours need. `independent_images=False` pads first, as all three do.
 """
 
 from collections.abc import Sequence
@@ -39,64 +39,83 @@ from lightning_convnext_det.types import Detection, Target
 
 
 class Outputs(NamedTuple):
-    """What the network says before detections are chosen from it."""
+    """Raw predictions of the network, from which `DeformableDETR.select` takes the detections."""
 
     decoder: Predictions
-    """Of every decoder layer."""
+    """Predictions of every decoder layer."""
     proposals: Predictions | None
-    """Of the encoder, one per token, in the two-stage variant."""
+    """Predictions of the encoder, one per token, in the two-stage variant."""
     usable: Tensor | None = None
     """False on queries of the two-stage variant that a small image has no token for, bool [B, Q]; None: all are."""
 
 
 class DeformableDETR(nn.Module):
-    """Deformable DETR.
+    """Deformable DETR: detection by object queries that attend to a few points of multi-scale feature maps.
+
+    Takes a list of images, uint8 or float in 0..1, each [C, H, W] of its own size, and resizes and normalises them
+    itself. In training mode it also takes a list of `Target`s and returns the weighted losses, float32 scalars whose
+    sum is the objective. In evaluation mode it returns one `Detection` per image: ``boxes`` float32 [N, 4] as
+    (x1, y1, x2, y2) in pixels of the image given, ``labels`` int64 [N] from 0 to ``num_classes - 1`` and ``scores``
+    float32 [N] in 0..1, by descending score.
+
+    >>> import torch
+    >>> detector = DeformableDETR(2, "test_convnext", num_queries=8, hidden_dim=32, encoder_layers=1, decoder_layers=2,
+    ...                           min_size=64, max_size=96)
+    >>> images = [torch.rand(3, 60, 80), torch.zeros(3, 64, 48, dtype=torch.uint8)]
+    >>> target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    >>> sorted(detector(images, [target, target]))[:4]
+    ['loss_box', 'loss_box_aux0', 'loss_classification', 'loss_classification_aux0']
+    >>> detections = detector.eval()(images)
+    >>> len(detections), tuple(detections[0]["boxes"].shape), detections[0]["labels"].dtype
+    (2, (16, 4), torch.int64)
 
     Args:
         num_classes: foreground classes; labels run from 0 to ``num_classes - 1``.
         backbone: timm name of the backbone, e.g. ``convnextv2_tiny``, ``resnet50``.
         pretrained_backbone: start from timm's pretrained weights of the backbone.
         backbone_weights: start from a local weight file of the backbone instead.
-        drop_path_rate: stochastic depth of the backbone; 0 leaves its default.
-        stem_eps: added to the variance in the backbone's first LayerNorm; 0 leaves timm's value, 1e-6 for ConvNeXt;
-            birder's ConvNeXt has 1e-5, which shows where an image is flat.
-        frozen_stages: freeze the backbone up to this stage.
+        drop_path_rate: stochastic depth of the backbone; 0 keeps the default of the backbone.
+        stem_eps: epsilon of the backbone's first LayerNorm; 0 keeps timm's, 1e-6 for ConvNeXt. Birder's ConvNeXt has
+            1e-5, which matters in flat regions of an image.
+        frozen_stages: how many stages of the backbone to freeze, from the finest; frozen BatchNorms keep their
+            statistics.
         batch_norm: ``frozen`` or ``train``, for the BatchNorms of the backbone.
         gradient_checkpointing: trade time for memory in the backbone and the encoder.
         channels_last: memory format of the convolutions.
-        strides: strides of the backbone's maps that the encoder sees; the paper uses 8, 16, 32.
-        extra_levels: further levels, each half as large as the one before; the paper uses one, at stride 64.
-        num_queries: how many objects can be found in an image.
+        strides: strides of the feature maps that the encoder reads; the paper uses 8, 16, 32.
+        extra_levels: coarser levels to add, each half the size of the previous; the paper adds one, at stride 64.
+        num_queries: number of object queries, the most objects that can be found in an image.
         hidden_dim: channels of the transformer; a multiple of 32 and of ``num_heads``.
         num_heads: attention heads.
-        encoder_layers: layers of the encoder.
-        decoder_layers: layers of the decoder.
-        encoder_points: points per head and level that a token of the encoder looks at.
-        decoder_points: points per head and level that a query looks at.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        encoder_points: sampling points per head and level in the encoder.
+        decoder_points: sampling points per head and level in the decoder.
         feedforward_dim: width of the feed-forward blocks.
         dropout: dropout in the transformer.
-        box_refinement: let every decoder layer correct the boxes of the one before; else all correct the same points.
-        two_stage: let the encoder propose the boxes that the decoder starts from; needs ``box_refinement``.
+        box_refinement: every decoder layer refines the boxes of the previous one; else all refine the same points.
+        two_stage: the encoder proposes the boxes that the decoder starts from; needs ``box_refinement``.
         auxiliary_losses: train every decoder layer, not only the last.
         loss_weights: factors of the losses: classification (focal), box (L1 in 0..1) and generalised IoU.
         matching_costs: factors of the same three in the cost by which queries are matched with objects.
-        position_offset: 0.5 encodes the centre of every cell, as the paper's authors do; 0.0 its far edge, as birder.
-        independent_images: keep an image's result independent of its batch; else pad before the backbone, which is
-            faster on GPUs where sizes differ.
+        position_offset: position encoding of a cell by its centre (0.5, as the authors) or its far edge (0.0, as
+            birder).
+        independent_images: detections of an image do not depend on its batch; else images are padded before the
+            backbone, which is faster on GPUs where sizes differ.
         fixed_size: (height, width) in pixels that every batch is padded to, after images are resized to fit into it:
-            for devices that compile anew for each shape, such as TPUs. Multiples of the largest stride.
-        objects_multiple: fill the objects of an image up to a multiple of this, for the same devices.
+            for devices that compile again for each shape, such as TPUs. Multiples of the largest stride.
+        objects_multiple: pad the objects of an image to a multiple of this, for the same devices.
         min_size: shorter side of the resized image in pixels; of several, one is drawn per image in training and
             the last is used in evaluation.
         max_size: limit of the longer side in pixels.
         image_mean: mean per channel, for images in 0..1.
         image_std: standard deviation per channel.
         score_threshold: detections with a lower score are dropped.
-        nms: what happens to overlapping detections of a class: ``none``, ``hard`` drops the weaker, ``soft`` lowers its
-            score.
+        nms: treatment of overlapping detections of a class: ``none`` keeps them, ``hard`` drops the one with the lower
+            score, ``soft`` lowers its score.
         nms_threshold: IoU above which ``hard`` drops.
-        soft_nms_sigma: width of the Gaussian by which ``soft`` lowers scores, in squared IoU; smaller suppresses more.
-        detections_per_image: how many detections are kept per image.
+        soft_nms_sigma: width of the Gaussian by which ``soft`` lowers scores, in squared IoU; smaller lowers more.
+        detections_per_image: the most detections per image.
         in_chans: channels of the images.
 
     Raises:
@@ -151,57 +170,48 @@ class DeformableDETR(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(num_classes, hidden_dim, num_heads)
-        if two_stage and not box_refinement:
-            raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
-        check_nms_method(nms)
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.auxiliary_losses = auxiliary_losses
+        _check_variant(two_stage, box_refinement, nms)
+        self.num_classes, self.num_queries, self.objects_multiple = num_classes, num_queries, objects_multiple
         self.nms, self.nms_threshold, self.soft_nms_sigma = nms, nms_threshold, soft_nms_sigma
-        self.score_threshold = score_threshold
-        self.detections_per_image = detections_per_image
-        self.objects_multiple = objects_multiple
-        self.transform = ImageTransform(
-            min_size, max_size, image_mean, image_std, size_divisible=max(strides), fixed_size=fixed_size
-        )
+        self.score_threshold, self.detections_per_image = score_threshold, detections_per_image
+        self.auxiliary_losses = auxiliary_losses
+        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, max(strides), fixed_size=fixed_size)
         self.backbone = TimmPyramid(
-            backbone,
-            pretrained=pretrained_backbone,
-            weights=backbone_weights,
-            in_chans=in_chans,
-            strides=strides,
-            drop_path_rate=drop_path_rate,
-            frozen_stages=frozen_stages,
-            batch_norm=batch_norm,
-            gradient_checkpointing=gradient_checkpointing,
-            channels_last=channels_last,
-        )
-        if stem_eps:
-            _set_stem_eps(self.backbone, stem_eps)
-        levels = len(self.backbone.channels) + extra_levels
+            backbone, pretrained=pretrained_backbone, weights=backbone_weights, in_chans=in_chans, strides=strides,
+            drop_path_rate=drop_path_rate, stem_eps=stem_eps, frozen_stages=frozen_stages, batch_norm=batch_norm,
+            gradient_checkpointing=gradient_checkpointing, channels_last=channels_last,
+        )  # fmt: skip
+        independent = independent_images and not fixed_size
         self.levels = PyramidLevels(
-            self.backbone.channels,
-            extra_levels,
-            hidden_dim,
-            position_offset,
-            independent_images=independent_images and not fixed_size,
-            always_masked=bool(fixed_size),
+            self.backbone.channels, extra_levels, hidden_dim, position_offset, independent, bool(fixed_size)
         ).to(memory_format=self.backbone.memory_format)
-        encoder = (hidden_dim, num_heads, levels, encoder_points, feedforward_dim, dropout)
-        decoder = (hidden_dim, num_heads, levels, decoder_points, feedforward_dim, dropout)
-        self.encoder = Encoder([EncoderLayer(*encoder) for _ in range(encoder_layers)], gradient_checkpointing)
-        self.decoder = Decoder([DecoderLayer(*decoder) for _ in range(decoder_layers)], box_refinement)
+        layer = (hidden_dim, num_heads, len(self.backbone.channels) + extra_levels, feedforward_dim, dropout)
+        encoder = [EncoderLayer(*layer, encoder_points) for _ in range(encoder_layers)]
+        decoder = [DecoderLayer(*layer, decoder_points) for _ in range(decoder_layers)]
+        self._add_transformer(encoder, decoder, hidden_dim, box_refinement, two_stage, gradient_checkpointing)
+        self.criterion = SetCriterion(loss_weights, matching_costs)
+
+    def _add_transformer(
+        self,
+        encoder: list[EncoderLayer],
+        decoder: list[DecoderLayer],
+        hidden_dim: int,
+        box_refinement: bool,
+        two_stage: bool,
+        gradient_checkpointing: bool,
+    ) -> None:
+        self.encoder = Encoder(encoder, gradient_checkpointing)
+        self.decoder = Decoder(decoder, box_refinement)
         self.proposer = Proposer(hidden_dim) if two_stage else None
         if not two_stage:
-            self.query_embedding = nn.Embedding(num_queries, hidden_dim * 2)
+            self.query_embedding = nn.Embedding(self.num_queries, hidden_dim * 2)
             self.reference_points = nn.Linear(hidden_dim, 2)
         # without refinement all layers share their heads; with two stages the last pair belongs to the encoder
-        heads = decoder_layers + two_stage if box_refinement else 1
-        self.class_heads = nn.ModuleList(nn.Linear(hidden_dim, num_classes) for _ in range(heads))
+        heads = len(decoder) + two_stage if box_refinement else 1
+        self.class_heads = nn.ModuleList(nn.Linear(hidden_dim, self.num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(
             MLP(hidden_dim, [hidden_dim, hidden_dim, 4], inplace=False) for _ in range(heads)
         )
-        self.criterion = SetCriterion(loss_weights, matching_costs)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -228,8 +238,9 @@ class DeformableDETR(nn.Module):
         """Compute the losses in training mode, the detections in evaluation mode.
 
         Args:
-            images: uint8 or float in 0..1, each [C, H, W] of its own size; resized where they are, then moved to the
-                device of the network. An XLA device would compile anew for each size: leave them on the CPU there.
+            images: uint8 or float in 0..1, each [C, H, W] of its own size, on any device: they are resized where they
+                are and moved to the device of the network. Leave them on the CPU for an XLA device, which would compile
+                again for each size.
             targets: the objects of each image, in training.
 
         Returns:
@@ -259,11 +270,11 @@ class DeformableDETR(nn.Module):
         return losses
 
     def predict(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> Outputs:
-        """Run the network.
+        """Run backbone, encoder and decoder on a batch.
 
         Args:
-            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zeros where padded.
-            sizes: (height, width) of every image without its padding; None if all fill the batch.
+            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zero on padding.
+            sizes: (height, width) of every image without its padding; None if no image is padded.
         """
         levels = self.levels(self.backbone, batch, sizes)
         memory = self.encoder(levels)
@@ -283,7 +294,7 @@ class DeformableDETR(nn.Module):
         return Outputs(Predictions(torch.stack(logits), torch.stack(boxes)), proposals, usable)
 
     def select(self, outputs: Outputs, sizes: list[tuple[int, int]]) -> list[Detection]:
-        """Choose the best classes and boxes of the last layer, in pixels of images of ``sizes`` (height, width).
+        """Take the detections from the last decoder layer, in pixels of images of ``sizes`` (height, width).
 
         They are on the CPU where the network is on an XLA device.
 
@@ -305,10 +316,10 @@ class DeformableDETR(nn.Module):
             if not bool(values.isfinite().all()):
                 raise DivergenceError(f"[LCD-N001] the {name} are not finite: the weights have diverged or are damaged")
         labels = index % self.num_classes
-        return [self._suppress(*each) for each in zip(boxes, scores, labels, strict=True)]
+        return [self._filter(*each) for each in zip(boxes, scores, labels, strict=True)]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
-        """Apply the chosen suppression and threshold to the detections of one image; negative scores are none."""
+    def _filter(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
+        """Apply NMS and the score threshold to the detections of one image; a negative score marks no detection."""
         found = scores >= 0
         boxes, scores, labels = boxes[found], scores[found], labels[found]
         boxes, scores, labels = apply_nms(boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma)
@@ -334,11 +345,10 @@ def _check_sizes(num_classes: int, hidden_dim: int, num_heads: int) -> None:
         raise ValueError(f"hidden_dim is {hidden_dim}; GroupNorm needs a multiple of 32")
 
 
-def _set_stem_eps(backbone: TimmPyramid, eps: float) -> None:
-    norm = next((m for m in backbone.modules() if isinstance(m, nn.LayerNorm)), None)
-    if norm is None:
-        raise ValueError(f"stem_eps is {eps}, but backbone '{backbone.name}' has no LayerNorm; leave it at 0")
-    norm.eps = eps
+def _check_variant(two_stage: bool, box_refinement: bool, nms: str) -> None:
+    if two_stage and not box_refinement:
+        raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
+    check_nms_method(nms)
 
 
 def _normalize(boxes: Tensor, size: tuple[int, int]) -> Tensor:

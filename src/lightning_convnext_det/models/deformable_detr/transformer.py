@@ -1,7 +1,7 @@
-"""Encoder and decoder of Deformable DETR (arXiv:2010.04159), and the proposals of its two-stage variant.
+"""Encoder, decoder and two-stage proposals of Deformable DETR (arXiv:2010.04159).
 
 Derived from the paper and checked against the authors' implementation (fundamentalvision/Deformable-DETR, Apache-2.0).
-Unlike it, the box heads are passed to the decoder instead of hanging on it, and each runs once per layer.
+Unlike the original, the box heads are passed to the decoder, not attached to it, and each runs once per layer.
 """
 
 import math
@@ -32,7 +32,7 @@ def apply_in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
 
 
 class DeformableAttention(nn.Module):
-    """Attention of every query to a few points that it chooses around its reference point, on every level.
+    """Attention of every query to a few points around its reference point, on every feature level.
 
     Args:
         hidden_dim: channels.
@@ -53,7 +53,7 @@ class DeformableAttention(nn.Module):
         self.output_projection = nn.Linear(hidden_dim, hidden_dim)
 
     def reset_parameters(self) -> None:
-        """Let head h look in direction 2 pi h / heads, its points 1, 2, ... cells away (appendix A.2 of the paper)."""
+        """Point head h in direction 2 pi h / heads, its points 1, 2, ... cells away (appendix A.2 of the paper)."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -69,13 +69,13 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, queries: Tensor, reference_points: Tensor, memory: Tensor, levels: Levels) -> Tensor:
-        """Attend.
+        """Attend to the memory around the reference points.
 
         Args:
-            queries: float [B, Q, D], with their positions.
+            queries: queries plus their position encodings, float [B, Q, D].
             reference_points: points or boxes (centre, size) in 0..1 of every map, float32 [B or 1, Q, L or 1, 2 or 4].
-            memory: what is looked at, float [B, S, D].
-            levels: the shapes of the maps and where they are padded.
+            memory: tokens of all feature maps, float [B, S, D].
+            levels: shapes and padding of the feature maps.
 
         Returns:
             Float [B, Q, D].
@@ -92,7 +92,7 @@ class DeformableAttention(nn.Module):
         return projected
 
     def _locate(self, offsets: Tensor, reference_points: Tensor, cells: Tensor) -> Tensor:
-        """Turn offsets, in cells or parts of the reference box, into locations float32 [B, Q, heads, L, points, 2]."""
+        """Convert offsets, in cells or parts of the reference box, to locations float32 [B, Q, heads, L, points, 2]."""
         offsets = offsets.to(reference_points.dtype)  # locations stay float32 under autocast
         shape = (*offsets.shape[:2], self.num_heads, self.num_levels, self.num_points, 2)
         reference_points = reference_points[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
@@ -104,7 +104,7 @@ class DeformableAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a ReLU between, added to their input and normalised."""
+    """Feed-forward block: two linear layers with a ReLU, residual connection and LayerNorm."""
 
     def __init__(self, hidden_dim: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
@@ -121,10 +121,10 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable attention of every token to all maps, then the feed-forward block."""
+    """Encoder layer: deformable self-attention of every token, then the feed-forward block."""
 
     def __init__(
-        self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int, dropout: float
+        self, hidden_dim: int, num_heads: int, num_levels: int, feedforward_dim: int, dropout: float, num_points: int
     ) -> None:
         super().__init__()
         self.attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
@@ -141,7 +141,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers.
+    """Encoder: a stack of layers with deformable self-attention.
 
     Args:
         layers: the layers.
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, levels: Levels) -> Tensor:
-        """Encode the maps into a memory, float [B, S, D]."""
+        """Encode the tokens of the feature maps into the memory, float [B, S, D]."""
         memory = levels.tokens
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -165,10 +165,10 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention among the queries, deformable attention to the memory, then the feed-forward block."""
+    """Decoder layer: self-attention of the queries, deformable attention to the memory, then the feed-forward block."""
 
     def __init__(
-        self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int, dropout: float
+        self, hidden_dim: int, num_heads: int, num_levels: int, feedforward_dim: int, dropout: float, num_points: int
     ) -> None:
         super().__init__()
         self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout, batch_first=True)
@@ -198,11 +198,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers, each followed by its box head.
+    """Decoder: a stack of layers, each followed by its box head.
 
     Args:
         layers: the layers.
-        box_refinement: hand each layer's boxes to the next as its reference, detached (section 4.1 of the paper).
+        box_refinement: each layer refines the boxes of the previous one, detached (section 4.1 of the paper).
     """
 
     def __init__(self, layers: list[DecoderLayer], box_refinement: bool) -> None:
@@ -220,16 +220,16 @@ class Decoder(nn.Module):
         box_heads: Sequence[nn.Module],
         usable: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Decode.
+        """Decode queries into boxes.
 
         Args:
             queries: float [B, Q, D].
-            positions: float [B, Q, D].
-            reference_points: first points or boxes (centre, size) in 0..1 of the image, float32 [B, Q, 2 or 4].
-            memory: float [B, S, D].
-            levels: shapes and padding of the memory.
+            positions: position encodings of the queries, float [B, Q, D].
+            reference_points: initial points or boxes (centre, size) in 0..1 of the image, float32 [B, Q, 2 or 4].
+            memory: encoded tokens, float [B, S, D].
+            levels: shapes and padding of the feature maps.
             box_heads: one per layer, or the same for all.
-            usable: False on queries that no other may see, bool [B, Q]; None: all are seen.
+            usable: False on queries that no other may attend to, bool [B, Q]; None: all are attended to.
 
         Returns:
             The queries [B, Q, D] after every layer, and the boxes (centre, size) in 0..1 of the image, float32
@@ -251,10 +251,10 @@ class Decoder(nn.Module):
 
 
 class Proposals(NamedTuple):
-    """What the first of two stages hands to the decoder and to the losses."""
+    """Output of the first stage, for the decoder and the losses."""
 
     predictions: Predictions
-    """Of all tokens, as one layer [1, B, S, ...]."""
+    """Predictions of all tokens, as one layer [1, B, S, ...]."""
     reference_points: Tensor
     """Boxes of the chosen tokens (centre, size) in 0..1, float32 [B, Q, 4]."""
     queries: Tensor
@@ -266,11 +266,11 @@ class Proposals(NamedTuple):
 
 
 class Proposer(nn.Module):
-    """The first of two stages: every token of the memory proposes a box, the decoder starts from the best.
+    """First stage of the two-stage variant: every token proposes a box, and the decoder starts from the best.
 
-    Unlike the authors' implementation, tokens on padding or at the very border are chosen only where an image has
-    fewer others than queries, and such queries are seen by no other and detect nothing: a small image's detections
-    are the same whatever it is padded to.
+    Unlike in the authors' implementation, tokens on padding or at the very border are chosen only where an image has
+    fewer others than queries. Such queries are masked and detect nothing, so that padding does not change the
+    detections of a small image.
 
     Args:
         hidden_dim: channels.
@@ -289,14 +289,14 @@ class Proposer(nn.Module):
     def forward(
         self, memory: Tensor, levels: Levels, class_head: nn.Module, box_head: nn.Module, num_queries: int
     ) -> Proposals:
-        """Propose.
+        """Score all tokens and keep the best.
 
         Args:
-            memory: float [B, S, D].
-            levels: shapes and padding of the memory.
-            class_head: scores an object by its first logit.
-            box_head: corrects the box of a token.
-            num_queries: how many proposals go on; fewer where the batch has fewer tokens.
+            memory: encoded tokens, float [B, S, D].
+            levels: shapes and padding of the feature maps.
+            class_head: its first logit is the objectness.
+            box_head: refines the initial box of a token.
+            num_queries: number of proposals to keep; fewer where the batch has fewer tokens.
         """
         boxes, valid = self._boxes(levels)
         features = self.memory_norm(self.memory_projection(memory * valid[:, :, None].to(memory.dtype)))
