@@ -1,4 +1,4 @@
-"""Weights of timm networks: fetched by timm, or read from files of timm, of this package and of others."""
+"""Pretrained weights of timm networks: downloaded by timm, or read from local files."""
 
 import argparse
 import logging
@@ -23,17 +23,17 @@ _logger = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds that the hub has to answer
 
-# what training scripts and this package's own modules put before the names of a network
+# prefixes that training scripts and this package's own modules put before the names of a network
 _PREFIXES = ("module.", "_orig_mod.", "model.", "detector.", "classifier.net.", "backbone.", "body.", "net.")
 
 
 @contextmanager
 def fetching(name: str) -> Iterator[None]:
-    """Surround timm's fetching of the pretrained weights of ``name``, and end it early where they cannot be had.
+    """Context around timm's download of the pretrained weights of ``name``, with one clear error instead of retries.
 
     Raises:
-        WeightsError: at once where timm has no such weights; within seconds where the hub does not answer, which timm
-            would ask for minutes; and for whatever goes wrong on the way.
+        WeightsError: at once if timm has no such weights; within seconds if the hub does not answer, where timm would
+            retry for minutes; and if the download fails.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -62,7 +62,7 @@ def _unfetchable(name: str, reason: str) -> WeightsError:
 
 
 def _missing_network(config: PretrainedCfg) -> str | None:
-    """Say why weights that are not in the cache cannot be fetched; None if they are there or their host answers."""
+    """Reason why weights cannot be downloaded; None if they are in the cache or the host answers."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if config.hf_hub_id:
@@ -78,7 +78,7 @@ def _missing_network(config: PretrainedCfg) -> str | None:
 
 
 def _silence(url: str) -> str | None:
-    """Say why an address gives no usable answer; None if it does."""
+    """Reason why a URL cannot be used; None if it answers."""
     from huggingface_hub import get_session
 
     reasons: list[str | None] = []
@@ -101,8 +101,7 @@ def _silence(url: str) -> str | None:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
 
-    Wrappers that training scripts put around a state dict (``state_dict``, ``model``, ``module``, ``model_ema``,
-    ``state_dict_ema``) are opened.
+    A state dict may lie under ``state_dict``, ``model``, ``module``, ``model_ema`` or ``state_dict_ema``.
 
     Raises:
         WeightsError: if the file is missing, damaged, or holds anything but tensors.
@@ -128,23 +127,23 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_backbone_weights(net: nn.Module, path: str | Path, name: str) -> None:
-    """Fill a ``features_only`` network from a file that holds it, its classifier or a detector on it.
+    """Load a backbone from a file of that network, its classifier or a detector on it.
 
     The file may be a checkpoint of this package, a timm checkpoint, a plain state dict or safetensors. Names are
-    compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. What follows the
-    network in the file may be left over; every tensor of the network must be there with its shape, and the file must
-    not have more blocks than the network.
+    compared with dots and underscores alike, because timm flattens ``stages.0`` to ``stages_0``. Heads in the file are
+    ignored; every tensor of the network must be there with its shape, and the file must not have more blocks than the
+    network.
 
     Raises:
-        WeightsError: if the file cannot be read or a tensor is missing, has another shape or is one too many; the first
-            such is named.
+        WeightsError: if the file cannot be read; or names the first tensor that is missing, unexpected or of another
+            shape.
     """
     given = _by_flat_name(read_state_dict(path))
     _fill(net, given, list(net.state_dict()), path, name)
 
 
 def load_classifier_weights(net: nn.Module, path: str | Path, name: str) -> None:
-    """Fill a timm classifier from a file, see `load_backbone_weights`; its last layer only if that has as many classes.
+    """Load a classifier from a file, see `load_backbone_weights`; its last layer only if it has as many classes.
 
     Raises:
         WeightsError: if the file cannot be read or does not fit; the first misfit is named.
@@ -158,7 +157,7 @@ def load_classifier_weights(net: nn.Module, path: str | Path, name: str) -> None
 
 
 def last_layer(net: nn.Module) -> tuple[str, ...]:
-    """How the names of the parameters of a timm classifier's last layer begin."""
+    """Prefixes of the parameters of a timm classifier's last layer."""
     config: dict[str, str | tuple[str, ...]] = vars(net)["pretrained_cfg"]
     heads = config.get("classifier") or ()
     return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
@@ -183,9 +182,9 @@ def _fill(net: nn.Module, given: dict[str, Tensor], wanted: list[str], path: str
 
 
 def _superfluous(own: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> str | None:
-    """Find a tensor inside of a network's parts that the architecture does not have, as those of a deeper one do not.
+    """Find a tensor of the file that belongs to a part of the network but not to its architecture, as of a deeper one.
 
-    What follows the network in the file, such as a detector's heads, lies in no part of it.
+    Heads of a detector belong to no part of the network.
     """
     with torch.device("meta"):
         whole = timm.create_model(name.split(".")[0])
@@ -199,7 +198,7 @@ def _by_flat_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def flat_name(key: str) -> str:
-    """A parameter's name without what wrappers put before it, dots as underscores: the same in all layouts of timm."""
+    """Name of a parameter without prefixes of wrappers, dots as underscores: the same in all layouts of timm."""
     return _without_wrappers(key).replace(".", "_")
 
 

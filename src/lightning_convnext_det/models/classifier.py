@@ -1,7 +1,7 @@
-"""Classifiers: any timm network, with its preprocessing and the names of its classes.
+"""Image classification with any timm network, including its preprocessing and class names.
 
-A `Classifier` takes images as the detectors do, uint8 or floats in 0..1, and normalises them itself. `classify` and
-`extract_features` take an image of any size and prepare it as timm does for evaluation.
+A `Classifier` takes images as the detectors do, uint8 or float in 0..1, and normalises them itself. `classify` and
+`extract_features` take an image of any size and resize and crop it as timm does for evaluation.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from lightning_convnext_det.models.backbone_weights import fetching, load_classi
 
 
 class Classification(NamedTuple):
-    """A class and how sure the network is of it."""
+    """A predicted class and its probability."""
 
     name: str
     score: float
@@ -30,32 +30,39 @@ class Classification(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a network sees in an image."""
+    """Feature maps and pooled feature vector of an image."""
 
     maps: list[Tensor]
-    """One map [C, H, W] for each stage, the finest first; for ConvNeXt at strides 4, 8, 16 and 32."""
+    """Feature map of each stage, float [C, H, W], the finest first; for ConvNeXt at strides 4, 8, 16 and 32."""
     pooled: Tensor
-    """What the classifier's last layer sees, [C]."""
+    """Input of the last layer, float [C]."""
 
 
 class Classifier(nn.Module):
-    """A timm classifier that normalises its images and knows its classes.
+    """Image classifier: a timm network that normalises its images and knows its class names.
+
+    Takes images [B, in_chans, H, W], uint8 or float in 0..1, and returns logits, float [B, num_classes].
+
+    >>> import torch
+    >>> model = Classifier("test_convnext", class_names=["cat", "dog", "bird"], num_classes=3).eval()
+    >>> model(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape
+    torch.Size([2, 3])
 
     Args:
         name: timm name, e.g. ``convnext_tiny`` or ``convnext_tiny.in12k_ft_in1k``.
         num_classes: classes; if not given, those of the pretrained weights, 1000 for most.
         pretrained: fetch timm's pretrained weights, or take them from its cache.
-        weights: a local weight file instead: a checkpoint of this package, of timm, a state dict or safetensors. The
-            last layer is taken over if it has as many classes.
-        class_names: names in order of label (default: ImageNet's where the number of classes tells).
-        in_chans: channels of the images; other than three are all normalised by the means over the weights' own.
+        weights: start from a local weight file instead: a checkpoint of this package or of timm, a state dict or
+            safetensors. The last layer is loaded if it has as many classes.
+        class_names: names in order of label (default: ImageNet's if the number of classes is that of an ImageNet).
+        in_chans: channels of the images; other than three are all normalised by the mean of the RGB statistics.
         drop_rate: dropout before the last layer.
-        drop_path_rate: stochastic depth; 0 leaves the network's own default.
-        image_size: side in pixels that images are cut to in evaluation (default: as the weights were tested).
+        drop_path_rate: stochastic depth; 0 keeps the default of the network.
+        image_size: side in pixels of the square crop in evaluation (default: as the weights were tested).
         channels_last: memory format of the convolutions.
 
     Raises:
-        ValueError: if the name is unknown or the names are not as many as the classes.
+        ValueError: if the name is unknown, or class names repeat or differ in number from the classes.
         WeightsError: if weights cannot be fetched or read, or belong to another network.
     """
 
@@ -90,29 +97,29 @@ class Classifier(nn.Module):
         config = resolve_data_config({"img_size": image_size} if image_size else {}, model=self.net, use_test_size=True)
         self.image_size: int = int(config["input_size"][-1])
         self.image_mean, self.image_std = (_per_channel(config[key], in_chans) for key in ("mean", "std"))
-        self._prepare = create_transform(**{**config, "input_size": config["input_size"]}, normalize=False)
+        self._prepare = create_transform(**config, normalize=False)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits [B, num_classes] from images [B, C, H, W], uint8 or floats in 0..1."""
+        """Compute logits [B, num_classes] of images [B, C, H, W], uint8 or float in 0..1."""
         logits: Tensor = self.net(self.normalize(images))
         return logits
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Shift and scale images [..., C, H, W], uint8 or floats in 0..1, as the weights expect."""
+        """Normalise images [..., C, H, W], uint8 or float in 0..1, by the statistics of the weights."""
         values = images.float() / 255 if images.dtype == torch.uint8 else images
         mean, std = (values.new_tensor(x)[:, None, None] for x in (self.image_mean, self.image_std))
         return (values - mean) / std
 
     def prepare(self, image: Image.Image | Tensor) -> Tensor:
-        """Resize and cut an image as timm does for evaluation.
+        """Resize and crop an image as timm does for evaluation.
 
         Args:
-            image: a Pillow image, or a tensor [3, H, W], uint8 or floats in 0..1.
+            image: a Pillow image, or a tensor [in_chans, H, W], uint8 or float in 0..1.
 
         Returns:
-            uint8 [3, image_size, image_size].
+            uint8 [in_chans, image_size, image_size].
         """
         if isinstance(image, Tensor):
             pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
@@ -134,12 +141,12 @@ def _create(name: str, pretrained: bool, options: dict[str, float]) -> nn.Module
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """The values of red, green and blue; their mean for each channel where there are others."""
+    """Values of red, green and blue; for another number of channels their mean in each."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def list_classifiers(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """List timm's classifiers that match a shell pattern such as ``convnext*``; or the tags of pretrained weights."""
+    """List timm's classifiers that match a shell pattern such as ``convnext*``, or their pretrained weights."""
     names = timm.list_models(pattern, pretrained=pretrained)
     return list(names)
 
@@ -153,7 +160,11 @@ def create_classifier(
     class_names: Sequence[str] | None = None,
     drop_path_rate: float = 0.0,
 ) -> Classifier:
-    """Build a classifier in evaluation mode, see `Classifier` for the arguments."""
+    """Build a `Classifier`, which documents the arguments, in evaluation mode.
+
+    >>> create_classifier("test_convnext", num_classes=2, class_names=["cat", "dog"]).class_names
+    ['cat', 'dog']
+    """
     classifier = Classifier(
         name, num_classes, pretrained, weights=weights, class_names=class_names, drop_path_rate=drop_path_rate
     )
@@ -162,16 +173,22 @@ def create_classifier(
 
 @torch.no_grad()
 def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: int = 1) -> list[Classification]:
-    """Name what an image shows.
+    """Predict the most probable classes of an image.
+
+    >>> import torch
+    >>> model = create_classifier("test_convnext", num_classes=2, class_names=["cat", "dog"])
+    >>> best, second = classify(model, torch.rand(3, 50, 70), top=2)
+    >>> {best.name, second.name} == {"cat", "dog"}, best.score >= second.score
+    (True, True)
 
     Args:
         model: in evaluation mode.
-        image: a file, which is turned upright, a Pillow image, or a tensor [3, H, W], uint8 or floats in 0..1, of any
-            size.
-        top: how many classes to return.
+        image: a file, whose EXIF orientation is applied, a Pillow image, or a tensor [in_chans, H, W], uint8 or float
+            in 0..1, of any size.
+        top: number of classes to return.
 
     Returns:
-        The most probable classes, the best first.
+        The most probable classes by descending probability.
     """
     batch = model.prepare(_opened(image))[None].to(_device(model))
     scores, labels = model(batch).float().softmax(-1)[0].topk(min(top, model.num_classes))
@@ -183,17 +200,22 @@ def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: i
 
 @torch.no_grad()
 def extract_features(model: Classifier, image: Image.Image | Tensor | str | Path) -> Features:
-    """Compute the maps of every stage and the pooled vector of an image.
+    """Compute the feature maps of every stage and the pooled feature vector of an image.
+
+    >>> import torch
+    >>> features = extract_features(create_classifier("test_convnext"), torch.rand(3, 50, 70))
+    >>> [tuple(x.shape) for x in features.maps], tuple(features.pooled.shape)
+    ([(24, 40, 40), (32, 20, 20), (48, 10, 10), (64, 5, 5)], (64,))
 
     Args:
         model: in evaluation mode.
         image: as for `classify`.
 
     Raises:
-        ValueError: if the network is of a family that has no maps to show.
+        ValueError: if networks of this family do not return their feature maps.
     """
     if not hasattr(model.net, "forward_intermediates"):
-        raise ValueError(f"'{model.name}' does not give its intermediate maps; ConvNeXt and ResNet do")
+        raise ValueError(f"'{model.name}' does not return its feature maps; ConvNeXt and ResNet do")
     batch = model.normalize(model.prepare(_opened(image))[None].to(_device(model)))
     final, maps = model.net.forward_intermediates(batch)  # type: ignore[operator]
     pooled = model.net.forward_head(final, pre_logits=True)  # type: ignore[operator]
@@ -212,7 +234,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _names(net: nn.Module, num_classes: int) -> list[str]:
-    """ImageNet's names where the number of classes says which ImageNet it is, else numbers."""
+    """Class names of the ImageNet subset with this number of classes, else numbers."""
     subset = infer_imagenet_subset(net)
     if subset is None:
         return [str(i) for i in range(num_classes)]
@@ -221,6 +243,6 @@ def _names(net: nn.Module, num_classes: int) -> list[str]:
 
 
 def imagenet_synsets(num_classes: int) -> list[str]:
-    """The names of ImageNet's folders in order of label, such as ``n01440764``; empty if it is not an ImageNet."""
+    """Folder names (synsets) of ImageNet in order of label, such as ``n01440764``; empty if it is no ImageNet."""
     subset = infer_imagenet_subset({"num_classes": num_classes})
     return [] if subset is None else list(ImageNetInfo(subset).label_names())

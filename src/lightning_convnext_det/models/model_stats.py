@@ -1,7 +1,7 @@
-"""What the named models cost, measured on networks without memory, and how well their backbones classify.
+"""Parameters, GFLOPs and ImageNet accuracy of the named models, measured on the meta device.
 
-GFLOPs are multiply-adds in units of 10^9, as the papers state them: half of what torch's own counter counts in
-convolutions and matrix products. Elementwise operations, pooling and the gathering of samples are not counted.
+GFLOPs are multiply-adds in units of 10^9, as in the papers: half of what torch's counter counts in convolutions and
+matrix products. Elementwise operations, pooling and sampling are not counted.
 """
 
 import fnmatch
@@ -24,7 +24,7 @@ CLASSES = 90  # of the detectors measured; with the background 91 logits, as tor
 IMAGE = (800, 1333)  # pixels, padded to multiples of 32
 PROPOSALS = 1000  # boxes that reach the second stage
 
-# ImageNet-1k top-1 at 224 x 224 and the weights that have it
+# ImageNet-1k top-1 at 224 x 224 and the tag of the weights
 _TOP1 = {
     # Liu et al., arXiv:2201.03545, table 1; xlarge: pretrained on ImageNet-22k
     "convnext_tiny": (82.1, "fb_in1k"),
@@ -49,16 +49,16 @@ _TOP1 = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A line of the table.
+    """Size, cost and accuracy of a model.
 
     Attributes:
         name: of the backbone or detector.
-        parameters: all of them; of a backbone with its classifier, of a detector with 90 classes.
+        parameters: number of parameters; of a backbone with its classifier, of a detector with 90 classes.
         gflops: multiply-adds / 10^9, of a backbone for 224 x 224 pixels, of a detector for 800 x 1333.
-        channels: of the backbone's maps.
-        strides: of these maps.
-        top1: published ImageNet-1k accuracy of the backbone in per cent; None if none is known here.
-        weights: timm's tag of the weights that have it.
+        channels: channels of the backbone's feature maps.
+        strides: strides of these feature maps.
+        top1: published ImageNet-1k accuracy of the backbone in per cent; None if not listed here.
+        weights: timm's tag of the weights with that accuracy.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ModelFacts:
 
 
 def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
-    """Measure the named backbones and detectors that match a shell pattern, one after the other.
+    """Measure the named backbones and detectors that match a shell pattern.
 
     Raises:
         ValueError: if nothing matches.
@@ -87,7 +87,7 @@ def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
 
 
 def measure_backbone(name: str) -> ModelFacts:
-    """Measure a timm network, at the size it is made for if it takes no other than that."""
+    """Measure a timm network at 224 x 224 pixels, or at the only size that it takes."""
     with torch.device("meta"):
         classifier = timm.create_model(name).eval()
         pyramid = TimmPyramid(name)
@@ -99,7 +99,7 @@ def measure_backbone(name: str) -> ModelFacts:
 
 # the overrides are the keywords of whichever detector is named
 def measure_detector(name: str, **overrides: Any) -> ModelFacts:
-    """Measure a named detector that has a backbone of its own, with any arguments of its constructor."""
+    """Measure a named detector with a fixed backbone, given any arguments of its constructor."""
     backbone = backbone_of(name)
     assert backbone is not None
     with torch.device("meta"):
@@ -115,7 +115,7 @@ def measure_detector(name: str, **overrides: Any) -> ModelFacts:
 
 
 class _Predict(nn.Module):
-    """What of a Deformable DETR depends on no value of its input."""
+    """Deformable DETR without the selection of detections, whose shapes depend on values."""
 
     def __init__(self, detector: DeformableDETR) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _Predict(nn.Module):
 
 
 class _Parts(nn.Module):
-    """The parts of a two-stage detector one after the other, for as many proposals as it keeps."""
+    """Parts of a two-stage detector one after the other, for a fixed number of proposals."""
 
     def __init__(self, detector: FasterRCNN) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Parts(nn.Module):
 
 
 def _count(net: nn.Module, batch: Tensor) -> float:
-    net.requires_grad_(False)  # the counter would follow gradients, which networks without memory do not have
+    net.requires_grad_(False)  # the counter would follow gradients, which the meta device does not have
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(batch)
     return int(counter.get_total_flops()) / 2e9  # a multiply-add is two operations
@@ -152,7 +152,7 @@ def _count(net: nn.Module, batch: Tensor) -> float:
 def _facts(name: str, backbone: str, net: nn.Module, gflops: float, pyramid: TimmPyramid) -> ModelFacts:
     architecture, _, tag = backbone.partition(".")
     top1, weights = _TOP1.get(architecture, (None, None))
-    if tag and tag != weights:  # other weights have another figure
+    if tag and tag != weights:  # other weights have another accuracy
         top1, weights = None, None
     parameters = sum(p.numel() for p in net.parameters())
     return ModelFacts(name, parameters, gflops, tuple(pyramid.channels), tuple(pyramid.strides), top1, weights)

@@ -1,12 +1,12 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159, equation 3) without a compile step.
 
-Four implementations with one meaning: `attention_by_grid_sample`, the plain reference, which every device, exporter
-and tracer understands; the weighted gather of ``deform_attn_gather``, several times faster on a CPU, forward and
-backward; the Triton kernel of ``deform_attn_triton`` for CUDA; and ``deform_attn_indexed`` for XLA devices, which have
-no ``grid_sample``. `multi_scale_deformable_attention` takes the fastest that applies.
+Four implementations of one operator: `attention_by_grid_sample`, the plain reference, for every device, exporter and
+tracer; the weighted gather of ``deform_attn_gather``, several times faster on a CPU, forward and backward; the Triton
+kernel of ``deform_attn_triton`` for CUDA; and ``deform_attn_indexed`` for XLA devices, which have no ``grid_sample``.
+`multi_scale_deformable_attention` takes the fastest that applies.
 
 Positions are those of ``grid_sample(align_corners=False, padding_mode="zeros")``: 0 and 1 are the outer edges of the
-map, the centre of pixel i lies at (i + 0.5) / width, and what lies outside reads as zero.
+map, the centre of pixel i lies at (i + 0.5) / width, and positions outside of the map read zero.
 """
 
 import importlib.util
@@ -25,15 +25,21 @@ from lightning_convnext_det.ops.tracing import is_recording
 def multi_scale_deformable_attention(
     value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Sum of feature vectors read at a few positions per query, head and level.
+    """Weighted sum of feature vectors sampled at a few positions per query, head and level.
 
-    The result is the same on every path to about 1e-5 in float32. Half precision is accumulated in float32, and
-    locations and attention weights may have another dtype than ``value``: under autocast, keep them in float32, since
-    bfloat16 tells only 256 positions apart. The environment variable ``DISABLE_CUSTOM_KERNELS=1`` leaves only the
-    reference.
+    All implementations agree to about 1e-5 in float32. Half precision is accumulated in float32, and locations and
+    attention weights may have another dtype than ``value``: under autocast, keep them in float32, since bfloat16
+    rounds positions to 1/256 of the map. ``DISABLE_CUSTOM_KERNELS=1`` in the environment selects the reference.
+
+    >>> import torch
+    >>> value = torch.arange(4.0).reshape(1, 4, 1, 1)  # one map of 2 x 2 pixels: 0, 1 above 2, 3
+    >>> locations = torch.tensor([[0.25, 0.25], [0.5, 0.5]]).reshape(1, 2, 1, 1, 1, 2)  # first pixel, middle of the map
+    >>> multi_scale_deformable_attention(value, [(2, 2)], locations, torch.ones(1, 2, 1, 1, 1)).flatten().tolist()
+    [0.0, 1.5]
 
     Args:
-        value: projected maps of all levels, one after another, each row by row, floating [B, S, heads, head_dim].
+        value: projected feature maps of all levels, flattened row by row and joined, floating
+            [B, S, heads, head_dim].
         spatial_shapes: height and width of each level; their products add up to S.
         sampling_locations: positions (x, y) in units of each level's width and height, 0 ... 1 inside the map,
             floating [B, Q, heads, levels, points, 2].
@@ -43,7 +49,7 @@ def multi_scale_deformable_attention(
         Attended features [B, Q, heads * head_dim] in the dtype of ``value``.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not agree.
 
     Reference:
         Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", arXiv:2010.04159.
@@ -57,7 +63,7 @@ def multi_scale_deformable_attention(
         has_four_corners = min(min(shape) for shape in spatial_shapes) > 1
         if value.device.type == "cpu" and has_four_corners:
             return attention_by_gather(value, spatial_shapes, sampling_locations, attention_weights)
-        # the kernel adds atomically; asked for determinism, grid_sample says in PyTorch's words that it has none either
+        # the kernel adds atomically; where determinism is asked for, grid_sample raises PyTorch's own error
         if value.is_cuda and _has_triton() and not torch.are_deterministic_algorithms_enabled():
             from lightning_convnext_det.ops.deform_attn_triton import attention_by_triton
 
@@ -68,7 +74,7 @@ def multi_scale_deformable_attention(
 def attention_by_grid_sample(
     value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Compute `multi_scale_deformable_attention` by a ``grid_sample`` per level: for any device, export and tracing."""
+    """Deformable attention by one ``grid_sample`` per level: for any device, export and tracing."""
     batch, _, heads, head_dim = value.shape
     queries = sampling_locations.shape[1]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32

@@ -1,8 +1,8 @@
-"""Multi-scale deformable attention on the CPU by the weighted gather, with closed-form gradients.
+"""Multi-scale deformable attention on the CPU by a weighted gather, with closed-form gradients.
 
 Each (query, head) is one sum of levels x points x 4 rows of the value table, weighted by bilinear weight times
-attention weight. Index and weight arithmetic, not the sum, is what costs time, so queries are taken in chunks whose
-buffers stay in the cache; the backward pass recomputes them, and nothing but the arguments is kept for it.
+attention weight. Index and weight arithmetic costs more than the sum, so queries are processed in chunks whose buffers
+stay in the cache; the backward pass recomputes them and keeps only the arguments.
 
 Below, a bag is one (query, head), and its samples are its levels x points positions.
 """
@@ -31,7 +31,7 @@ def attention_by_gather(
 
 
 class _Lattice(NamedTuple):
-    """What the samples of a chunk need to know about their levels, one number for each: [bags, samples]."""
+    """Sizes of the level of every sample of a chunk, each [bags, samples]."""
 
     width: Tensor  # of the level, in pixels, floating
     height: Tensor
@@ -42,7 +42,7 @@ class _Lattice(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """Where the samples of a chunk lie: four neighbouring pixels each, and the distances from the upper left one."""
+    """Positions of the samples of a chunk: four neighbouring pixels each, and the distances from the upper left one."""
 
     lattice: _Lattice
     attention: Tensor  # [bags, samples]
@@ -68,7 +68,7 @@ def _forward(value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, at
 def _backward(
     grad: Tensor, value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of all three: for many samples one head after another, whose maps fit the cache, for few all heads."""
+    """Gradients of all three tensors: head by head for many samples, as the maps of one fit the cache, else at once."""
     batch, queries, heads, levels, points, _ = sampling_locations.shape
     dtype = _compute_dtype(value)
     grad = grad.to(dtype).view(batch, queries, heads, value.shape[3])
@@ -114,12 +114,12 @@ def _backward_heads(
 
 
 def _has_many_samples(samples: int, pixels: int) -> bool:
-    """Whether sorting the samples costs more than passing over the map for each of their four corners."""
+    """Whether sorting the samples costs more than one pass over the map per corner."""
     return samples > 4 * pixels  # measured for heads 32 wide
 
 
 def _build_lattice(sizes: Sequence[int], queries: int, heads: int, points: int, dtype: torch.dtype) -> _Lattice:
-    """Spread the levels' sizes over the samples of a chunk: at most `_SAMPLES_PER_CHUNK`, and whole queries."""
+    """Repeat the levels' sizes for the samples of a chunk: whole queries, at most `_SAMPLES_PER_CHUNK` samples."""
     height, width = torch.tensor(sizes).view(-1, 2).unbind(1)  # [levels]
     queries = min(queries, max(1, _SAMPLES_PER_CHUNK // max(1, heads * len(height) * points)))
     area = height * width
@@ -141,7 +141,7 @@ def _build_lattice(sizes: Sequence[int], queries: int, heads: int, points: int, 
 def _locate_chunks(
     locations: Tensor, attention: Tensor, lattice: _Lattice, heads: int
 ) -> Iterator[tuple[slice, _Samples]]:
-    """Go through the bags in chunks of the lattice's size and find the samples of each."""
+    """Yield the samples of the bags in chunks of the lattice's size."""
     for begin in range(0, len(locations), max(1, len(lattice.width))):
         bags = slice(begin, min(begin + len(lattice.width), len(locations)))
         part = _Lattice(*(numbers[: bags.stop - begin] for numbers in lattice))

@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention out of elementary operations of fixed shapes, for compilers such as XLA.
+"""Multi-scale deformable attention from elementary operators of fixed shapes, for compilers such as XLA.
 
-XLA has no ``grid_sample``: it would be computed on the host, forward and backward. Here every level is read at the four
-corners around each position by ``gather``; gradients are autograd's.
+XLA computes ``grid_sample`` on the host, forward and backward. Here ``gather`` reads the four pixels around each
+position of every level; gradients are autograd's.
 """
 
 import torch
@@ -13,7 +13,7 @@ _CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))
 def attention_by_indexing(
     value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Compute `deform_attn.multi_scale_deformable_attention`; no shape depends on a value."""
+    """Deformable attention by ``gather``; no shape depends on a value."""
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     tables = torch.split(value.to(dtype).transpose(1, 2), [h * w for h, w in spatial_shapes], dim=2)  # [B, heads, S, D]
     locations = sampling_locations.to(dtype).transpose(1, 2)  # [B, heads, Q, levels, points, 2]

@@ -21,7 +21,7 @@ _TILE = 512  # bags x channels of a program: four warps of one 16-byte load per 
 def attention_by_triton(
     value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Compute `deform_attn.multi_scale_deformable_attention` by a GPU kernel, an opaque operator for ``torch.compile``.
+    """Deformable attention by a GPU kernel, an opaque operator for ``torch.compile``.
 
     Takes CPU tensors only under Triton's interpreter (``TRITON_INTERPRET=1``), which is for tests.
     """
@@ -33,7 +33,7 @@ def attention_by_triton(
 # the arguments of a kernel have no Python types: they are pointers and numbers on the device
 @triton.jit
 def _corner(image, x, y, width, height, stride, channels):  # type: ignore[no-untyped-def]
-    """Pointers to the pixels (x, y), whole numbers [bags], and whether there is one; a NaN is nowhere."""
+    """Pointers to the pixels (x, y), whole numbers [bags], and whether they are inside; NaN is outside."""
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return image + ((y * width + x).to(tl.int64) * stride)[:, None], inside[:, None] & channels
 

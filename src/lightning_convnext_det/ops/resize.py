@@ -1,8 +1,8 @@
-"""Bilinear resizing of 8-bit images with OpenCV's arithmetic.
+"""Bilinear resizing of 8-bit images, bit-equal to OpenCV.
 
-OpenCV (``cv2.resize`` with ``INTER_LINEAR``, imgproc/src/resize.cpp) interpolates 8-bit images in integers: weights
-of 11 bits, 4 bits dropped between the two passes. Detectors that were trained on such images see others when the
-same image is interpolated in floating point: one value in eight differs by one level.
+OpenCV (``cv2.resize`` with ``INTER_LINEAR``, imgproc/src/resize.cpp) interpolates 8-bit images in integers: weights of
+11 bits, 4 bits dropped between the two passes. Interpolation in floating point changes one value in eight by one level,
+which detectors trained on such images notice.
 """
 
 import torch
@@ -12,7 +12,12 @@ _WEIGHT_BITS = 11  # INTER_RESIZE_COEF_BITS
 
 
 def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize without antialiasing, to the same bits as OpenCV.
+    """Resize an 8-bit image bilinearly without antialiasing, bit-equal to OpenCV.
+
+    >>> import torch
+    >>> image = torch.tensor([[[0, 100], [200, 40]]], dtype=torch.uint8)
+    >>> resize_like_opencv(image, (2, 3)).tolist()
+    [[[0, 50, 100], [200, 120, 40]]]
 
     Args:
         image: uint8 [C, H, W].
@@ -31,7 +36,7 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"cannot resize {list(image.shape)} to {list(size)}; expected [channels, height, width]")
     (top, bottom), (above, below) = _neighbours(image.shape[1], size[0], image.device)
     (left, right), (before, after) = _neighbours(image.shape[2], size[1], image.device)
-    # at the left and the right OpenCV sets the weights, at the top and the bottom it repeats the row
+    # at the left and right border OpenCV sets the weights, at the top and bottom it repeats the row
     before, after = torch.where(left == right, 1 << _WEIGHT_BITS, before), torch.where(left == right, 0, after)
     rows, place = torch.unique(torch.cat((top, bottom)), return_inverse=True)
     pixels = image[:, rows].to(torch.int32)  # only the rows that are needed [C, R, W]
@@ -44,7 +49,7 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
 def _neighbours(
     length: int, new_length: int, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Indices of the two pixels around each new one, and their integer weights, each int [new_length]."""
+    """Indices and integer weights of the two pixels around each new one, each int [new_length]."""
     scale = 1.0 / (new_length / length)  # in this order, as OpenCV rounds
     centre = (torch.arange(new_length, dtype=torch.float64) + 0.5) * scale - 0.5
     position = centre.to(torch.float32)

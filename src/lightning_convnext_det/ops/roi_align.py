@@ -1,8 +1,7 @@
-"""RoIAlign (Mask R-CNN, arXiv:1703.06870, section 3) with torchvision's meaning, and the pooler that Faster R-CNN uses.
+"""RoIAlign (Mask R-CNN, arXiv:1703.06870, section 3) as defined by torchvision, and Faster R-CNN's multi-scale pooler.
 
 On the CPU a bin is a weighted sum of rows of the channels-last map (``roi_align_gather``), several times faster than
-torchvision's operator forward and backward; on other devices, for export and under ``DISABLE_CUSTOM_KERNELS=1`` it is
-torchvision's operator.
+torchvision's operator forward and backward; other devices, export and ``DISABLE_CUSTOM_KERNELS=1`` use torchvision's.
 """
 
 import math
@@ -26,11 +25,17 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    """Pool a feature map over boxes, by the mean of bilinear samples in each bin.
+    """RoIAlign: pool a feature map over boxes, by the mean of bilinear samples in each bin.
 
-    Differs from `torchvision.ops.roi_align` in three things: half precision works on every device, with positions still
-    computed in float32; a box that is not finite gives zeros where torchvision reads foreign memory; and on the CPU the
-    result may be laid out channels last. A map that is channels last is read there without a copy.
+    Differs from `torchvision.ops.roi_align` in three points: half precision works on every device, with positions
+    computed in float32; a box that is not finite gives zeros where torchvision reads out of bounds; and on the CPU the
+    result may be channels last. A channels-last map is read there without a copy.
+
+    >>> import torch
+    >>> features = torch.arange(16.0).reshape(1, 1, 4, 4)  # each pixel is 8 pixels of the image wide
+    >>> box = torch.tensor([[0.0, 0.0, 32.0, 32.0]])
+    >>> roi_align(features, [box], 2, spatial_scale=1 / 8, sampling_ratio=2, aligned=True).flatten().tolist()
+    [2.5, 4.5, 10.5, 12.5]
 
     Args:
         input: features, floating [B, C, H, W].
@@ -39,14 +44,14 @@ def roi_align(
         output_size: bins in height and width, or one number for both.
         spatial_scale: pixels of the map per pixel of the image, e.g. 1/16.
         sampling_ratio: samples per bin in each direction; 0 or less takes as many as a bin has pixels, rounded up.
-        aligned: shift boxes by half a pixel, so that their corners mean the pixels' edges; False is the older meaning,
-            in which boxes are also at least one pixel of the map wide.
+        aligned: shift boxes by half a pixel, so that coordinates refer to the edges of pixels; False is the older
+            definition, in which boxes are also at least one pixel of the map wide.
 
     Returns:
         Pooled features [K, C, height, width] in the dtype of ``input``.
 
     Raises:
-        ValueError: if the shapes do not belong together or a box names an image that is not there.
+        ValueError: if the shapes do not agree or the image index of a box is out of range.
     """
     size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
     rois = _as_rois(input, boxes)
@@ -74,15 +79,22 @@ def _roi_align_by_torchvision(
 
 
 class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
-    """Pool each box from the level of a pyramid that suits its size, as `torchvision.ops.MultiScaleRoIAlign` does.
+    """Multi-scale RoIAlign: pool each box from the FPN level for its size.
 
     A box of ``canonical_scale`` pixels is pooled from level ``canonical_level``, one of half the size from the level
-    below (arXiv:1612.03144, equation 1). Works wherever torchvision's pooler does. Unlike that one, it can align boxes,
-    computes by `roi_align` above, can be told the strides, and else derives them from every batch instead of from the
-    first.
+    below (arXiv:1612.03144, equation 1). A drop-in for `torchvision.ops.MultiScaleRoIAlign`, with three additions:
+    ``aligned`` boxes, the faster `roi_align`, and ``strides`` that are given or derived from every batch, not only from
+    the first.
+
+    >>> import torch
+    >>> pooler = MultiScaleRoIAlign(["0", "1"], 7, 2, strides=(4, 8))
+    >>> maps = {"0": torch.rand(2, 5, 16, 16), "1": torch.rand(2, 5, 8, 8)}
+    >>> boxes = [torch.tensor([[0.0, 0, 20, 30], [4, 4, 60, 60]]), torch.zeros(0, 4)]
+    >>> pooler(maps, boxes, [(64, 64), (64, 64)]).shape
+    torch.Size([2, 5, 7, 7])
 
     Args:
-        featmap_names: names of the maps to pool from, of those given to ``forward``.
+        featmap_names: names of the maps to pool from, among those given to ``forward``.
         output_size: bins in height and width, or one number for both.
         sampling_ratio: samples per bin in each direction; 0 or less takes as many as a bin has pixels, rounded up.
         canonical_scale: side in pixels of the box that ``canonical_level`` is for.
@@ -90,8 +102,9 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         aligned: shift boxes by half a pixel, see `roi_align`.
         strides: pixels of the image per pixel of each map; if None, the powers of two nearest to the ratio of the
             unpadded images' heights to the maps'.
-        margin: what 1e-6 is added to before rounding down, so that a box of exactly ``canonical_scale`` is on the right
-            side: its ``level``, or the ratio of its ``side`` to the scale of the finest level, as MMDetection does.
+        margin: quantity that 1e-6 is added to before rounding down, so that a box of exactly ``canonical_scale`` gets
+            ``canonical_level``: the ``level``, as torchvision, or the ratio of the box's ``side`` to the scale of the
+            finest level, as MMDetection.
     """
 
     def __init__(
@@ -114,7 +127,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         self.margin = margin
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Pool the boxes of all images, one image after another.
+        """Pool the boxes of all images, in order of the images.
 
         Args:
             x: maps by name, fine to coarse, floating [B, C, H, W].
@@ -125,7 +138,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
             Pooled features [sum of L, C, height, width].
 
         Raises:
-            ValueError: if ``x`` holds none of the maps.
+            ValueError: if ``x`` has none of the maps.
         """
         maps = [features for name, features in x.items() if name in self.featmap_names]
         if not maps:
@@ -164,7 +177,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
 
 
 def _check_images(input: Tensor, rois: Tensor) -> None:
-    if len(rois) == 0 or torch.compiler.is_compiling():  # a compiled graph would break at the question
+    if len(rois) == 0 or torch.compiler.is_compiling():  # reading values would break a compiled graph
         return
     lowest, highest = (int(image) for image in rois[:, 0].aminmax())
     if lowest < 0 or highest >= len(input):
@@ -172,7 +185,7 @@ def _check_images(input: Tensor, rois: Tensor) -> None:
 
 
 def _as_rois(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """Join the boxes of all images behind their image's index, float [K, 5]."""
+    """Join the boxes of all images, each preceded by the index of its image, float [K, 5]."""
     if input.ndim != 4:
         raise ValueError(f"input must be [batch, channels, height, width], but its shape is {list(input.shape)}")
     if isinstance(boxes, Tensor):

@@ -1,4 +1,4 @@
-"""RoIAlign on the CPU by the weighted gather, with its gradient.
+"""RoIAlign on the CPU by a weighted gather, with its gradient.
 
 The map is read as a table [pixels, channels], channels last, and each bin is a weighted sum of its rows. The samples of
 a bin form a grid, so its weights are products of a few numbers per axis: n samples per axis touch 2n rows and 2n
@@ -32,7 +32,7 @@ def roi_align_by_gather(
 
 
 class _Grid(NamedTuple):
-    """How boxes are pooled."""
+    """Parameters of the pooling."""
 
     map_size: tuple[int, int, int]  # images, height, width
     bins: tuple[int, int]  # rows and columns of bins in a box
@@ -42,7 +42,7 @@ class _Grid(NamedTuple):
 
 
 class _Bags(NamedTuple):
-    """The pixels of the bins of some boxes, a bag for each bin."""
+    """Pixels and weights of the bins of some boxes, one bag per bin."""
 
     boxes: Tensor  # which boxes these are, int64 [k]
     rows: Tensor  # pixels of a bin, int32 [k * bins, pixels]
@@ -84,7 +84,7 @@ def _backward(
 
 
 def _find_bags(rois: Tensor, grid: _Grid) -> Iterator[_Bags]:
-    """Find the pixels of all bins, boxes with about equal numbers of samples at a time."""
+    """Yield the pixels of all bins, by groups of boxes with about equal numbers of samples."""
     corners = rois[:, 1:] * grid.spatial_scale - (0.5 if grid.aligned else 0.0)
     corners = torch.where(corners.isfinite().all(dim=1, keepdim=True), corners, torch.nan)  # no sample will count
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]  # x, y
@@ -126,7 +126,7 @@ def _count_samples(bin_sizes: Tensor, sampling_ratio: int) -> Tensor:
 
 
 def _group(samples: Tensor, sampling_ratio: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Go through groups of boxes, int64 [k], with the number of places for samples along x and y that suffices them."""
+    """Yield groups of boxes, int64 [k], with the most samples per bin along x and y among them."""
     boxes = torch.arange(len(samples))
     if sampling_ratio > 0:
         yield [sampling_ratio, sampling_ratio], boxes
@@ -145,13 +145,13 @@ def _find_pixels(
     """Pixels along one axis and their weights, int32 and floating [k, bins, n].
 
     Args:
-        start: where the boxes begin, in pixels of the map, [k].
+        start: left or upper edge of the boxes, in pixels of the map, [k].
         bin_size: length of their bins, [k].
         samples: samples in each of their bins, int64 [k].
         bins: bins per box.
         places: the most samples per bin.
         limit: pixels of the map along the axis.
-        shared: whether samples are in rising order and at most a pixel apart, so that n = places + 1 pixels suffice.
+        shared: whether samples are in ascending order and at most a pixel apart, so that n = places + 1 pixels suffice.
     """
     # the order of operations is torchvision's, so that positions are equal to the last bit
     begin = start[:, None] + torch.arange(bins) * bin_size[:, None]

@@ -1,11 +1,11 @@
-"""Sums of weighted rows of a table and the two transposes of that sum: the core of deformable attention and RoIAlign.
+"""Weighted sums of table rows and their two transposes: the core of deformable attention and RoIAlign on the CPU.
 
-Both ops read a feature map at fractional positions, which is a sum of weighted rows of the map seen as a table
-[pixels, channels]. PyTorch computes such sums by ``embedding_bag``, many times faster on a CPU than ``grid_sample`` and
-torchvision's ``roi_align`` do, but its backward of ``embedding_bag`` is slow; `scatter_rows` and `dot_rows` replace it.
+Both operators sample a feature map bilinearly, which is a weighted sum of rows of the map as a table
+[pixels, channels]. ``embedding_bag`` computes such sums many times faster on a CPU than ``grid_sample`` and
+torchvision's ``roi_align``, but its backward is slow; `scatter_rows` and `dot_rows` replace it.
 
-These are the pieces of hand-written backward passes: autograd does not see through them. Half precision is accumulated
-in float32.
+These are parts of hand-written backward passes, without autograd of their own. Half precision is accumulated in
+float32.
 """
 
 import functools
@@ -19,7 +19,12 @@ _INT16_KEYS = 2**16 - 1  # keys below this are sorted as int16, which is half th
 
 
 def gather_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weighted rows of a table, ``out[n] = sum_k weights[n, k] * table[indices[n, k]]``.
+    """Weighted sums of table rows, ``out[n] = sum_k weights[n, k] * table[indices[n, k]]``.
+
+    >>> import torch
+    >>> table = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
+    >>> gather_rows(table, torch.tensor([[0, 2]]), torch.tensor([[1.0, 0.5]])).tolist()
+    [[51.0, 102.0]]
 
     Args:
         table: rows, floating [R, D].
@@ -37,13 +42,18 @@ def gather_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 def scatter_rows(rows: Tensor, sources: Tensor, indices: Tensor, weights: Tensor, num_rows: int) -> list[Tensor]:
     """Add weighted rows into a table, ``table[indices[p]] += weights[p] * rows[sources[p]]``: `gather_rows` transposed.
 
-    The pairs are sorted by the row they go to, so each row of the table is again one weighted sum; nothing is added
-    atomically, and the result is the same in every run. Several sets of weights share one sort.
+    The pairs are sorted by their row of the table, so each row is again one weighted sum, without atomic additions and
+    deterministic. Several sets of weights share one sort.
+
+    >>> import torch
+    >>> rows, sources, indices = torch.eye(2), torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2], dtype=torch.int32)
+    >>> scatter_rows(rows, sources, indices, torch.tensor([[1.0, 2.0, 3.0]]), num_rows=3)[0].tolist()
+    [[0.0, 2.0], [0.0, 0.0], [1.0, 3.0]]
 
     Args:
         rows: floating [N, D].
-        sources: row that each pair takes, int32 or int64 [P], in 0 ... N - 1.
-        indices: row of the table that each pair is added to, int32 [P], in 0 ... num_rows - 1.
+        sources: row of ``rows`` of each pair, int32 or int64 [P], in 0 ... N - 1.
+        indices: row of the table of each pair, int32 [P], in 0 ... num_rows - 1.
         weights: sets of weights of the pairs, dtype of ``rows``, [M, P].
         num_rows: rows of the table, R.
 
@@ -65,9 +75,14 @@ def scatter_rows(rows: Tensor, sources: Tensor, indices: Tensor, weights: Tensor
 
 
 def dot_rows(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
-    """Scalar products with rows of a table, ``out[n, k] = sum_d rows[n, d] * table[indices[n, k], d]``.
+    """Dot products with table rows, ``out[n, k] = sum_d rows[n, d] * table[indices[n, k], d]``.
 
-    The other transpose of `gather_rows`: the gradient in its weights.
+    The other transpose of `gather_rows`: its gradient with respect to the weights.
+
+    >>> import torch
+    >>> table = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
+    >>> dot_rows(torch.tensor([[1.0, 1.0]]), table, torch.tensor([[0, 2]], dtype=torch.int32)).tolist()
+    [[3.0, 300.0]]
 
     Args:
         rows: float32 or float64 [N, D].
@@ -97,7 +112,7 @@ def dot_rows(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
 
 @functools.cache
 def _silence_sparse_notice() -> None:
-    """Spend PyTorch's notice that sparse CSR tensors are in beta, which it gives once per process."""
+    """Trigger PyTorch's warning that sparse CSR tensors are in beta, which it gives once per process, unseen."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
