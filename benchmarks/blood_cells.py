@@ -89,7 +89,7 @@ def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[st
     small = [
         "--model.backbone=convnext_atto", "--model.pretrained_backbone=false", "--model.layer_decay=null",
         "--model.drop_path_rate=0", "--model.fpn_channels=64", "--model.box_head_features=256",
-        "--model.rpn_pre_nms_top_n_train=500", "--model.rpn_post_nms_top_n_train=300", "--data.train=trainval",
+        "--model.rpn_pre_nms_top_n=[500,1000]", "--model.rpn_post_nms_top_n=[300,1000]", "--data.train=trainval",
         "--data.val_fraction=0", "--data.vertical_flip=true", "--trainer.limit_val_batches=0",
     ]  # fmt: skip
     recipes: dict[str, tuple[Path, list[str]]] = {

@@ -20,7 +20,7 @@ from lightning_convnext_det.types import Target
 from side_by_side import compare, create_parser, print_header
 
 DETECTORS: dict[str, dict[str, object]] = {
-    "Faster R-CNN": {"name": "fasterrcnn_fpn", "dialect": "mmdetection"},
+    "Faster R-CNN": {"name": "fasterrcnn_fpn", "convention": "mmdetection"},
     "Cascade R-CNN, two_fc": {"name": "cascadercnn_fpn", "box_head": "two_fc"},
     "Cascade R-CNN, four_conv": {"name": "cascadercnn_fpn", "box_head": "four_conv"},
 }

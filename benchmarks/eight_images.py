@@ -20,13 +20,12 @@ DETECTORS = {
     "CascadeRCNNModule": [
         "--model.box_head_features=256",
         "--model.box_head=two_fc",
-        "--model.dialect=torchvision",  # as Faster R-CNN
-        "--model.rpn_skip_crossing=false",  # on images this small, most anchors cross the border
+        "--model.convention=torchvision",  # as Faster R-CNN
     ],
     "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refine=true", "--model.num_queries=100"],
 }
 SMALL = ["--model.backbone=convnext_atto", "--model.min_size=160", "--model.max_size=214", "--data.batch_size=8"]
-PROPOSALS = ["--model.rpn_pre_nms_top_n_train=500", "--model.rpn_post_nms_top_n_train=300"]
+PROPOSALS = ["--model.rpn_pre_nms_top_n=[500,1000]", "--model.rpn_post_nms_top_n=[300,1000]"]
 
 
 def take_eight(annotations: Path, images: Path, root: Path) -> None:

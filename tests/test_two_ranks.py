@@ -17,11 +17,11 @@ from tests.processes import run_script
 # what a module needs to be small; a new detector gets its row here
 SMALL: dict[str, dict[str, Any]] = {
     "FasterRCNNModule": {
-        "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 50,
+        "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n": (50, 50),
         "box_batch_size_per_image": 16,
     },
     "CascadeRCNNModule": {
-        "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 50,
+        "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n": (50, 50),
         "box_batch_size_per_image": 16,
     },
     "DeformableDETRModule": {

@@ -10,7 +10,7 @@ TINY = {
     "max_size": 96,
     "fpn_channels": 32,
     "box_head_features": 32,
-    "rpn_post_nms_top_n_train": 100,
+    "rpn_post_nms_top_n": (100, 1000),
     "box_batch_size_per_image": 32,
 }
 

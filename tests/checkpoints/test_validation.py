@@ -14,6 +14,7 @@ import torch
 
 from lightning_convnext_det.checkpoints.build import build_module
 from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.models.rcnn.conventions import Convention
 from lightning_convnext_det.modules import (
     CascadeRCNNModule,
     ClassifierModule,
@@ -178,7 +179,9 @@ def test_build_module__stated_sizes_are_not_built(tmp_path: Path) -> None:
     [
         ("faster", {"frozen_stages": 2, "drop_path_rate": 0.1, "out_norm": True, "gradient_checkpointing": True}),
         ("faster", {"backbone": "resnet18", "batch_norm": "train", "frozen_stages": 1, "channels_last": False}),
-        ("faster", {"min_size": list(range(64, 97)), "image_mean": (0.4, 0.4, 0.4), "dialect": "mmdetection"}),
+        ("faster", {"min_size": list(range(64, 97)), "image_mean": (0.4, 0.4, 0.4), "convention": "mmdetection"}),
+        ("faster", {"convention": {"base": "mmdetection", "roi_aligned": False}}),
+        ("faster", {"convention": Convention(roi_sampling_ratio=0)}),
         ("faster", {"fpn_channels": np.int64(16), "lr": np.float32(0.5), "image_std": np.full(3, 0.25)}),
         ("detr", {"two_stage": True, "frozen_stages": 4, "gradient_checkpointing": True}),
         ("detr", {"box_refinement": False, "extra_levels": 1, "fixed_size": [64, 64], "objects_multiple": 10}),

@@ -130,7 +130,7 @@ def test_import_weights__from_the_published_file_to_boxes(
     module = load_module(destination)
     assert module.class_names[:2] == ["person", "bicycle"]
     assert module.category_ids[-1] == 90
-    assert module.hparams["dialect"] == "mmdetection"
+    assert module.hparams["convention"] == "mmdetection"
     module.detector.transform.min_sizes, module.detector.transform.max_size = [min(case.info["scale"])], 380
     found = Predictor(module.detector, module.class_names)(case.image)
     torch.testing.assert_close(found["boxes"], case.golden["boxes"], atol=0.02, rtol=0)
@@ -155,7 +155,7 @@ def test_start_module__other_classes_keep_all_but_the_two_last_layers(
             assert len(tensor) in (4, 16)
         else:
             assert torch.equal(tensor, module.state_dict()[name]), name
-    assert tuned.hparams["dialect"] == "mmdetection"
+    assert tuned.hparams["convention"] == "mmdetection"
     assert tuned.hparams["lr"] == 1e-3
     assert tuned.training
     again = start_module(tmp_path / "imported.ckpt", 80, module.class_names)

@@ -1,6 +1,7 @@
 """What a checkpoint of this package holds beside Lightning's own entries."""
 
 import inspect
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def accepted(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
 
 # what a user gives to a constructor, which may be anything
 def plain(value: Any, what: str) -> Any:
-    """A value of the kinds that checkpoints are read with: numbers, words, and lists of them."""
+    """A value of the kinds that checkpoints are read with: numbers, words, and lists and mappings of them."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -52,4 +53,8 @@ def plain(value: Any, what: str) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(entry, what) for key, entry in value.items()}
+    if is_dataclass(value) and is_own(type(value)):  # our constructors take such a mapping, too
+        return {field.name: plain(getattr(value, field.name), what) for field in fields(value)}
     raise TypeError(f"{what} is a {type(value).__name__}, which a checkpoint cannot hold")

@@ -53,12 +53,14 @@ def _odd_parameter(parameters: Mapping[Any, Any]) -> str | None:
             if not all(isinstance(entry, int | str) for entry in value):
                 return f"{name} holds more than names or numbers"
         elif _count(value, depth=2) > _MOST:
-            return f"{name} is not a number, a word or a short list of them"
+            return f"{name} is not a number, a word or a short list or mapping of them"
     return None
 
 
 def _count(value: object, depth: int) -> int:
     """Entries of a value of the kinds that hyper-parameters have; too many if it is of another."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        value = [*value, *value.values()]
     if isinstance(value, list | tuple) and depth and len(value) <= _MOST:
         total = 1
         for entry in value:  # one list may stand in many places

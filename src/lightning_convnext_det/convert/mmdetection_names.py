@@ -93,13 +93,13 @@ def infer_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Argument]:
     logits = tensors[f"{predictor}.cls_score.weight"]
     arguments: dict[str, Argument] = {
         "num_classes": len(logits) - 1,
-        "dialect": "mmdetection",
+        "convention": "mmdetection",
         "out_norm": "backbone.body.norms.0.weight" in tensors,
         "fpn_channels": len(tensors["rpn.head.conv.0.0.weight"]),
         "box_head": "four_conv" if any(".box_head.0.0." in k for k in tensors) else "two_fc",
         "box_head_features": logits.shape[1],
         # mask_rcnn_convnext_fpn.py and cascade_mask_rcnn_convnext_fpn.py, train_cfg.rpn_proposal.max_per_img
-        "rpn_post_nms_top_n_train": 2000 if cascade else 1000,
+        "rpn_post_nms_top_n": [2000 if cascade else 1000, 1000],
     }
     if len(tensors[f"{predictor}.bbox_pred.weight"]) != 4 * len(logits):
         raise KeyError(f"{predictor}.bbox_pred of every class")

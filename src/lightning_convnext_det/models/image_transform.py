@@ -7,15 +7,16 @@ sizes rounded to the nearest).
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_convnext_det.models.rcnn.conventions import Resize
 from lightning_convnext_det.ops.resize import resize_like_opencv
 from lightning_convnext_det.types import Detection, Target
 
+Resize = Literal["torchvision", "opencv"]
 # the statistics that almost every timm backbone is trained with (timm.data.IMAGENET_DEFAULT_MEAN and _STD)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

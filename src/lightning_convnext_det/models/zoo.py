@@ -93,5 +93,6 @@ def arguments_of(callee: Callable[..., nn.Module]) -> list[str]:
     parameters = inspect.signature(callee).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(names) < len(parameters) and isinstance(callee, type):
-        names += [name for name in arguments_of(callee.__mro__[1]) if name not in names]
+        replaced = getattr(callee, "replaced", ())  # what the class gives to its base itself
+        names += [name for name in arguments_of(callee.__mro__[1]) if name not in (*names, *replaced)]
     return names

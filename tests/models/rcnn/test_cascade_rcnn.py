@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_convnext_det.models.rcnn.box_losses import DecodedBoxLoss
 from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.types import Target
@@ -22,10 +23,10 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     }
 
 
-@pytest.mark.parametrize("dialect", ["mmdetection", "torchvision"])
+@pytest.mark.parametrize("base", ["mmdetection", "torchvision"])
 @pytest.mark.parametrize("box_loss", ["giou", "l1", "smooth_l1"])
-def test_cascade_rcnn__every_parameter_has_a_gradient(dialect: str, box_loss: str) -> None:
-    detector = tiny(dialect=dialect, box_loss=box_loss)
+def test_cascade_rcnn__every_parameter_has_a_gradient(base: str, box_loss: str) -> None:
+    detector = tiny(convention={"base": base, "box_loss": box_loss})
     losses = detector([torch.rand(3, 50, 70), torch.rand(3, 64, 64)], [target([[5, 5, 40, 45]], [2]), target([], [])])
     names = [f"loss_{kind}_{stage}" for stage in (1, 2, 3) for kind in ("classification", "box")]
     assert list(losses) == ["loss_objectness", "loss_rpn_box", *names]
@@ -54,7 +55,7 @@ def test_cascade_rcnn__no_proposals() -> None:
 
 def test_cascade_rcnn__one_stage_is_faster_rcnn() -> None:
     cascade = tiny(stage_iou_thresholds=[0.5], stage_loss_weights=[1.0], box_head="two_fc", score_threshold=0.0).eval()
-    faster = FasterRCNN(3, "test_convnext", **SMALL, dialect="mmdetection", score_threshold=0.0).eval()
+    faster = FasterRCNN(3, "test_convnext", **SMALL, convention="mmdetection", score_threshold=0.0).eval()
     faster.load_state_dict({k.replace(".stages.0.", "."): v for k, v in cascade.state_dict().items()})
     image = torch.rand(3, 64, 80)
     with torch.no_grad():
@@ -105,7 +106,7 @@ def test_cascade_rcnn__float32_edges_under_bfloat16() -> None:
     assert {x.dtype for x in losses.values()} == {torch.float32}
 
 
-def test_cascade_rcnn__suppression_can_be_changed() -> None:
+def test_cascade_rcnn__nms_can_be_changed() -> None:
     detector = tiny(score_threshold=0.0, nms_threshold=0.1).eval()
     image = torch.rand(3, 64, 64)
     with torch.no_grad():
@@ -120,24 +121,20 @@ def test_cascade_rcnn__its_defaults_are_its_own_where_the_command_line_hands_on_
     assert {name: faster[name].default for name in shared} == {name: cascade[name].default for name in shared}
     detector = tiny()
     stage = detector.roi_heads.stages[0]
-    assert stage.conventions.box_loss == "giou"
+    assert isinstance(stage.box_loss, DecodedBoxLoss)  # GIoU
     assert stage.box_loss_weight == 10
-    assert stage.conventions.roi_aligned
-    assert detector.rpn.skip_crossing
+    assert stage.box_roi_pool.aligned
+    assert len(stage.box_head) == 7  # four convolutions, flatten, one layer and its activation
+    crossing = torch.tensor([[-1.0, 5, 20, 20], [5, 5, 20, 20]])
+    assert detector.rpn.usable_anchors(crossing, (32, 32)).tolist() == [False, True]
 
 
 def test_cascade_rcnn__mistakes() -> None:
     with pytest.raises(ValueError, match="stage_iou_thresholds has 2 stages, stage_loss_weights 3; expected the same"):
         tiny(stage_iou_thresholds=[0.5, 0.6])
-    with pytest.raises(ValueError, match="box_fg_iou_threshold is for Faster R-CNN; give stage_iou_thresholds"):
+    with pytest.raises(TypeError, match="box_fg_iou_threshold is for Faster R-CNN; give stage_iou_thresholds"):
         tiny(box_fg_iou_threshold=0.6)
     with pytest.raises(ValueError, match="box_head is 'fc'; choose one of two_fc, four_conv"):
         tiny(box_head="fc")
-    with pytest.raises(ValueError, match="dialect is 'detectron2'; choose one of torchvision, mmdetection"):
-        tiny(dialect="detectron2")
-    with pytest.raises(ValueError, match="box_loss is 'l2'; choose one of smooth_l1, l1, giou"):
-        tiny(box_loss="l2")
-    with pytest.raises(ValueError, match="rpn_box_loss is 'giou'; choose one of smooth_l1, l1"):
-        tiny(rpn_box_loss="giou")
-    with pytest.raises(ValueError, match="resize is 'pillow'; choose one of torchvision, opencv"):
-        tiny(resize="pillow")
+    with pytest.raises(ValueError, match="convention is 'detectron2'; choose one of torchvision, mmdetection"):
+        tiny(convention="detectron2")

@@ -153,7 +153,7 @@ def test_golden__empty_proposals_of_mmdetection_2_are_dropped(model: str) -> Non
     assert (distance.min(dim=1).values < LIMITS["casc"][0]).float().mean() > 0.9
 
 
-# one point of the dialect changed at a time: the detections are others, as EFFECTS.md of the goldens says
+# one point of the convention changed at a time: the detections are others, as EFFECTS.md of the goldens says
 @pytest.mark.parametrize(
     "point",
     ["resize", "aligned", "sampling", "rounding", "strides", "stds", "norm"],

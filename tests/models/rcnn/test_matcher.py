@@ -20,7 +20,7 @@ def test_own_matcher__an_object_takes_its_best_box_from_a_better_match() -> None
     assert BestOverlapMatcher(0.7, 0.3, 0.3)(table).tolist() == [1, -2]
 
 
-@pytest.mark.parametrize(("matching", "expected"), [("torchvision", 5), ("mmdetection", 6)])
-def test_count_samples__at_least_one_of_each_in_mmdetection(matching: str, expected: int) -> None:
+@pytest.mark.parametrize(("least", "expected"), [(0, 5), (1, 6)])
+def test_count_samples__at_least_so_many_of_each(least: int, expected: int) -> None:
     positive, negative = [torch.tensor([1, 0, 1]), torch.tensor([0, 0, 0])], [torch.tensor([0, 1, 0]), torch.ones(2)]
-    assert count_samples(positive, negative, matching) == expected
+    assert count_samples(positive, negative, least) == expected

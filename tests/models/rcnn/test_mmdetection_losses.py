@@ -1,4 +1,4 @@
-"""A training step in MMDetection's dialect against losses written from the papers in float64.
+"""A training step by MMDetection's convention against losses written from the papers in float64.
 
 The samplers draw at random, so they are given room for every anchor and proposal; the rest must then agree. Taken from
 the detector are only what its layers compute for given boxes, and the proposals.
@@ -30,7 +30,7 @@ SMALL = {
     "box_batch_size_per_image": EVERYTHING,
     "rpn_positive_fraction": 0.5,
     "box_positive_fraction": 0.5,
-    "dialect": "mmdetection",
+    "convention": "mmdetection",
     "drop_path_rate": 0.0,
 }
 IMAGES = [torch.rand(3, 90, 140), torch.rand(3, 90, 100)]
@@ -193,11 +193,11 @@ def freeze_batch_norm(detector: FasterRCNN) -> None:
 
 
 def faster() -> FasterRCNN:
-    return FasterRCNN(3, **SMALL, rpn_post_nms_top_n_train=60)
+    return FasterRCNN(3, **SMALL, rpn_post_nms_top_n=(60, 1000))
 
 
 def cascade(head: str) -> Callable[[], FasterRCNN]:
-    return lambda: CascadeRCNN(3, **SMALL, box_head=head, rpn_post_nms_top_n_train=60)
+    return lambda: CascadeRCNN(3, **SMALL, box_head=head, rpn_post_nms_top_n=(60, 1000))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Single parts of the MMDetection dialect against what MMDetection and mmcv compute."""
+"""Single parts of the MMDetection convention against what MMDetection and mmcv compute."""
 
 import json
 from typing import Any

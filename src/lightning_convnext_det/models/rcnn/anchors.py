@@ -1,4 +1,4 @@
-"""The anchors of a pyramid, as torchvision or as MMDetection lays them."""
+"""Anchors of a feature pyramid, as torchvision or MMDetection places them."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,32 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from lightning_convnext_det.models.rcnn.conventions import Convention
+
+
+def create_anchors(
+    strides: Sequence[int], sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[float], convention: Convention
+) -> "PyramidAnchors":
+    """Build the anchors of a pyramid with maps at these strides and a pooled level on top.
+
+    Raises:
+        ValueError: if there is not one group of sizes for each level.
+    """
+    levels = [*strides, 2 * strides[-1]]  # the pooled level
+    if len(sizes) != len(levels):
+        raise ValueError(f"anchor_sizes has {len(sizes)} groups; expected one for each of {len(levels)} levels")
+    return PyramidAnchors(
+        sizes, aspect_ratios, convention.anchor_rounding, levels if convention.fixed_strides else None
+    )
+
 
 class PyramidAnchors(AnchorGenerator):
-    """Anchors in float32, whatever the features are.
+    """Anchors over every position of every feature map, float32 whatever the maps' dtype.
+
+    >>> anchors = PyramidAnchors([[32], [64]], [1.0], strides=[8, 16])
+    >>> images = ImageList(torch.zeros(2, 3, 32, 32), [(32, 32), (30, 28)])
+    >>> [a.shape for a in anchors(images, [torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 2, 2)])]
+    [torch.Size([20, 4]), torch.Size([20, 4])]
 
     Args:
         sizes: side lengths of the anchors of each level in pixels of the resized image.
@@ -32,14 +55,15 @@ class PyramidAnchors(AnchorGenerator):
             self.cell_anchors = [_cell_anchors(group, aspect_ratios) for group in sizes]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Lay anchors over every map.
+        """Place the anchors of a batch.
 
         Args:
             image_list: the padded batch; its pixels are not read.
             feature_maps: one [B, C, H, W] for each group of sizes.
 
         Returns:
-            For each image the corners of all anchors, level by level, row by row, float32 [A, 4].
+            For each image the corners (x1, y1, x2, y2) of all anchors in pixels of the padded batch, level by level,
+            row by row, float32 [A, 4].
         """
         if self.strides is None:
             # only shape, dtype and device of the maps are used: a view of one element stands for each

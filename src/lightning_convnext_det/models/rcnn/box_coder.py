@@ -1,4 +1,4 @@
-"""Boxes as deltas of other boxes (R-CNN, arXiv:1311.2524, appendix C), as torchvision or MMDetection computes them."""
+"""Box coders: boxes as deltas of other boxes (R-CNN, arXiv:1311.2524, appendix C), torchvision's and MMDetection's."""
 
 import math
 
@@ -8,26 +8,31 @@ from torchvision.models.detection._utils import BoxCoder
 
 from lightning_convnext_det.models.rcnn.conventions import BoxCoding
 
+Stds = tuple[float, float, float, float]
 _MAX_LOG_RATIO = abs(math.log(16 / 1000))  # the same limit in both
 
 
-def create_box_coder(stds: tuple[float, float, float, float], coding: BoxCoding) -> BoxCoder:
-    """Build the coder of deltas (x, y, width, height) that were divided by ``stds`` in training."""
+def create_box_coder(stds: Stds, coding: BoxCoding) -> BoxCoder:
+    """Build the coder of deltas (x, y, width, height) that are divided by ``stds`` in training."""
     return StdBoxCoder(stds) if coding == "mmdetection" else BoxCoder(_weights(stds))
 
 
-def _weights(stds: tuple[float, float, float, float]) -> tuple[float, ...]:
+def _weights(stds: Stds) -> tuple[float, ...]:
     return tuple(round(1 / std, 6) for std in stds)  # 10.0 for 0.1, as torchvision writes them
 
 
 class StdBoxCoder(BoxCoder):
-    """MMDetection's coder: multiplies by standard deviations and limits how much a side may shrink, too.
+    """MMDetection's box coder: multiplies by standard deviations, and limits how much a side may shrink, too.
+
+    >>> coder = StdBoxCoder((0.1, 0.1, 0.2, 0.2))
+    >>> coder.decode_single(torch.tensor([[5.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 8.0, 4.0]]))
+    tensor([[ 4.,  0., 12.,  4.]])
 
     Args:
         stds: standard deviations of the deltas (x, y, width, height).
     """
 
-    def __init__(self, stds: tuple[float, float, float, float]) -> None:
+    def __init__(self, stds: Stds) -> None:
         super().__init__(_weights(stds))
         self.stds = stds
 
@@ -40,9 +45,8 @@ class StdBoxCoder(BoxCoder):
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Move boxes [N, 4] by deltas [N, 4 * K] to boxes [N, 4 * K]."""
-        deltas = rel_codes.reshape(len(rel_codes), rel_codes.shape[1] // 4, 4) * rel_codes.new_tensor(
-            self.stds
-        )  # [N, K, 4]
+        deltas = rel_codes.reshape(len(rel_codes), rel_codes.shape[1] // 4, 4)  # [N, K, 4]
+        deltas = deltas * rel_codes.new_tensor(self.stds)
         boxes = boxes.to(rel_codes.dtype)
         centres, sizes = (boxes[:, :2] + boxes[:, 2:]) * 0.5, boxes[:, 2:] - boxes[:, :2]
         centres = centres[:, None] + sizes[:, None] * deltas[..., :2]

@@ -1,57 +1,105 @@
-"""The conventions in which torchvision's and MMDetection's two-stage detectors differ, as two named sets.
+"""Where torchvision's and MMDetection's two-stage detectors differ, as one dataclass with two named values.
 
 Neither is better, but weights that were trained under one give other boxes under the other: half a pixel of RoIAlign
 alone moves all of them.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args, get_origin, get_type_hints
 
+from lightning_convnext_det.models.image_transform import Resize
 from lightning_convnext_det.ops.nms import Separation
+from lightning_convnext_det.suggestions import suggest
 
-Dialect = Literal["torchvision", "mmdetection"]
-Resize = Literal["torchvision", "opencv"]
+ConventionName = Literal["torchvision", "mmdetection"]
 BoxCoding = Literal["torchvision", "mmdetection"]
 Matching = Literal["torchvision", "mmdetection"]
 LevelMargin = Literal["level", "side"]
+ProposalLoss = Literal["smooth_l1", "l1"]
 BoxLoss = Literal["smooth_l1", "l1", "giou"]
 
 
-class Conventions(NamedTuple):
-    """One choice for each point; the arguments of `FasterRCNN` of the same names explain them."""
+def _check_value(name: str, value: object, hint: object) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{name} is '{value}'; choose one of {', '.join(get_args(hint))}")
+    elif hint is bool:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected true or false")
+    elif value is not None or type(None) not in get_args(hint):
+        kinds = int if hint is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name} is {value!r}; expected a number")
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0")
 
-    resize: Resize
-    anchor_rounding: bool
-    fixed_strides: bool
-    roi_aligned: bool
-    roi_sampling_ratio: int
-    roi_level_margin: LevelMargin
-    box_coding: BoxCoding
-    min_proposal_side: float
-    min_detection_side: float
-    nms_separation: Separation
-    matching: Matching
-    rpn_box_loss: BoxLoss
-    box_loss: BoxLoss
+
+@dataclass(frozen=True)
+class Convention:
+    """Details of a two-stage detector that its weights depend on; the defaults are torchvision's.
+
+    >>> Convention().roi_sampling_ratio, MMDETECTION.roi_sampling_ratio
+    (2, 0)
+    >>> resolve_convention({"base": "mmdetection", "roi_aligned": False}, CONVENTIONS, "torchvision").roi_aligned
+    False
+
+    Args:
+        resize: ``torchvision`` interpolates normalised images, ``opencv`` 8-bit ones as mmdetection does.
+        anchor_rounding: round anchors to whole pixels.
+        fixed_strides: take the strides of the pyramid for anchors and RoIAlign, instead of deriving them from the
+            sizes of feature maps and images.
+        roi_aligned: shift boxes by half a pixel in RoIAlign, so that their corners mean the edges of pixels.
+        roi_sampling_ratio: sampling points along each side of a bin; 0 takes as many as a bin has pixels, rounded up.
+        roi_level_margin: what 1e-6 is added to when a box gets its pyramid level: ``level`` or ``side``.
+        box_coding: ``torchvision`` limits how much a side may grow, ``mmdetection`` also how much it may shrink.
+        min_proposal_side: proposals with a shorter side are dropped, in pixels; those without area always are.
+        min_detection_side: detections with a shorter side are dropped, in pixels.
+        nms_separation: how NMS keeps classes and levels apart, see `grouped_nms`.
+        matching: how boxes are matched with ground truth in training, see `BestOverlapMatcher`. ``mmdetection`` never
+            matches an anchor that overlaps its object by less than 0.3.
+        rpn_skip_crossing: leave anchors that cross the image's border out of the training; only with matching
+            ``mmdetection``.
+        rpn_box_loss: ``smooth_l1`` or ``l1`` of the deltas of proposals.
+        box_loss: ``smooth_l1`` or ``l1`` of the deltas of detections, or ``giou`` of the decoded boxes.
+        box_smooth_l1_beta: below this difference of deltas, the ``smooth_l1`` of detections is quadratic.
+        box_loss_weight: factor of the box loss of detections (default: 10 for ``giou``, as in MMDetection, else 1).
+
+    Raises:
+        TypeError: if a value is of another type.
+        ValueError: if a value is not among the choices or below 0.
+    """
+
+    resize: Resize = "torchvision"
+    anchor_rounding: bool = True
+    fixed_strides: bool = False
+    roi_aligned: bool = False
+    roi_sampling_ratio: int = 2
+    roi_level_margin: LevelMargin = "level"
+    box_coding: BoxCoding = "torchvision"
+    min_proposal_side: float = 1e-3
+    min_detection_side: float = 1e-2
+    nms_separation: Separation = "torchvision"
+    matching: Matching = "torchvision"
+    rpn_skip_crossing: bool = False
+    rpn_box_loss: ProposalLoss = "smooth_l1"
+    box_loss: BoxLoss = "smooth_l1"
+    box_smooth_l1_beta: float = 1 / 9
+    box_loss_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        hints = get_type_hints(Convention)
+        for field in fields(self):
+            _check_value(field.name, getattr(self, field.name), hints[field.name])
+        if self.rpn_skip_crossing and self.matching == "torchvision":
+            raise ValueError("rpn_skip_crossing=True needs matching='mmdetection'; torchvision trains on every anchor")
 
 
 # torchvision 0.29, FasterRCNN: models/detection/{anchor_utils,_utils,rpn,roi_heads,transform}.py and ops/poolers.py
-_TORCHVISION = Conventions(
-    resize="torchvision",
-    anchor_rounding=True,
-    fixed_strides=False,
-    roi_aligned=False,
-    roi_sampling_ratio=2,
-    roi_level_margin="level",
-    box_coding="torchvision",
-    min_proposal_side=1e-3,
-    min_detection_side=1e-2,
-    nms_separation="torchvision",
-    matching="torchvision",
-    rpn_box_loss="smooth_l1",
-    box_loss="smooth_l1",
-)
+TORCHVISION = Convention()
 # MMDetection 3.3 with the configuration of the ConvNeXt authors' Mask R-CNN
-_MMDETECTION = Conventions(
+MMDETECTION = Convention(
     resize="opencv",
     anchor_rounding=False,
     fixed_strides=True,
@@ -66,29 +114,36 @@ _MMDETECTION = Conventions(
     rpn_box_loss="l1",
     box_loss="l1",
 )
-DIALECTS: dict[Dialect, Conventions] = {"torchvision": _TORCHVISION, "mmdetection": _MMDETECTION}
+CONVENTIONS: dict[ConventionName, Convention] = {"torchvision": TORCHVISION, "mmdetection": MMDETECTION}
 
-_CHOICES = {
-    "resize": get_args(Resize),
-    "roi_level_margin": get_args(LevelMargin),
-    "box_coding": get_args(BoxCoding),
-    "nms_separation": get_args(Separation),
-    "matching": get_args(Matching),
-    "rpn_box_loss": ("smooth_l1", "l1"),
-    "box_loss": get_args(BoxLoss),
-}
+ConventionSetting = ConventionName | dict[str, bool | int | float | str] | Convention
+"""A convention by name, as a mapping of ``base`` and the points that differ from it, or as the dataclass."""
 
 
-def conventions(dialect: Dialect, **given: object) -> Conventions:
-    """Take the conventions of a dialect, but for those that are given and not None.
+def resolve_convention(
+    setting: ConventionSetting | None, named: Mapping[ConventionName, Convention], default: ConventionName
+) -> Convention:
+    """Build the convention that a detector's argument asks for.
+
+    Args:
+        setting: a name, the dataclass, or a mapping such as ``{"base": "mmdetection", "roi_aligned": False}``.
+        named: what the names mean for this detector.
+        default: the name for None, and for a mapping without ``base``.
 
     Raises:
-        ValueError: if there is no such dialect, or no such choice for one of the points.
+        TypeError: if it is none of these, or a value is of another type.
+        ValueError: if a name, a point or a choice is unknown.
     """
-    if dialect not in DIALECTS:
-        raise ValueError(f"dialect is '{dialect}'; choose one of {', '.join(DIALECTS)}")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    for name, value in chosen.items():
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise ValueError(f"{name} is '{value}'; choose one of {', '.join(_CHOICES[name])}")
-    return DIALECTS[dialect]._replace(**chosen)  # type: ignore[arg-type]  # names and values are checked above
+    if isinstance(setting, Convention):
+        return setting
+    if setting is not None and not isinstance(setting, str | dict):
+        raise TypeError(f"convention is a {type(setting).__name__}; give a name, a mapping or a Convention")
+    changes = dict(setting) if isinstance(setting, dict) else {"base": setting or default}
+    base = changes.pop("base", default)
+    if base not in named:
+        raise ValueError(f"convention is '{base}'; choose one of {', '.join(named)}")
+    points = [field.name for field in fields(Convention)]
+    for name in changes:
+        if name not in points:
+            raise ValueError(f"convention has no point '{name}'; {suggest(str(name), points)}")
+    return replace(named[base], **changes)  # type: ignore[index]  # names and values are checked

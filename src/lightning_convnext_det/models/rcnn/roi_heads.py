@@ -1,6 +1,6 @@
-"""The second stage of Faster R-CNN, and one stage of Cascade R-CNN: boxes in, classes and better boxes out.
+"""Box heads of Faster R-CNN and Cascade R-CNN: proposals in, classes and better boxes out.
 
-On torchvision's ``RoIHeads``, whose names of parameters it keeps. Background is class 0 in here.
+Derived from torchvision's ``RoIHeads``, with the same names of parameters. Background is class 0 in here.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
+from torchvision.ops import clip_boxes_to_image
 
-from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
-from lightning_convnext_det.models.rcnn.conventions import Conventions
-from lightning_convnext_det.models.rcnn.matcher import BestOverlapMatcher
-from lightning_convnext_det.ops.nms import NMSMethod, apply_nms
+from lightning_convnext_det.models.rcnn.box_coder import Stds, create_box_coder
+from lightning_convnext_det.models.rcnn.box_losses import create_box_loss
+from lightning_convnext_det.models.rcnn.conventions import Convention
+from lightning_convnext_det.models.rcnn.matcher import Sampling, create_proposal_matcher
+from lightning_convnext_det.models.selection import Selection
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
 
@@ -31,75 +32,46 @@ class Samples(NamedTuple):
     """Corners in pixels, float32 [S, 4]."""
     labels: Tensor
     """Classes, 0 for background, int64 [S]."""
-    truth: Tensor
+    ground_truth: Tensor
     """The object's box where there is one, float32 [S, 4]."""
     added: Tensor
-    """Which are the objects' own boxes, not proposals, bool [S]."""
+    """Which are boxes of the ground truth, not proposals, bool [S]."""
 
 
 class BoxHeads(RoIHeads):
-    """Classify proposals and move them.
+    """Box head of Faster R-CNN: proposals in, losses or detections out.
 
     Args:
         pooler: takes features of boxes from the pyramid.
         head: turns the features [R, C, 7, 7] into vectors.
         predictor: turns the vectors into logits [R, classes + 1] and deltas [R, 4 * (classes + 1)].
-        conventions: what to do where the dialects differ.
-        fg_iou_threshold: IoU from which a proposal is an object.
-        bg_iou_threshold: IoU below which a proposal is background.
-        batch_size_per_image: proposals sampled per image for the loss.
-        positive_fraction: share of objects among them.
+        convention: torchvision's or MMDetection's details.
+        sampling: which proposals train.
+        selection: which detections are kept.
         stds: standard deviations of the deltas.
-        box_loss_weight: factor of the loss of the boxes.
-        smooth_l1_beta: below this difference of deltas, the loss ``smooth_l1`` is quadratic.
-        match_own: also give each object its best proposal, if that reaches ``fg_iou_threshold``; only with matching
-            ``mmdetection``.
-        score_threshold: detections with a lower score are dropped.
-        nms_threshold: IoU above which the weaker of two detections of a class is dropped.
-        detections_per_image: how many detections are kept per image.
+        match_best: with MMDetection's matching, also match each object's best proposal if it reaches the threshold.
     """
-
-    nms: NMSMethod = "hard"
-    soft_nms_sigma = 0.5
 
     def __init__(
         self,
         pooler: MultiScaleRoIAlign,
         head: nn.Module,
         predictor: nn.Module,
-        conventions: Conventions,
-        *,
-        fg_iou_threshold: float = 0.5,
-        bg_iou_threshold: float = 0.5,
-        batch_size_per_image: int = 512,
-        positive_fraction: float = 0.25,
-        stds: tuple[float, float, float, float] = FASTER_STDS,
-        box_loss_weight: float = 1.0,
-        smooth_l1_beta: float = 1 / 9,
-        match_own: bool = True,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        detections_per_image: int = 100,
+        convention: Convention,
+        sampling: Sampling,
+        selection: Selection,
+        stds: Stds = FASTER_STDS,
+        match_best: bool = True,
     ) -> None:
-        super().__init__(
-            pooler,
-            head,
-            predictor,
-            fg_iou_threshold,
-            bg_iou_threshold,
-            batch_size_per_image,
-            positive_fraction,
-            None,
-            score_threshold,
-            nms_threshold,
-            detections_per_image,
-        )
-        self.conventions = conventions
-        self.box_loss_weight = box_loss_weight
-        self.smooth_l1_beta = smooth_l1_beta
-        self.box_coder = create_box_coder(stds, conventions.box_coding)
-        if conventions.matching == "mmdetection" and match_own:
-            self.proposal_matcher = BestOverlapMatcher(fg_iou_threshold, bg_iou_threshold, fg_iou_threshold)
+        # torchvision's own thresholds are not used: `selection` has them
+        super().__init__(pooler, head, predictor, *sampling, None, 0.0, 1.0, 0)
+        self.selection = selection
+        self.box_coder = create_box_coder(stds, convention.box_coding)
+        self.box_loss = create_box_loss(convention.box_loss, self.box_coder, convention.box_smooth_l1_beta)
+        default_weight = 10.0 if convention.box_loss == "giou" else 1.0
+        self.box_loss_weight = default_weight if convention.box_loss_weight is None else convention.box_loss_weight
+        self.proposal_matcher = create_proposal_matcher(sampling, convention, match_best)
+        self.min_side, self.separation = convention.min_detection_side, convention.nms_separation
 
     @property
     def last(self) -> "BoxHeads":
@@ -118,8 +90,8 @@ class BoxHeads(RoIHeads):
             assert targets is not None  # the detector has checked them
             samples = self.sample(proposals, targets)
             logits, deltas = self.predict(features, [s.boxes for s in samples], image_shapes)
-            classifier, box_reg = self.compute_losses(logits, deltas, samples)
-            return [], {"loss_classification": classifier, "loss_box": box_reg}
+            classification, box = self.compute_losses(logits, deltas, samples)
+            return [], {"loss_classification": classification, "loss_box": box}
         logits, deltas = self.predict(features, proposals, image_shapes)
         return self.detect(logits, deltas, proposals, image_shapes), {}
 
@@ -132,22 +104,15 @@ class BoxHeads(RoIHeads):
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> list[Samples]:
-        """Match proposals with objects, and draw those that the stage trains on."""
-        truths, classes = [t["boxes"] for t in targets], [t["labels"] for t in targets]
-        joined = self.add_gt_proposals(proposals, truths)
-        if self.conventions.matching == "torchvision":
-            matches, labels = self.assign_targets_to_proposals(joined, truths, classes)
-        else:  # the objects' own boxes do not compete with the proposals
-            matches, labels = [], []
-            for boxes, truth, own in zip(proposals, truths, classes, strict=True):
-                found, label = _match(self, boxes, truth, own)
-                matches.append(torch.cat((found, torch.arange(len(truth), device=truth.device))))
-                labels.append(torch.cat((label, own)))
+        """Match proposals and the boxes of the ground truth with objects, and draw those that the stage trains on."""
+        objects, classes = [t["boxes"] for t in targets], [t["labels"] for t in targets]
+        joined = self.add_gt_proposals(proposals, objects)
+        matches, labels = self.assign_targets_to_proposals(joined, objects, classes)
         samples = []
         for i, chosen in enumerate(self.subsample(labels)):
             # without objects every match is 0 and never looked at
-            truth = truths[i][matches[i][chosen]] if len(truths[i]) else joined[i].new_zeros(len(chosen), 4)
-            samples.append(Samples(joined[i][chosen], labels[i][chosen], truth, chosen >= len(proposals[i])))
+            matched = objects[i][matches[i][chosen]] if len(objects[i]) else joined[i].new_zeros(len(chosen), 4)
+            samples.append(Samples(joined[i][chosen], labels[i][chosen], matched, chosen >= len(proposals[i])))
         return samples
 
     def compute_losses(self, logits: Tensor, deltas: Tensor, samples: Sequence[Samples]) -> tuple[Tensor, Tensor]:
@@ -155,21 +120,11 @@ class BoxHeads(RoIHeads):
         labels = torch.cat([s.labels for s in samples])
         object_rows = torch.where(labels > 0)[0]
         own = _by_class(deltas)[object_rows, labels[object_rows]]  # [P, 4]
-        boxes, truth = (torch.cat(x)[object_rows] for x in ([s.boxes for s in samples], [s.truth for s in samples]))
-        loss = self._box_loss(own, boxes, truth) * (self.box_loss_weight / max(1, len(labels)))
-        classifier = F.cross_entropy(logits, labels) if len(labels) else logits.sum()  # 0 if there is no proposal
-        return classifier, loss
-
-    def _box_loss(self, deltas: Tensor, boxes: Tensor, truth: Tensor) -> Tensor:
-        """Sum the losses of deltas [P, 4] that should move boxes [P, 4] to the truth [P, 4]."""
-        if self.conventions.box_loss == "giou":
-            moved = self.box_coder.decode_single(deltas, boxes)
-            loss: Tensor = generalized_box_iou_loss(moved, truth, reduction="sum")
-            return loss
-        wanted = self.box_coder.encode_single(truth, boxes)
-        if self.conventions.box_loss == "l1":
-            return F.l1_loss(deltas, wanted, reduction="sum")
-        return F.smooth_l1_loss(deltas, wanted, beta=self.smooth_l1_beta, reduction="sum")
+        boxes = torch.cat([s.boxes for s in samples])[object_rows]
+        ground_truth = torch.cat([s.ground_truth for s in samples])[object_rows]
+        loss = self.box_loss(own, boxes, ground_truth) * (self.box_loss_weight / max(1, len(labels)))
+        classification = F.cross_entropy(logits, labels) if len(labels) else logits.sum()  # 0 if there is no proposal
+        return classification, loss
 
     def move(
         self, deltas: Tensor, labels: Tensor, boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
@@ -197,21 +152,10 @@ class BoxHeads(RoIHeads):
         all_scores = torch.split(logits.softmax(-1), counts)  # [R, classes + 1]
         found = []
         for boxes, scores, shape in zip(all_boxes, all_scores, image_shapes, strict=True):
-            row, column = torch.where(scores[:, 1:] > self.score_thresh)  # column 0 is the background
+            row, column = torch.where(scores[:, 1:] > self.selection.score_threshold)  # column 0 is the background
             boxes, scores = clip_boxes_to_image(boxes[row, column + 1], shape), scores[row, column + 1]
-            large = (boxes[:, 2:] - boxes[:, :2] >= self.conventions.min_detection_side).all(dim=1)
-            each = apply_nms(
-                boxes[large],
-                scores[large],
-                column[large] + 1,
-                self.nms,
-                self.nms_thresh,
-                self.soft_nms_sigma,
-                self.conventions.nms_separation,
-            )
-            high = each[1] > self.score_thresh  # soft suppression lowers scores
-            boxes, scores, labels = (values[high][: self.detections_per_img] for values in each)
-            found.append(Detection(boxes=boxes, labels=labels, scores=scores))
+            large = (boxes[:, 2:] - boxes[:, :2] >= self.min_side).all(dim=1)
+            found.append(self.selection(boxes[large], scores[large], column[large] + 1, self.separation))
         return found
 
 
@@ -219,13 +163,36 @@ def _by_class(deltas: Tensor) -> Tensor:
     return deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)  # [R, classes + 1, 4], also without boxes
 
 
-def _match(heads: RoIHeads, boxes: Tensor, truth: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Match the proposals of one image, which may be none."""
-    if len(boxes) == 0:
-        nothing = classes.new_zeros(0)
-        return nothing, nothing
-    matches, labels = heads.assign_targets_to_proposals([boxes], [truth], [classes])
-    return matches[0], labels[0]
+def create_pooler(strides: Sequence[int], output_size: int, convention: Convention) -> MultiScaleRoIAlign:
+    """Build what takes the features of boxes from the maps of a pyramid at these strides."""
+    return MultiScaleRoIAlign(
+        [str(i) for i in range(len(strides))],
+        output_size,
+        convention.roi_sampling_ratio,
+        aligned=convention.roi_aligned,
+        strides=strides if convention.fixed_strides else None,
+        margin=convention.roi_level_margin,
+    )
+
+
+class StageBuilder(NamedTuple):
+    """Builds the box heads of a detector, one or several with the same layers."""
+
+    pooler: MultiScaleRoIAlign
+    kind: BoxHeadKind
+    channels: int
+    """Of the feature pyramid."""
+    features: int
+    """Width of the fully connected layers."""
+    num_classes: int
+    convention: Convention
+    selection: Selection
+
+    def build(self, sampling: Sampling, stds: Stds = FASTER_STDS, match_best: bool = True) -> BoxHeads:
+        """Build box heads with weights of their own, see `BoxHeads`."""
+        head = create_box_head(self.kind, self.channels, self.pooler.output_size[0], self.features)
+        predictor = BoxPredictor(self.features, self.num_classes + 1)  # torchvision's background is class 0
+        return BoxHeads(self.pooler, head, predictor, self.convention, sampling, self.selection, stds, match_best)
 
 
 def create_box_head(kind: BoxHeadKind, channels: int, size: int, features: int) -> nn.Module:
@@ -249,7 +216,7 @@ class BoxPredictor(FastRCNNPredictor):
 
 
 class CascadeHeads(nn.Module):
-    """Stages of which each moves the boxes for the next.
+    """Box heads of Cascade R-CNN: each stage moves the boxes for the next.
 
     Args:
         stages: each a `BoxHeads`.
@@ -302,8 +269,8 @@ class CascadeHeads(nn.Module):
             samples = stage.sample(proposals, targets)
             boxes = [s.boxes for s in samples]
             logits, deltas = stage.predict(features, boxes, image_shapes)
-            classifier, box_reg = stage.compute_losses(logits, deltas, samples)
-            losses[f"loss_classification_{i}"], losses[f"loss_box_{i}"] = weight * classifier, weight * box_reg
+            classification, box = stage.compute_losses(logits, deltas, samples)
+            losses[f"loss_classification_{i}"], losses[f"loss_box_{i}"] = weight * classification, weight * box
             if i < len(self.stages):
                 proposals = _move_samples(stage, logits.detach(), deltas.detach(), samples, image_shapes)
         return losses
@@ -316,7 +283,7 @@ def _move_samples(
     samples: Sequence[Samples],
     image_shapes: Sequence[tuple[int, int]],
 ) -> list[Tensor]:
-    """Move samples for the next stage, objects by the deltas of their class; the objects' own boxes are left out."""
+    """Move samples for the next stage, objects by the deltas of their class; boxes of the ground truth are left out."""
     labels = torch.cat([s.labels for s in samples])
     labels = torch.where(labels > 0, labels, logits[:, 1:].argmax(dim=1) + 1)
     moved = stage.move(deltas, labels, [s.boxes for s in samples], image_shapes)

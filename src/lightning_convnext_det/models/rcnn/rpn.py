@@ -1,58 +1,75 @@
-"""The region proposal network (Faster R-CNN, arXiv:1506.01497, section 3), on torchvision's."""
+"""Region proposal network (Faster R-CNN, arXiv:1506.01497, section 3), derived from torchvision's."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import clip_boxes_to_image
 
 from lightning_convnext_det.models.rcnn.anchors import PyramidAnchors
 from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
-from lightning_convnext_det.models.rcnn.conventions import Conventions
-from lightning_convnext_det.models.rcnn.matcher import BestOverlapMatcher, BoxPairs, ChunkedMatcher, count_samples
+from lightning_convnext_det.models.rcnn.box_losses import create_delta_loss
+from lightning_convnext_det.models.rcnn.conventions import Convention
+from lightning_convnext_det.models.rcnn.matcher import BoxPairs, Sampling, count_samples, create_anchor_matcher
 from lightning_convnext_det.ops.nms import grouped_nms
 from lightning_convnext_det.types import Target
 
-_MIN_MATCH_IOU = 0.3  # MMDetection: below, the best anchor of an object is left as it is (train_cfg.rpn.assigner)
 _DIVISOR = 32  # images are padded to a multiple of this
 # torchvision's names of the losses, and the names that all detectors here use
 _LOSSES = {"loss_objectness": "loss_objectness", "loss_rpn_box_reg": "loss_rpn_box"}
 
 
+class ProposalLimits(NamedTuple):
+    """Which proposals are kept."""
+
+    pre_nms_top_n: tuple[int, int]
+    """How many per level before NMS, in training and in evaluation."""
+    post_nms_top_n: tuple[int, int]
+    """How many per image after NMS, in training and in evaluation."""
+    nms_threshold: float
+    """IoU above which the weaker of two is dropped."""
+    score_threshold: float
+    """Proposals below this objectness are dropped."""
+
+
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's network under the conventions of either dialect.
+    """Region proposal network: feature maps in, boxes that may hold an object out.
 
     Args:
         anchors: the anchor generator.
-        head: the convolutions.
-        conventions: what to do where the dialects differ.
-        skip_crossing: leave anchors that cross the image's border out of the training, as the paper and the ConvNeXt
-            authors' Cascade R-CNN do; only with matching ``mmdetection``.
-        options: the other arguments of torchvision's network.
+        channels: channels of the feature maps.
+        convention: torchvision's or MMDetection's details.
+        sampling: which anchors train.
+        limits: which proposals are kept.
     """
 
     def __init__(
         self,
         anchors: PyramidAnchors,
-        head: RPNHead,
-        conventions: Conventions,
-        skip_crossing: bool,
-        **options: Any,  # the keywords of RegionProposalNetwork
+        channels: int,
+        convention: Convention,
+        sampling: Sampling,
+        limits: ProposalLimits,
     ) -> None:
-        super().__init__(anchors, head, **options)
-        self.conventions = conventions
-        self.skip_crossing = skip_crossing
-        self.box_coder = create_box_coder((1.0, 1.0, 1.0, 1.0), conventions.box_coding)
-        thresholds = options["fg_iou_thresh"], options["bg_iou_thresh"]
-        matcher = Matcher(*thresholds, allow_low_quality_matches=True)  # as torchvision's constructor makes it
-        if conventions.matching == "mmdetection":
-            matcher = BestOverlapMatcher(*thresholds, _MIN_MATCH_IOU)
-        self.box_similarity, self.proposal_matcher = BoxPairs, ChunkedMatcher(matcher)
+        super().__init__(
+            anchors,
+            FloatRPNHead(channels, anchors.num_anchors_per_location()[0]),
+            *sampling,
+            dict(zip(("training", "testing"), limits.pre_nms_top_n, strict=True)),
+            dict(zip(("training", "testing"), limits.post_nms_top_n, strict=True)),
+            limits.nms_threshold,
+            limits.score_threshold,
+        )
+        self.box_coder = create_box_coder((1.0, 1.0, 1.0, 1.0), convention.box_coding)
+        self.box_loss = create_delta_loss(convention.rpn_box_loss)
+        self.box_similarity, self.proposal_matcher = BoxPairs, create_anchor_matcher(sampling, convention)
+        self.usable_anchors = _choose_usable_anchors(convention)
+        self.least_samples = 1 if convention.matching == "mmdetection" else 0
+        self.min_side, self.separation = convention.min_proposal_side, convention.nms_separation
         self._shapes: list[tuple[int, int]] = []
 
     def forward(
@@ -87,10 +104,10 @@ class ProposalNetwork(RegionProposalNetwork):
         for boxes, score, index, level, shape in zip(proposals, scores, best, levels, image_shapes, strict=True):
             boxes = clip_boxes_to_image(boxes[index], shape)
             sides = boxes[:, 2:] - boxes[:, :2]
-            large = ((sides >= self.conventions.min_proposal_side) & (sides > 0)).all(dim=1)
+            large = ((sides >= self.min_side) & (sides > 0)).all(dim=1)
             chosen = torch.where(large & (score >= self.score_thresh))[0]
             boxes, score, level = boxes[chosen], score[chosen], level[chosen]
-            keep = grouped_nms(boxes, score, level, self.nms_thresh, self.conventions.nms_separation)
+            keep = grouped_nms(boxes, score, level, self.nms_thresh, self.separation)
             keep = keep[: self.post_nms_top_n()]
             kept.append((boxes[keep], score[keep]))
         return [boxes for boxes, _ in kept], [score for _, score in kept]
@@ -98,13 +115,13 @@ class ProposalNetwork(RegionProposalNetwork):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Label every anchor 1 (object), 0 (background) or -1 (left out), and give it a box of the truth."""
-        if self.conventions.matching == "torchvision":
+        """Label every anchor 1 (object), 0 (background) or -1 (left out), and give it a box of the ground truth."""
+        if self.usable_anchors is None:
             labels, boxes = super().assign_targets_to_anchors(anchors, targets)
             return labels, boxes
         labels, boxes = [], []
         for own, target, shape in zip(anchors, targets, self._shapes, strict=True):
-            used = _usable(own, shape, self.skip_crossing)
+            used = self.usable_anchors(own, shape)
             matched = super().assign_targets_to_anchors([own[used]], [target])
             labels.append(own.new_full((len(own),), -1.0).masked_scatter(used, matched[0][0]))
             boxes.append(own.clone().masked_scatter(used[:, None], matched[1][0]))
@@ -114,35 +131,31 @@ class ProposalNetwork(RegionProposalNetwork):
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Compute the losses of objectness and boxes over sampled anchors, float32 scalars."""
-        if self.conventions.matching == "torchvision" and self.conventions.rpn_box_loss == "smooth_l1":
-            losses: tuple[Tensor, Tensor] = super().compute_loss(
-                objectness, pred_bbox_deltas, labels, regression_targets
-            )
-            return losses
         positive, negative = self.fg_bg_sampler(labels)
-        count = count_samples(positive, negative, self.conventions.matching)
+        count = max(1, count_samples(positive, negative, self.least_samples))
         chosen = torch.where(torch.cat(positive).bool())[0]
         sampled = torch.cat((chosen, torch.where(torch.cat(negative).bool())[0]))
-        deltas, wanted = pred_bbox_deltas[chosen], torch.cat(list(regression_targets))[chosen]
-        if self.conventions.rpn_box_loss == "l1":
-            box_loss = F.l1_loss(deltas, wanted, reduction="sum") / count
-        else:
-            box_loss = F.smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="sum") / count
-        logits, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
-        return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count, box_loss
+        box_loss = self.box_loss(pred_bbox_deltas[chosen], torch.cat(list(regression_targets))[chosen])
+        logits, wanted = objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / count, box_loss / count
 
 
-def _usable(anchors: Tensor, shape: tuple[int, int], skip_crossing: bool) -> Tensor:
-    """Tell which anchors [A, 4] may train on an image of (height, width), bool [A]."""
-    if skip_crossing:
-        limit = anchors.new_tensor([shape[1], shape[0]])
-        inside = ((anchors[:, :2] >= 0) & (anchors[:, 2:] < limit)).all(dim=1)
-        if inside.any():  # none fits into a very small image
-            return inside
-    # the cells of a batch beyond the image's own padding
+def _choose_usable_anchors(convention: Convention) -> Callable[[Tensor, tuple[int, int]], Tensor] | None:
+    if convention.matching == "torchvision":
+        return None  # every anchor
+    return _anchors_inside if convention.rpn_skip_crossing else _anchors_on_image
+
+
+def _anchors_inside(anchors: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Which anchors [A, 4] do not cross the border of an image of (height, width), bool [A]."""
+    inside = ((anchors[:, :2] >= 0) & (anchors[:, 2:] < anchors.new_tensor([shape[1], shape[0]]))).all(dim=1)
+    return inside if inside.any() else _anchors_on_image(anchors, shape)  # none fits into a very small image
+
+
+def _anchors_on_image(anchors: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Which anchors [A, 4] are not on cells of the batch beyond the padding of this image, bool [A]."""
     padded = anchors.new_tensor([-(-side // _DIVISOR) * _DIVISOR for side in (shape[1], shape[0])])
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return (centres < padded - 0.5).all(dim=1)
+    return ((anchors[:, :2] + anchors[:, 2:]) / 2 < padded - 0.5).all(dim=1)
 
 
 class FloatRPNHead(RPNHead):

@@ -1,0 +1,108 @@
+"""Score threshold, NMS and number of detections: which of a detector's boxes are its detections."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Generic, TypeVar, get_args
+
+from torch import Tensor
+
+from lightning_convnext_det.ops.nms import NMSMethod, Separation, apply_nms
+from lightning_convnext_det.types import Detection
+
+T = TypeVar("T")
+
+
+@dataclass
+class Selection:
+    """Chooses the detections of an image; each value can be changed at any time.
+
+    >>> selection = Selection(score_threshold=0.5)
+    >>> selection.nms_threshold = 5
+    Traceback (most recent call last):
+    ValueError: nms_threshold is 5; it must be between 0 and 1
+
+    Args:
+        score_threshold: detections with a score that is not higher are dropped.
+        nms: ``hard`` drops the weaker of two overlapping detections of a class, ``soft`` lowers its score, ``none``
+            keeps all.
+        nms_threshold: IoU above which ``hard`` drops.
+        soft_nms_sigma: width of the Gaussian by which ``soft`` lowers scores, in squared IoU; smaller lowers more.
+        detections_per_image: how many detections are kept per image.
+
+    Raises:
+        ValueError: if a value is out of range, also when it is set later.
+    """
+
+    score_threshold: float = 0.05
+    nms: NMSMethod = "hard"
+    nms_threshold: float = 0.5
+    soft_nms_sigma: float = 0.5
+    detections_per_image: int = 100
+
+    def __setattr__(self, name: str, value: Any) -> None:  # checked here, by name
+        _check(name, value)
+        super().__setattr__(name, value)
+
+    def __call__(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, separation: Separation = "torchvision"
+    ) -> Detection:
+        """Choose from the boxes of one image.
+
+        Args:
+            boxes: corners (x1, y1, x2, y2) in pixels, float [N, 4].
+            scores: confidences, float [N].
+            labels: classes, int64 [N].
+            separation: how hard NMS keeps classes apart, see `grouped_nms`.
+
+        Returns:
+            What is left, by descending score.
+        """
+        boxes, scores, labels = apply_nms(
+            boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma, separation
+        )
+        high = scores > self.score_threshold  # soft NMS lowers scores
+        boxes, scores, labels = (values[high][: self.detections_per_image] for values in (boxes, scores, labels))
+        return Detection(boxes=boxes, labels=labels, scores=scores)
+
+
+def _check(name: str, value: Any) -> None:
+    if name == "nms":
+        if value not in get_args(NMSMethod):
+            raise ValueError(f"nms is '{value}'; choose one of {', '.join(get_args(NMSMethod))}")
+    elif name == "detections_per_image":
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"detections_per_image is {value!r}; it must be a whole number of at least 1")
+    elif not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a number")
+    elif name == "soft_nms_sigma" and float(value) <= 0:
+        raise ValueError(f"soft_nms_sigma is {value}; it must be above 0, as the paper's 0.5")
+    elif name in ("score_threshold", "nms_threshold") and not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+
+
+class _Setting(Generic[T]):
+    """An attribute of a detector that its ``selection`` holds."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, detector: Any, owner: type) -> T:  # whatever has a selection
+        if detector is None:
+            return self  # type: ignore[return-value]  # as properties do on the class
+        value: T = getattr(detector.selection, self.name)
+        return value
+
+    def __set__(self, detector: Any, value: T) -> None:
+        setattr(detector.selection, self.name, value)
+
+
+class SelectsDetections:
+    """Gives a detector the values of its ``selection`` as attributes that can be read and set at any time."""
+
+    selection: Selection
+    score_threshold = _Setting[float]()
+    nms = _Setting[NMSMethod]()
+    nms_threshold = _Setting[float]()
+    soft_nms_sigma = _Setting[float]()
+    detections_per_image = _Setting[int]()
