@@ -21,7 +21,7 @@ from lightning_convnext_det.inference.predictor import Predictor
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.backbone_weights import read_state_dict
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module
-from lightning_convnext_det.modules.registry import save_module
+from lightning_convnext_det.modules.registry import MODULES, save_module
 
 SMALL = {"backbone": "test_convnext", "fpn_channels": 8, "box_head_features": 8, "min_size": 64, "max_size": 96}
 REFUSED = (CheckpointError, WeightsError)
@@ -136,7 +136,7 @@ def test_checkpoint__names_a_module_of_ours_or_none(good: Path, trap: Path) -> N
     content["lightning_convnext_det"]["module"] = "trap_module.Trap"
     torch.save(content, good)
     with pytest.raises(CheckpointError, match=r"\[LCD-K001\]"):
-        read_checkpoint(good)
+        read_checkpoint(good, MODULES)
     assert not trap.exists()
 
 

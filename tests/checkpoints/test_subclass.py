@@ -23,6 +23,7 @@ from lightning_convnext_det.modules import (
     start_module,
 )
 from lightning_convnext_det.modules.detection import Batch
+from lightning_convnext_det.modules.registry import MODULES as REGISTRY
 from lightning_convnext_det.modules.registry import save_module
 from tests.training import TINY, create_batches, create_trainer
 
@@ -169,7 +170,7 @@ def test_load_module__of_a_subclass_says_what_to_do(tmp_path: Path, capsys: pyte
     save_module(MODULES["open"](), path)
     said = rf"\[LCD-K016\] {path} was written by Open, a subclass of FasterRCNNModule: load it in Python by "
     for read in (
-        load_module, read_checkpoint, Predictor.from_checkpoint, FasterRCNNModule.load_from_checkpoint,
+        load_module, lambda p: read_checkpoint(p, MODULES), Predictor.from_checkpoint, FasterRCNNModule.load_from_checkpoint,
         DetectionModule.load_from_checkpoint, lambda p: start_module(p, 3),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=f"^{said}Open.load_from_checkpoint$"):

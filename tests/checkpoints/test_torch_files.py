@@ -13,10 +13,11 @@ from lightning_convnext_det.checkpoints.torch_files import load_plain
 from lightning_convnext_det.convert.importer import import_weights
 from lightning_convnext_det.errors import CheckpointError, WeightsError
 from lightning_convnext_det.models.backbone_weights import read_state_dict
+from lightning_convnext_det.modules.registry import MODULES
 from tests.processes import run_script
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "checkpoint": read_checkpoint,
+    "checkpoint": lambda path: read_checkpoint(path, MODULES),
     "weights": read_state_dict,
     "import": import_weights,
 }
@@ -131,6 +132,7 @@ def test_load_plain__memory_is_bounded_by_the_file(tmp_path: Path) -> None:
     script = """
 import sys, pathlib, torch
 from lightning_convnext_det.checkpoints.torch_files import load_plain
+from lightning_convnext_det.modules.registry import MODULES
 from tests.processes import forget_peak, peak_megabytes
 read = {"ours": load_plain, "torch": lambda path: torch.load(path, weights_only=True)}[sys.argv[1]]
 forget_peak()

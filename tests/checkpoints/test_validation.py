@@ -22,7 +22,7 @@ from lightning_convnext_det.modules import (
     FasterRCNNModule,
     start_module,
 )
-from lightning_convnext_det.modules.registry import save_module
+from lightning_convnext_det.modules.registry import MODULES, save_module
 from tests.callbacks.test_exact_resume import DETR
 from tests.mutations import limit_memory
 from tests.processes import forget_peak, peak_megabytes, run_script
@@ -134,7 +134,7 @@ def read_all(folder: Path) -> None:
     for name, module in kinds().items():
         save_module(module, folder / f"{name}.ckpt")
         good[name] = torch.load(folder / f"{name}.ckpt", weights_only=True)
-        build_module(folder / f"{name}.ckpt")
+        build_module(folder / f"{name}.ckpt", MODULES)
     limit_memory()
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)  # ends the process
     forget_peak()
@@ -149,7 +149,7 @@ def read_all(folder: Path) -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         begun = time.process_time()
         try:
-            build_module(folder / "evil.ckpt")
+            build_module(folder / "evil.ckpt", MODULES)
             outcome = "built"
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
@@ -194,7 +194,7 @@ def test_build_module__what_was_saved(tmp_path: Path, kind: str, options: dict[s
     builder = {"faster": FasterRCNNModule, "detr": DeformableDETRModule, "classifier": ClassifierModule}[kind]
     module = builder(2, NAMES, **{**defaults, **options})
     save_module(module, tmp_path / "a.ckpt")
-    found = build_module(tmp_path / "a.ckpt")
+    found = build_module(tmp_path / "a.ckpt", MODULES)
     assert type(found) is builder
     for name, tensor in module.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor)

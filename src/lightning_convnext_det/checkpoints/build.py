@@ -41,7 +41,8 @@ def _read(
     """A checkpoint's content, and the class to build, which is a subclass of ``kind`` or a user's class itself."""
     content = read_checkpoint_file(path)
     section = content.get(FORMAT) if isinstance(content, dict) else None
-    if not isinstance(section, dict) or str(section.get("module")) not in classes:
+    name = section.get("module") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(name, str) or (name not in classes and kind is None):
         raise CheckpointError(
             f"[LCD-K001] {path} is not a checkpoint of this package; "
             "third-party weights need convnext-det import-weights"
@@ -65,8 +66,10 @@ def _read(
 def _find_class(
     section: dict[str, Any], kind: type[pl.LightningModule] | None, classes: Classes, path: str | Path
 ) -> type[pl.LightningModule]:
-    own, subclass = classes[section["module"]], section.get("subclass")
+    own, subclass = classes.get(section["module"]), section.get("subclass")
     kind = kind or pl.LightningModule
+    if own is None:
+        raise CheckpointError(f"[LCD-K001] {path} holds no {kind.__name__}")
     if not is_own(kind) and issubclass(kind, own):
         return kind
     if subclass is None and not own.__dict__.get("is_abstract", False) and issubclass(own, kind):
