@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import lightning_convnext_det as package
-from lightning_convnext_det.checkpoints.build import read_checkpoint
+from lightning_convnext_det.checkpoints.build_module import read_checkpoint
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.convert.importer import import_weights
 from lightning_convnext_det.data.check import check_dataset
@@ -171,7 +171,7 @@ def test_checkpoint__an_address_is_not_asked(server: tuple[str, list[str]], imag
 
 @pytest.mark.parametrize(
     "options",
-    [{"weights_only": False}, {"hparams_file": "hparams.yaml"}, {"strict": False}],
+    [{"weights_only": False}, {"hparams_file": "hparams.yaml"}],
     ids=lambda o: next(iter(o)),
 )
 def test_load_from_checkpoint__no_way_around(good: Path, options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.checkpoints.build import read_checkpoint
+from lightning_convnext_det.checkpoints.build_module import read_checkpoint
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.inference.predictor import Predictor
@@ -157,7 +157,7 @@ def test_load_from_checkpoint__what_a_checkpoint_cannot_hold_is_given_again(
 def test_load_from_checkpoint__what_another_class_has_written(tmp_path: Path) -> None:
     save_module(FasterRCNNModule(2, NAMES, IDS, **TINY), tmp_path / "ours.ckpt")
     assert type(Plain.load_from_checkpoint(tmp_path / "ours.ckpt")) is Plain
-    with pytest.raises(CheckpointError, match=r"LCD-K015.*'extra.weight' is missing, its .* state \[4, 3\]"):
+    with pytest.raises(CheckpointError, match=r"LCD-K015.*'extra.weight' is missing, its .* declare \[4, 3\]"):
         Longer.load_from_checkpoint(tmp_path / "ours.ckpt")
     save_module(MODULES["plain"](), tmp_path / "plain.ckpt")
     for other in (DeformableDETRModule, ClassifierModule, Kind):
@@ -170,8 +170,8 @@ def test_load_module__of_a_subclass_says_what_to_do(tmp_path: Path, capsys: pyte
     save_module(MODULES["open"](), path)
     said = rf"\[LCD-K016\] {path} was written by Open, a subclass of FasterRCNNModule: load it in Python by "
     for read in (
-        load_module, lambda p: read_checkpoint(p, MODULES), Predictor.from_checkpoint, FasterRCNNModule.load_from_checkpoint,
-        DetectionModule.load_from_checkpoint, lambda p: start_module(p, 3),
+        load_module, lambda p: read_checkpoint(p, REGISTRY), Predictor.from_checkpoint,
+        FasterRCNNModule.load_from_checkpoint, DetectionModule.load_from_checkpoint, lambda p: start_module(p, 3),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=f"^{said}Open.load_from_checkpoint$"):
             read(path)
@@ -198,7 +198,7 @@ def test_load_from_checkpoint__stated_sizes_of_a_subclass_are_not_built(tmp_path
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"]["width"] = 10**6
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"LCD-K015.* state \[1000000, "):
+    with pytest.raises(CheckpointError, match=r"LCD-K015.* declare \[1000000, "):
         Own.load_from_checkpoint(path)
 
 

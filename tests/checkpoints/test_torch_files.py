@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_convnext_det.checkpoints.build import read_checkpoint
+from lightning_convnext_det.checkpoints.build_module import read_checkpoint
 from lightning_convnext_det.checkpoints.torch_files import load_plain
 from lightning_convnext_det.convert.importer import import_weights
 from lightning_convnext_det.errors import CheckpointError, WeightsError

@@ -1,7 +1,9 @@
 """Checkpoints that state another network than they hold: what is stated must not be built."""
 
+import builtins
 import json
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -10,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from torch import nn
 
-from lightning_convnext_det.checkpoints.build import build_module
+from lightning_convnext_det.checkpoints import file
+from lightning_convnext_det.checkpoints.build_module import build_module
+from lightning_convnext_det.checkpoints.weightless import without_weights
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.rcnn.conventions import Convention
 from lightning_convnext_det.modules import (
@@ -200,6 +206,77 @@ def test_build_module__what_was_saved(tmp_path: Path, kind: str, options: dict[s
         assert torch.equal(found.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("kind", ["faster", "cascade", "detr", "classifier"])
+def test_build_module__reads_once_and_builds_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The file is opened by us and hashed once (torch opens it to map it); the network's constructor runs once."""
+    module = kinds()[kind]
+    save_module(module, tmp_path / "a.ckpt")
+    build_module(tmp_path / "a.ckpt", MODULES)  # what is found out about a timm network is found out once
+    seen: list[str] = []
+
+    def count(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            seen.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(file, "find_fault")
+    count(file, "_digest")
+    count(torch, "load")
+    count(timm, "create_model")
+    original, opened = builtins.open, []
+
+    def counted_open(path: object, *args: Any, **options: Any) -> Any:
+        opened.append(path)
+        return original(path, *args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(file, "open", counted_open, raising=False)
+    build_module(tmp_path / "a.ckpt", MODULES)
+    assert sorted(seen) == ["_digest", "create_model", "find_fault", "load"]
+    assert opened == [tmp_path / "a.ckpt"]
+
+
+def test_build_module__what_no_checkpoint_holds(tmp_path: Path) -> None:
+    """Buffers that are not saved, tensors that are no buffers, shared and frozen parameters are as constructed."""
+
+    class Shared(FasterRCNNModule):
+        def __init__(self, num_classes: int, **options: Any) -> None:
+            super().__init__(num_classes, **options)
+            self.register_buffer("indices", torch.arange(70_000), persistent=False)
+            self.first, self.second = nn.Linear(300, 300), nn.Linear(300, 300)
+            self.second.weight = self.first.weight
+
+    module = Shared(2, **{**TINY, "backbone": "test_resnet"}, frozen_stages=2, batch_norm="train")
+    save_module(module, tmp_path / "a.ckpt")
+    found = Shared.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(found.indices, torch.arange(70_000))
+    assert found.second.weight is found.first.weight
+    anchors = [m.detector.rpn.anchor_generator.cell_anchors for m in (module, found)]
+    assert all(torch.equal(a, b) for a, b in zip(*anchors, strict=True))
+    facts = [
+        {name: (p.requires_grad, p.stride(), p.device) for name, p in m.named_parameters()} for m in (module, found)
+    ]
+    assert facts[0] == facts[1]
+    assert sum(not learns for learns, *_ in facts[0].values()) > 5
+    momenta = [[m.momentum for m in x.modules() if isinstance(m, nn.BatchNorm2d)] for x in (module, found)]
+    assert momenta[0] == momenta[1]
+    assert {0.0, 0.1} <= set(momenta[0])
+
+
+def test_without_weights__in_this_thread_only() -> None:
+    made: list[nn.Module] = []
+    with without_weights(0):
+        thread = threading.Thread(target=lambda: made.append(nn.Linear(300, 300)))
+        thread.start()
+        thread.join()
+        made.append(nn.Linear(300, 300))
+    made.append(nn.Linear(300, 300))
+    assert [part.weight.is_meta for part in made] == [False, True, False]
+
+
 def test_constructor__arguments_that_no_checkpoint_could_hold() -> None:
     with pytest.raises(
         TypeError, match="argument 'lr' of FasterRCNNModule is a Tensor, which a checkpoint cannot hold"
@@ -212,5 +289,5 @@ def test_start_module__stated_sizes_are_not_built(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     content["hyper_parameters"]["fpn_channels"] = 10**6
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match=r"\[LCD-K015\] .*a.ckpt .*hyper-parameters state \[1000000, "):
+    with pytest.raises(CheckpointError, match=r"\[LCD-K015\] .*a.ckpt .*hyper-parameters declare \[1000000, "):
         start_module(tmp_path / "a.ckpt", 3)

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
-from lightning_convnext_det.checkpoints.torch_files import find_fault, load_plain
+from lightning_convnext_det.checkpoints.torch_files import find_archive_fault, find_fault, is_archive, load_checked
 from lightning_convnext_det.errors import CheckpointError, first_line
 
 _MARK = b"lightning_convnext_det sha256 "
@@ -102,11 +102,16 @@ def read_checkpoint_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"[LCD-K001] {path}: no such checkpoint file{_instead_of(path)}")
-    damage = find_damage(path)
-    if damage is not None:
-        raise CheckpointError(f"[LCD-K003] {path} is damaged: {damage}{_instead_of(path)}")
     try:
-        return load_plain(path)
+        with open(path, "rb") as file:
+            if damage := _damage(file):
+                raise CheckpointError(f"[LCD-K003] {path} is damaged: {damage}{_instead_of(path)}")
+            if fault := find_fault(file):
+                raise ValueError(fault)
+            archived = is_archive(file)
+        return load_checked(path, archived)
+    except CheckpointError:
+        raise
     except Exception as error:  # a crafted file makes the reader raise almost anything
         raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {first_line(error)}") from None
 
@@ -118,17 +123,24 @@ def find_damage(path: Path) -> str | None:
     torch has stored of each record. What is no zip archive at all is left to torch to judge.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if fault := find_fault(archive, path):
+        with open(path, "rb") as file:
+            return _damage(file)
+    except OSError as error:
+        return first_line(error)
+
+
+def _damage(file: BinaryIO) -> str | None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if fault := find_archive_fault(archive, file):
                 return fault
             if not archive.comment.startswith(_MARK):
                 record = archive.testzip()
                 return None if record is None else f"the CRC-32 of its record {record} is wrong"
             recorded = archive.comment[len(_MARK) :]
-        with open(path, "rb") as file:
-            return None if _digest(file).encode() == recorded else "its SHA-256 is not the one it was written with"
+        return None if _digest(file).encode() == recorded else "its SHA-256 is not the one it was written with"
     except zipfile.BadZipFile as error:
-        return f"{first_line(error)}" if _looks_like_zip(path) else None
+        return first_line(error) if _begins_as_archive(file) else None
     except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         return first_line(error)
 
@@ -137,7 +149,7 @@ def newest_intact(folder: Path, but: Path | None = None) -> Path | None:
     """The checkpoint of a folder that was written last and is intact; None if there is none."""
     files = [file for file in folder.glob("*.ckpt") if file != but and file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        if file.stat().st_size > 0 and _looks_like_zip(file) and find_damage(file) is None:
+        if zipfile.is_zipfile(file) and find_damage(file) is None:
             return file
     return None
 
@@ -187,9 +199,9 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _looks_like_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+def _begins_as_archive(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(2) == b"PK"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,17 +1,10 @@
-"""What a checkpoint says of its network, held against its tensors before any memory is taken for the network.
-
-Numbers of channels, layers and classes come from a file that may be damaged, or made to fill the memory. So the network
-is built twice: first on torch's device "meta", whose tensors have shapes and no memory, and only if these are exactly
-the tensors that the file holds, for use.
-"""
+"""What a checkpoint declares of its network, compared with the tensors that it holds."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from lightning_convnext_det.checkpoints.format import is_own
 
 _MOST = 1000  # entries of one hyper-parameter; class names and ids may be as many as the file has room for
 _LONG = ("class_names", "category_ids")
@@ -21,28 +14,40 @@ _LAYERS = ("encoder_layers", "decoder_layers", "extra_levels")
 
 
 # hyper-parameters and state dict are whatever plain data the file holds
-def find_contradiction(
-    build: type[nn.Module],
-    parameters: Mapping[Any, Any],
-    options: Mapping[str, Any],
-    tensors: Mapping[Any, Any],
-    size: int,
-) -> str | None:
-    """Say in what a checkpoint's hyper-parameters and tensors contradict each other or the file; None if they agree.
+def find_contradiction(parameters: Mapping[Any, Any], tensors: Mapping[Any, Any]) -> str | None:
+    """Say why no network can be built from a checkpoint's hyper-parameters and tensors; None if it may be tried.
 
     Args:
-        build: the module's class.
-        parameters: its arguments as the file states them.
-        options: further arguments, which are not checked.
+        parameters: the module's arguments as the file declares them.
         tensors: its state dict.
-        size: length of the file in bytes.
     """
-    return (
-        _odd_parameter(parameters)
-        or _odd_tensor(tensors, size)
-        or _odd_count(parameters, tensors)
-        or _other_network(build, {**options, **parameters}, tensors)
-    )
+    return _odd_parameter(parameters) or _odd_tensor(tensors) or _odd_count(parameters, tensors)
+
+
+def find_misfit(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that a network or a checkpoint lacks or that has another shape; None if all fit.
+
+    Args:
+        module: the network that the hyper-parameters declare; it need not have memory for its weights.
+        tensors: the state dict that the checkpoint holds.
+    """
+    expected = module.state_dict()
+    for name, tensor in expected.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            return f"'{name}' is {found}, its hyper-parameters declare {list(tensor.shape)}"
+    if left_over := next((name for name in tensors if name not in expected), None):
+        return f"its hyper-parameters declare a network without '{left_over[:80]}'"
+    # many tensors may be one in the file; a parameter that the network has in several places counts once
+    needed = sum(x.numel() * tensors[k].element_size() for k, x in module.named_parameters() if k in tensors)
+    held = bytes_held(tensors)
+    return f"its weights take {needed >> 20} MB, it holds {held >> 20}" if needed > held else None
+
+
+def bytes_held(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors, those that share their memory counted once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors.values()}
+    return sum(storages.values())
 
 
 def _odd_parameter(parameters: Mapping[Any, Any]) -> str | None:
@@ -77,41 +82,22 @@ def _count(value: object, depth: int) -> int:
     return 1 if fits else _MOST + 1
 
 
-def _odd_tensor(tensors: Mapping[Any, Any], size: int) -> str | None:
-    stated = 0
+def _odd_tensor(tensors: Mapping[Any, Any]) -> str | None:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            return f"'{str(name)[:80]}' is no tensor"
+            return f"'{str(name)[:80]}' is not a tensor"
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            return f"'{name[:80]}' is no plain tensor"
-        stated += tensor.numel() * tensor.element_size()
-    # a view can repeat one number for ever
-    return f"its tensors state {stated >> 20} MB, it holds {size >> 20}" if stated > size else None
+            return f"'{name[:80]}' is not a plain tensor"
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return f"'{name[:80]}' repeats fewer numbers than it declares"  # a view can repeat one for ever
+    return None
 
 
 def _odd_count(parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
     largest = max((tensor.numel() for tensor in tensors.values()), default=0)
-    limits = {"num_classes": largest, **dict.fromkeys(_LAYERS, len(tensors))}
+    limits = {"num_classes": largest, "in_chans": largest, **dict.fromkeys(_LAYERS, len(tensors))}
     for name, limit in limits.items():
         value = parameters.get(name)
         if isinstance(value, int | float) and value > limit:
-            return f"it states {name} {value}, for which it has too few tensors"
+            return f"it declares {name} {value}, for which it has too few tensors"
     return None
-
-
-def _other_network(build: type[nn.Module], parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    # which parameters are frozen is found by a forward pass, not possible for every network there
-    unfrozen = {name: 0 if name == "frozen_stages" else value for name, value in parameters.items()}
-    try:
-        with torch.device("meta"):
-            expected = build(**unfrozen).state_dict()
-    except Exception as error:  # a constructor raises almost anything where its arguments are of other kinds
-        if isinstance(error, RuntimeError) and "meta" in str(error) and not is_own(build):
-            return None  # a user's class may need numbers to be built
-        return " ".join(str(error).split())[:300] or type(error).__name__
-    for name, tensor in expected.items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            found = list(tensors[name].shape) if name in tensors else "missing"
-            return f"'{name}' is {found}, its hyper-parameters state {list(tensor.shape)}"
-    left_over = next((name for name in tensors if name not in expected), None)
-    return None if left_over is None else f"its hyper-parameters state a network without '{left_over[:80]}'"

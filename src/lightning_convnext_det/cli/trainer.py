@@ -24,7 +24,7 @@ from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.classification_writer import ClassificationWriter
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
-from lightning_convnext_det.checkpoints.build import read_checkpoint, take_weights
+from lightning_convnext_det.checkpoints.build_module import read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.format import FORMAT
 from lightning_convnext_det.cli.tools import TOOLS
 from lightning_convnext_det.data.datamodule import DetectionDataModule

@@ -108,6 +108,9 @@ class TimmPyramid(nn.Module):
             raise ValueError(
                 f"frozen_stages is {stages}, but the pyramid of '{self.name}' has {len(self.strides)} levels"
             )
+        if any(parameter.is_meta for parameter in self.net.parameters()):
+            self._freeze_when_loaded(stages)
+            return
         training = self.net.training
         self.net.eval()
         with torch.enable_grad():
@@ -120,6 +123,15 @@ class TimmPyramid(nn.Module):
         for parameter, learns, grad in zip(parameters, learning, grads, strict=True):
             parameter.requires_grad_(learns and grad is None)
         self.net.train(training)
+
+    def _freeze_when_loaded(self, stages: int) -> None:
+        """Freeze once a state dict has been loaded; a network without weights has no gradients to go by."""
+
+        def freeze(pyramid: "TimmPyramid", _: object) -> None:
+            hook.remove()
+            pyramid.freeze(stages)
+
+        hook = self.register_load_state_dict_post_hook(freeze)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps, finest first, of normalised images [B, in_chans, H, W]."""

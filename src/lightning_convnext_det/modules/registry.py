@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning
 
-from lightning_convnext_det.checkpoints.build import build_module, read_checkpoint, take_weights
+from lightning_convnext_det.checkpoints.build_module import build_module, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.file import write_checkpoint_file
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH
 from lightning_convnext_det.errors import CheckpointError
