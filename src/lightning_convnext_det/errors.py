@@ -4,6 +4,12 @@ Every message is one line that names the file and the remedy and begins with a s
 """
 
 
+class ArgumentError(ValueError):
+    """An argument has a value that it cannot have."""
+
+    exit_status = 2
+
+
 class DataError(ValueError):
     """A dataset, an annotation file or an image cannot be used as it is."""
 

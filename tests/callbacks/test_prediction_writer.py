@@ -210,7 +210,7 @@ def test_prediction_writer__a_target_without_file_name_is_called_by_its_id(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"score_threshold": 30}, "score_threshold is 30; scores run from 0 to 1", id="percent"),
+        pytest.param({"score_threshold": 30}, "score_threshold is 30; it must be at least 0", id="percent"),
         pytest.param({"draw_limit": -1}, "draw_limit is -1", id="negative limit"),
     ],
 )

@@ -231,10 +231,10 @@ def test_create_transforms__narrow_images_keep_a_pixel(size: tuple[int, int]) ->
     [
         ({"preset": "multi-scale"}, "did you mean 'multiscale'"),
         ({"preset": "multiscale", "sizes": []}, "sizes are"),
-        ({"preset": "multiscale", "sizes": [0, 64]}, "sizes are"),
+        ({"preset": "multiscale", "sizes": [0, 64]}, "sizes is"),
         (
             {"preset": "multiscale", "sizes": [640], "max_size": 333},
-            "max_size is 333, below the smallest of sizes, 640",
+            "sizes are .640., max_size is 333",
         ),
         ({"preset": "lsj", "crop_size": 0}, "crop_size is 0"),
         ({"preset": "lsj", "scale_range": (2.0, 0.1)}, "scale_range is"),

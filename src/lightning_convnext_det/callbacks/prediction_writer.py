@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_convnext_det.arguments import Fraction, NonNegativeInt, check_arguments
 from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.metrics.coco_results import coco_results
 from lightning_convnext_det.types import Detection, image_id_of
@@ -45,15 +46,12 @@ class PredictionWriter(Callback):
     def __init__(
         self,
         folder: str | Path = "predictions",
-        score_threshold: float = SCORE_THRESHOLD,
+        score_threshold: Fraction = SCORE_THRESHOLD,
         draw: bool = True,
-        draw_limit: int | None = None,
+        draw_limit: NonNegativeInt | None = None,
         font: str | None = None,
     ) -> None:
-        if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold is {score_threshold}; scores run from 0 to 1")
-        if draw_limit is not None and draw_limit < 0:
-            raise ValueError(f"draw_limit is {draw_limit}; it is a number of images")
+        check_arguments(PredictionWriter.__init__, locals())
         self.folder = Path(folder)
         self.score_threshold = score_threshold
         self.draw = draw

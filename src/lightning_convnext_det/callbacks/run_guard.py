@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_convnext_det.arguments import Count, check_arguments
 from lightning_convnext_det.callbacks.divergence import REMEDY, LossWatch, check_weights
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError, WeightsError
 
@@ -45,9 +46,8 @@ class RunGuard(Callback):
         check_every: steps between two readings of the losses (default: 1 on a CPU, 10 on an accelerator).
     """
 
-    def __init__(self, check_every: int | None = None) -> None:
-        if check_every is not None and check_every < 1:
-            raise ValueError(f"check_every is {check_every}; it is a number of steps")
+    def __init__(self, check_every: Count | None = None) -> None:
+        check_arguments(RunGuard.__init__, locals())
         self.check_every = check_every
         self._received: signal.Signals | None = None
         self._stopping = False  # all processes know

@@ -4,12 +4,13 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Literal, TypeVar, cast
+from typing import Annotated, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset, Sampler
 
+from lightning_convnext_det.arguments import Count, NonNegative, NonNegativeInt, Positive, Range, check_arguments
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.batch import Batch, pack
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
@@ -99,17 +100,17 @@ class DetectionDataModule(LightningDataModule):
         val_images: str | None = None,
         test_images: str | None = None,
         predict: str | list[str] | None = None,
-        batch_size: int = 4,
-        num_workers: int | None = None,
+        batch_size: Count = 4,
+        num_workers: NonNegativeInt | None = None,
         train_transforms: Preset = "flip",
-        sizes: Sequence[int] = MULTISCALE_SIZES,
-        max_size: int = 1333,
-        crop_size: int = 1024,
-        scale_range: tuple[float, float] = (0.1, 2.0),
+        sizes: Sequence[Count] = MULTISCALE_SIZES,
+        max_size: Count = 1333,
+        crop_size: Count = 1024,
+        scale_range: tuple[Positive, Positive] = (0.1, 2.0),
         vertical_flip: bool = False,
-        color_jitter: float = 0.0,
-        val_fraction: float = 0.1,
-        seed: int = 0,
+        color_jitter: NonNegative = 0.0,
+        val_fraction: Annotated[float, Range(0, 1, below=True)] = 0.1,
+        seed: NonNegativeInt = 0,
         class_names: list[str] | None = None,
         classes: list[str] | None = None,
         invalid_annotations: InvalidAnnotations = "auto",
@@ -117,10 +118,10 @@ class DetectionDataModule(LightningDataModule):
         train_on_difficult: bool = False,
         drop_last: bool = False,
         persistent_workers: bool = True,
-        timeout: float = 300.0,
+        timeout: NonNegative = 300.0,
     ) -> None:
         super().__init__()
-        _check_arguments(batch_size, num_workers, val_fraction, seed)
+        check_arguments(DetectionDataModule.__init__, locals())
         self.batch_size = batch_size
         self.num_workers = min(4, _available_cores()) if num_workers is None else num_workers
         self.train_transforms = train_transforms
@@ -292,17 +293,6 @@ class DetectionDataModule(LightningDataModule):
                 "lower num_workers or batch_size, or start the container with a larger --shm-size",
                 self.num_workers, needed >> 20, free >> 20,
             )  # fmt: skip
-
-
-def _check_arguments(batch_size: int, num_workers: int | None, val_fraction: float, seed: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1.")
-    if num_workers is not None and num_workers < 0:
-        raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must not be negative.")
 
 
 def _available_cores() -> int:

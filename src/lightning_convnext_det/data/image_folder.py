@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -14,6 +14,16 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_convnext_det.arguments import (
+    Count,
+    Factor,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Range,
+    check_arguments,
+)
 from lightning_convnext_det.data.dataset import find_images
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.listing import image_names
@@ -134,25 +144,22 @@ class ImageFolderDataModule(LightningDataModule):
         val: str | None = None,
         test: str | None = None,
         predict: str | list[str] | None = None,
-        image_size: int = 224,
-        batch_size: int = 32,
-        num_workers: int = 2,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (0.75, 4 / 3),
-        horizontal_flip: float = 0.5,
-        vertical_flip: float = 0.0,
-        color_jitter: float = 0.4,
+        image_size: Count = 224,
+        batch_size: Count = 32,
+        num_workers: NonNegativeInt = 2,
+        scale: tuple[Factor, Factor] = (0.08, 1.0),
+        ratio: tuple[Positive, Positive] = (0.75, 4 / 3),
+        horizontal_flip: Fraction = 0.5,
+        vertical_flip: Fraction = 0.0,
+        color_jitter: NonNegative = 0.4,
         auto_augment: str | None = None,
-        crop_pct: float = 0.875,
-        val_fraction: float = 0.1,
-        seed: int = 0,
+        crop_pct: Factor = 0.875,
+        val_fraction: Annotated[float, Range(0, 1, below=True)] = 0.1,
+        seed: NonNegativeInt = 0,
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or image_size < 1:
-            raise ValueError(f"batch_size is {batch_size} and image_size {image_size}; both must be at least 1")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
+        check_arguments(ImageFolderDataModule.__init__, locals())
         self.root, self.batch_size, self.num_workers, self.seed = root, batch_size, num_workers, seed
         self.given: dict[Stage, str | None] = {"train": train, "val": val, "test": test}
         self.predict = [predict] if isinstance(predict, str) else predict

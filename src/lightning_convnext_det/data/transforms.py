@@ -7,8 +7,7 @@ and ScaleJitter round down, to 0 for very narrow images. All random numbers come
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from lightning_convnext_det.arguments import Count, NonNegative, Positive, check_arguments
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.types import Target
 
 Preset = Literal["none", "flip", "multiscale", "lsj"]
@@ -144,12 +145,12 @@ class RandomSquareCrop(v2.Transform):
 
 def create_transforms(
     preset: Preset,
-    sizes: Sequence[int] = MULTISCALE_SIZES,
-    max_size: int = 1333,
-    crop_size: int = 1024,
-    scale_range: tuple[float, float] = (0.1, 2.0),
+    sizes: Sequence[Count] = MULTISCALE_SIZES,
+    max_size: Count = 1333,
+    crop_size: Count = 1024,
+    scale_range: tuple[Positive, Positive] = (0.1, 2.0),
     vertical_flip: bool = False,
-    color_jitter: float = 0.0,
+    color_jitter: NonNegative = 0.0,
 ) -> v2.Transform | None:
     """Build the augmentation of training images and their boxes.
 
@@ -171,7 +172,11 @@ def create_transforms(
     Raises:
         ValueError: if a preset is not known or a size is not positive.
     """
-    _check_arguments(preset, sizes, max_size, crop_size, scale_range, color_jitter)
+    check_arguments(create_transforms, locals())
+    if not sizes or max_size < min(sizes):
+        raise ArgumentError(f"sizes are {list(sizes)}, max_size is {max_size}; give one size or more, none above it")
+    if scale_range[0] > scale_range[1]:
+        raise ArgumentError(f"scale_range is {list(scale_range)}; give the smaller scale first")
     steps: list[v2.Transform] = []
     if preset != "none":
         steps.append(v2.RandomHorizontalFlip())
@@ -244,28 +249,3 @@ def _channels_innermost(inpt: Tensor) -> Any:
 
 def _box_area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _check_arguments(
-    preset: str,
-    sizes: Sequence[int],
-    max_size: int,
-    crop_size: int,
-    scale_range: tuple[float, float],
-    color_jitter: float,
-) -> None:
-    """Validate the arguments of ``create_transforms``."""
-    if preset not in get_args(Preset):
-        close = get_close_matches(preset, get_args(Preset), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"train_transforms '{preset}' is not one of {', '.join(get_args(Preset))}{hint}")
-    if len(sizes) == 0 or min(sizes) < 1:
-        raise ValueError(f"sizes are {list(sizes)}; give one or more sides of at least 1 pixel.")
-    if max_size < min(sizes):
-        raise ValueError(f"max_size is {max_size}, below the smallest of sizes, {min(sizes)}.")
-    if crop_size < 1:
-        raise ValueError(f"crop_size is {crop_size}; it must be at least 1 pixel.")
-    if not 0 < scale_range[0] <= scale_range[1]:
-        raise ValueError(f"scale_range is {list(scale_range)}; give the smaller scale first, above 0.")
-    if not color_jitter >= 0:
-        raise ValueError(f"color_jitter is {color_jitter}; it must not be negative.")

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from lightning_convnext_det.arguments import Count, Fraction, check_arguments
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.errors import DataError, DivergenceError
 from lightning_convnext_det.modules import load_module
-from lightning_convnext_det.ops.nms import NMSMethod, check_nms_method
+from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection
 from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
@@ -58,26 +59,20 @@ class Predictor:
         class_names: Sequence[str],
         category_ids: Sequence[int] | None = None,
         device: str | torch.device | None = None,
-        score_threshold: float | None = None,
+        score_threshold: Fraction | None = None,
         classes: Sequence[str] | None = None,
-        batch_size: int = 8,
+        batch_size: Count = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
         nms: NMSMethod | None = None,
     ) -> None:
+        check_arguments(Predictor.__init__, locals())
         self.class_names = list(class_names)
         self.category_ids = list(range(len(self.class_names)) if category_ids is None else category_ids)
         _check_lengths(detector, self.class_names, self.category_ids)
-        if score_threshold is not None and not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold is {score_threshold}; scores run from 0 to 1")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if precision not in ("32-true", "bf16-mixed"):
-            raise ValueError(f"precision is '{precision}'; it must be '32-true' or 'bf16-mixed'")
         _check_weights(detector)
         self.device = _device_of(detector) if device is None else _device(device)
         self.detector = detector.to(self.device).eval()
         if nms is not None:
-            check_nms_method(nms)
             self.detector.nms = nms  # type: ignore[assignment]  # every detector has the choice
         self.score_threshold = score_threshold
         self.classes = list(self.class_names if classes is None else classes)

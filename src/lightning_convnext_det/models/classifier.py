@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from lightning_convnext_det.arguments import Count, Fraction, check_arguments
 from lightning_convnext_det.models.backbone import check_name
 from lightning_convnext_det.models.backbone_weights import fetching, load_classifier_weights
 
@@ -69,17 +70,18 @@ class Classifier(nn.Module):
     def __init__(
         self,
         name: str,
-        num_classes: int | None = None,
+        num_classes: Count | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
         class_names: Sequence[str] | None = None,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        image_size: int | None = None,
+        in_chans: Count = 3,
+        drop_rate: Fraction = 0.0,
+        drop_path_rate: Fraction = 0.0,
+        image_size: Count | None = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
+        check_arguments(Classifier.__init__, locals())
         check_name(name, "classifier")
         options: dict[str, float] = {"in_chans": in_chans, "drop_rate": drop_rate}
         options |= {} if num_classes is None else {"num_classes": num_classes}

@@ -9,13 +9,6 @@ from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
 
 
-def check_num_classes(num_classes: int) -> int:
-    """Return the number of foreground classes, which must be at least 1."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
-    return num_classes
-
-
 def check_targets(images: Sequence[Tensor], targets: Sequence[Target], num_classes: int) -> None:
     """Refuse boxes and labels that would crash the process or train on nonsense, with the image's name.
 

@@ -72,11 +72,11 @@ def create_detector(name: str, num_classes: int, pretrained_backbone: bool = Fal
         raise TypeError(f"'{name}' needs the timm name of its backbone, e.g. backbone='convnext_tiny'")
     if backbone is not None:
         overrides.setdefault("backbone", backbone)
-    check_arguments(detector, f"'{name}'", overrides)
+    check_keywords(detector, f"'{name}'", overrides)
     return detector(num_classes=num_classes, pretrained_backbone=pretrained_backbone, **overrides)
 
 
-def check_arguments(callee: Callable[..., nn.Module], name: str, given: Iterable[str]) -> None:
+def check_keywords(callee: Callable[..., nn.Module], name: str, given: Iterable[str]) -> None:
     """Refuse arguments that a constructor does not have.
 
     Raises:

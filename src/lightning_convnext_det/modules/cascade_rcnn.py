@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
-from lightning_convnext_det.models.zoo import check_arguments
+from lightning_convnext_det.models.zoo import check_keywords
 from lightning_convnext_det.modules.detection import DetectionModule
 
 
@@ -12,5 +12,5 @@ class CascadeRCNNModule(DetectionModule):
 
     def build_detector(self, num_classes: int, **options: Any) -> CascadeRCNN:  # the keywords of CascadeRCNN
         """Build the network from `CascadeRCNN`'s arguments."""
-        check_arguments(CascadeRCNN, "CascadeRCNNModule", options)
+        check_keywords(CascadeRCNN, "CascadeRCNNModule", options)
         return CascadeRCNN(num_classes, **options)

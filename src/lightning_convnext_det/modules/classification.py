@@ -11,6 +11,15 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_convnext_det.arguments import (
+    Count,
+    Factor,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    check_arguments,
+)
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.errors import CheckpointError, DataError
 from lightning_convnext_det.models.backbone_weights import last_layer
@@ -74,32 +83,33 @@ class ClassifierModule(TrainableModule):
 
     def __init__(
         self,
-        num_classes: int | None = None,
+        num_classes: Count | None = None,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         backbone: str = "convnext_tiny",
         pretrained_backbone: bool = False,
         backbone_weights: str | None = None,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        label_smoothing: float = 0.1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mix_probability: float = 1.0,
-        random_erasing: float = 0.0,
+        in_chans: Count = 3,
+        drop_rate: Fraction = 0.0,
+        drop_path_rate: Fraction = 0.0,
+        label_smoothing: Fraction = 0.1,
+        mixup: NonNegative = 0.0,
+        cutmix: NonNegative = 0.0,
+        mix_probability: Fraction = 1.0,
+        random_erasing: Fraction = 0.0,
         optimizer: Literal["adamw", "sgd"] = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        backbone_lr_factor: float | None = None,
-        layer_decay: float | None = None,
-        base_batch_size: int | None = None,
+        lr: Positive = 1e-3,
+        weight_decay: NonNegative = 0.05,
+        backbone_lr_factor: NonNegative | None = None,
+        layer_decay: Factor | None = None,
+        base_batch_size: Count | None = None,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
-        milestones: list[int] | None = None,
-        step_factor: float = 0.1,
-        warmup_steps: int = 500,
+        milestones: list[NonNegativeInt] | None = None,
+        step_factor: Factor = 0.1,
+        warmup_steps: NonNegativeInt = 500,
     ) -> None:
         super().__init__()
+        check_arguments(ClassifierModule.__init__, locals())
         self.remember_arguments(inspect.currentframe())
         check_rates(self.hparams)
         self.classifier = Classifier(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
-from lightning_convnext_det.models.zoo import check_arguments
+from lightning_convnext_det.models.zoo import check_keywords
 from lightning_convnext_det.modules.detection import DetectionModule
 
 # arXiv:2010.04159, section 5: learning rates multiplied by 0.1, gradients clipped at 0.1 in the authors' code (main.py)
@@ -18,7 +18,7 @@ class DeformableDETRModule(DetectionModule):
 
     def build_detector(self, num_classes: int, **options: Any) -> DeformableDETR:  # the keywords of DeformableDETR
         """Build the network from `DeformableDETR`'s arguments."""
-        check_arguments(DeformableDETR, "DeformableDETRModule", options)
+        check_keywords(DeformableDETR, "DeformableDETRModule", options)
         return DeformableDETR(num_classes, **options)
 
     def learning_rate_factor(self, name: str) -> float:

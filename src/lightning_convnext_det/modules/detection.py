@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_convnext_det.arguments import Count, Factor, NonNegative, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
@@ -55,22 +56,23 @@ class DetectionModule(TrainableModule):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: Count,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         optimizer: Literal["adamw", "sgd"] = "adamw",
-        lr: float = 1e-4,
-        weight_decay: float = 0.05,
-        backbone_lr_factor: float | None = None,
-        layer_decay: float | None = None,
-        base_batch_size: int | None = None,
+        lr: Positive = 1e-4,
+        weight_decay: NonNegative = 0.05,
+        backbone_lr_factor: NonNegative | None = None,
+        layer_decay: Factor | None = None,
+        base_batch_size: Count | None = None,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
-        milestones: list[int] | None = None,
-        step_factor: float = 0.1,
-        warmup_steps: int = 500,
+        milestones: list[NonNegativeInt] | None = None,
+        step_factor: Factor = 0.1,
+        warmup_steps: NonNegativeInt = 500,
         **detector: Any,  # the keywords of one callee, build_detector, which checks them
     ) -> None:
         super().__init__()
+        check_arguments(DetectionModule.__init__, locals())
         self.remember_arguments(inspect.currentframe())
         for name, values in (("class_names", class_names), ("category_ids", category_ids)):
             if values is not None and len(values) != num_classes:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
-from lightning_convnext_det.models.zoo import check_arguments
+from lightning_convnext_det.models.zoo import check_keywords
 from lightning_convnext_det.modules.detection import DetectionModule
 
 
@@ -12,5 +12,5 @@ class FasterRCNNModule(DetectionModule):
 
     def build_detector(self, num_classes: int, **options: Any) -> FasterRCNN:  # the keywords of FasterRCNN
         """Build the network from `FasterRCNN`'s arguments."""
-        check_arguments(FasterRCNN, "FasterRCNNModule", options)
+        check_keywords(FasterRCNN, "FasterRCNNModule", options)
         return FasterRCNN(num_classes, **options)

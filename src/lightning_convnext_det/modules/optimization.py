@@ -177,13 +177,8 @@ def check_rates(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    layer_decay, base_batch_size = options["layer_decay"], options["base_batch_size"]
     if options["schedule"] == "step" and not options["milestones"]:
         raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
-    if base_batch_size is not None and base_batch_size < 1:
-        raise ValueError(f"base_batch_size is {base_batch_size}; it counts images and must be at least 1")
 
 
 def format_groups(groups: list[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import MLP, box_convert, clip_boxes_to_image
 
+from lightning_convnext_det.arguments import Count, Fraction, NonNegative, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.deformable_detr.criterion import (
@@ -34,7 +35,7 @@ from lightning_convnext_det.models.deformable_detr.transformer import (
 )
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from lightning_convnext_det.models.target_check import check_targets
-from lightning_convnext_det.ops.nms import NMSMethod, apply_nms, check_nms_method
+from lightning_convnext_det.ops.nms import NMSMethod, apply_nms
 from lightning_convnext_det.types import Detection, Target
 
 
@@ -127,27 +128,27 @@ class DeformableDETR(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: Count,
         backbone: str = "convnextv2_tiny",
         pretrained_backbone: bool = False,
         backbone_weights: str | None = None,
-        drop_path_rate: float = 0.0,
-        stem_eps: float = 0.0,
-        frozen_stages: int = 0,
+        drop_path_rate: Fraction = 0.0,
+        stem_eps: NonNegative = 0.0,
+        frozen_stages: NonNegativeInt = 0,
         batch_norm: Literal["frozen", "train"] = "frozen",
         gradient_checkpointing: bool = False,
         channels_last: bool = True,
-        strides: Sequence[int] = (4, 8, 16, 32),
-        extra_levels: int = 0,
-        num_queries: int = 300,
-        hidden_dim: int = 256,
-        num_heads: int = 8,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        encoder_points: int = 4,
-        decoder_points: int = 4,
-        feedforward_dim: int = 1024,
-        dropout: float = 0.1,
+        strides: Sequence[Count] = (4, 8, 16, 32),
+        extra_levels: NonNegativeInt = 0,
+        num_queries: Count = 300,
+        hidden_dim: Count = 256,
+        num_heads: Count = 8,
+        encoder_layers: Count = 6,
+        decoder_layers: Count = 6,
+        encoder_points: Count = 4,
+        decoder_points: Count = 4,
+        feedforward_dim: Count = 1024,
+        dropout: Fraction = 0.1,
         box_refinement: bool = True,
         two_stage: bool = False,
         auxiliary_losses: bool = True,
@@ -156,21 +157,23 @@ class DeformableDETR(nn.Module):
         position_offset: float = 0.5,
         independent_images: bool = True,
         fixed_size: list[int] | None = None,
-        objects_multiple: int = 1,
-        min_size: int | list[int] = 800,
-        max_size: int = 1333,
+        objects_multiple: Count = 1,
+        min_size: Count | list[Count] = 800,
+        max_size: Count = 1333,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
-        score_threshold: float = 0.0,
+        score_threshold: Fraction = 0.0,
         nms: NMSMethod = "none",
-        nms_threshold: float = 0.7,
-        soft_nms_sigma: float = 0.5,
-        detections_per_image: int = 100,
-        in_chans: int = 3,
+        nms_threshold: Fraction = 0.7,
+        soft_nms_sigma: Positive = 0.5,
+        detections_per_image: Count = 100,
+        in_chans: Count = 3,
     ) -> None:
         super().__init__()
-        _check_sizes(num_classes, hidden_dim, num_heads)
-        _check_variant(two_stage, box_refinement, nms)
+        check_arguments(DeformableDETR.__init__, locals())
+        _check_sizes(hidden_dim, num_heads)
+        if two_stage and not box_refinement:
+            raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
         self.num_classes, self.num_queries, self.objects_multiple = num_classes, num_queries, objects_multiple
         self.nms, self.nms_threshold, self.soft_nms_sigma = nms, nms_threshold, soft_nms_sigma
         self.score_threshold, self.detections_per_image = score_threshold, detections_per_image
@@ -336,19 +339,11 @@ class DeformableDETR(nn.Module):
         return restored
 
 
-def _check_sizes(num_classes: int, hidden_dim: int, num_heads: int) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
-    if num_heads < 1 or hidden_dim % num_heads:
+def _check_sizes(hidden_dim: int, num_heads: int) -> None:
+    if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim {hidden_dim} cannot be divided among {num_heads} heads; choose a multiple of it")
     if hidden_dim % 32:
         raise ValueError(f"hidden_dim is {hidden_dim}; GroupNorm needs a multiple of 32")
-
-
-def _check_variant(two_stage: bool, box_refinement: bool, nms: str) -> None:
-    if two_stage and not box_refinement:
-        raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
-    check_nms_method(nms)
 
 
 def _normalize(boxes: Tensor, size: tuple[int, int]) -> Tensor:

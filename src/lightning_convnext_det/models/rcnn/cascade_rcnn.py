@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from lightning_convnext_det.arguments import Count, Fraction, NonNegative, check_arguments
 from lightning_convnext_det.models.rcnn.conventions import MMDETECTION, TORCHVISION, Convention, ConventionName
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.rcnn.matcher import Sampling
@@ -65,11 +66,12 @@ class CascadeRCNN(FasterRCNN):
 
     def __init__(
         self,
-        num_classes: int,
-        stage_iou_thresholds: Sequence[float] = (0.5, 0.6, 0.7),
-        stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25),
+        num_classes: Count,
+        stage_iou_thresholds: Sequence[Fraction] = (0.5, 0.6, 0.7),
+        stage_loss_weights: Sequence[NonNegative] = (1.0, 0.5, 0.25),
         **shared: Any,  # the keywords of FasterRCNN
     ) -> None:
+        check_arguments(CascadeRCNN.__init__, locals())
         stages = len(stage_iou_thresholds)
         if not 1 <= stages <= len(_STAGE_STDS) or len(stage_loss_weights) != stages:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.fpn import PyramidFPN
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
@@ -28,7 +29,7 @@ from lightning_convnext_det.models.rcnn.matcher import Sampling
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeadKind, BoxHeads, StageBuilder, create_pooler
 from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwork
 from lightning_convnext_det.models.selection import Selection, SelectsDetections
-from lightning_convnext_det.models.target_check import check_num_classes, check_targets
+from lightning_convnext_det.models.target_check import check_targets
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.types import Detection, Target
 
@@ -117,49 +118,50 @@ class FasterRCNN(SelectsDetections, nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: Count,
         backbone: str = "convnext_tiny",
         pretrained_backbone: bool = False,
         backbone_weights: str | None = None,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: Fraction = 0.0,
         out_norm: bool = False,
-        frozen_stages: int = 0,
+        frozen_stages: NonNegativeInt = 0,
         batch_norm: Literal["frozen", "train"] = "frozen",
         gradient_checkpointing: bool = False,
         channels_last: bool = True,
-        in_chans: int = 3,
-        fpn_channels: int = 256,
-        min_size: int | list[int] = 800,
-        max_size: int = 1333,
+        in_chans: Count = 3,
+        fpn_channels: Count = 256,
+        min_size: Count | list[Count] = 800,
+        max_size: Count = 1333,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
-        anchor_sizes: Sequence[Sequence[int]] = ((32,), (64,), (128,), (256,), (512,)),
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        rpn_pre_nms_top_n: tuple[int, int] = (2000, 1000),
-        rpn_post_nms_top_n: tuple[int, int] = (2000, 1000),
-        rpn_nms_threshold: float = 0.7,
-        rpn_score_threshold: float = 0.0,
-        rpn_fg_iou_threshold: float = 0.7,
-        rpn_bg_iou_threshold: float = 0.3,
-        rpn_batch_size_per_image: int = 256,
-        rpn_positive_fraction: float = 0.5,
-        roi_output_size: int = 7,
+        anchor_sizes: Sequence[Sequence[Count]] = ((32,), (64,), (128,), (256,), (512,)),
+        aspect_ratios: Sequence[Positive] = (0.5, 1.0, 2.0),
+        rpn_pre_nms_top_n: tuple[Count, Count] = (2000, 1000),
+        rpn_post_nms_top_n: tuple[Count, Count] = (2000, 1000),
+        rpn_nms_threshold: Fraction = 0.7,
+        rpn_score_threshold: Fraction = 0.0,
+        rpn_fg_iou_threshold: Fraction = 0.7,
+        rpn_bg_iou_threshold: Fraction = 0.3,
+        rpn_batch_size_per_image: Count = 256,
+        rpn_positive_fraction: Fraction = 0.5,
+        roi_output_size: Count = 7,
         box_head: BoxHeadKind | None = None,
-        box_head_features: int = 1024,
-        box_fg_iou_threshold: float = 0.5,
-        box_bg_iou_threshold: float = 0.5,
-        box_batch_size_per_image: int = 512,
-        box_positive_fraction: float = 0.25,
-        score_threshold: float = 0.05,
+        box_head_features: Count = 1024,
+        box_fg_iou_threshold: Fraction = 0.5,
+        box_bg_iou_threshold: Fraction = 0.5,
+        box_batch_size_per_image: Count = 512,
+        box_positive_fraction: Fraction = 0.25,
+        score_threshold: Fraction = 0.05,
         nms: NMSMethod = "hard",
-        nms_threshold: float = 0.5,
-        soft_nms_sigma: float = 0.5,
-        detections_per_image: int = 100,
+        nms_threshold: Fraction = 0.5,
+        soft_nms_sigma: Positive = 0.5,
+        detections_per_image: Count = 100,
         convention: ConventionSetting | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(FasterRCNN.__init__, locals())
         details = resolve_convention(convention, self.conventions, self.default_convention)
-        self.num_classes = check_num_classes(num_classes)
+        self.num_classes = num_classes
         self.selection = Selection(score_threshold, nms, nms_threshold, soft_nms_sigma, detections_per_image)
         self.transform = ImageTransform(min_size, max_size, image_mean, image_std, resize=details.resize)
         body = TimmPyramid(
