@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.convert.importer import convert_deformable_detr
+from lightning_convnext_det.convert.deformable_detr import convert_deformable_detr
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 
 Run = Callable[[], tuple[Tensor, Tensor]]

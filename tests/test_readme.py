@@ -4,7 +4,7 @@ from pathlib import Path
 import timm
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from lightning_convnext_det.convert.deformable_detr_names import CONVNEXT_SIZES
+from lightning_convnext_det.convert.naming import CONVNEXT_SIZES
 from lightning_convnext_det.models.zoo import list_detectors
 
 ROOT = Path(__file__).parents[1]

@@ -12,13 +12,9 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from lightning_convnext_det.convert.importer import (
-    Converted,
-    Slot,
-    convert_deformable_detr,
-    import_weights,
-    read_source,
-)
+from lightning_convnext_det.convert.deformable_detr import convert_deformable_detr
+from lightning_convnext_det.convert.importer import import_weights, read_source
+from lightning_convnext_det.convert.report import Converted, Slot
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.types import Target

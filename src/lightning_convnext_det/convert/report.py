@@ -1,4 +1,4 @@
-"""What becomes of third-party weights: the converted network, and an account of every tensor."""
+"""Converted third-party weights, and the report on every tensor."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.convert.deformable_detr_names import Argument
+from lightning_convnext_det.convert.naming import Argument
 from lightning_convnext_det.errors import CheckpointError
 
 
 class Slot(NamedTuple):
-    """A row of a class head that stands for a class."""
+    """A row of a class head that belongs to a class."""
 
     row: int
     name: str
@@ -21,19 +21,19 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of every tensor of a source.
+    """Report on every tensor of a source.
 
     Attributes:
-        origin: whose file it is, e.g. ``birder``.
-        matched: names here of the tensors that were filled.
-        parameters: how many numbers they hold.
-        redundant: names there of tensors that carry nothing new: copies of others and batch counters.
-        left_over: names of tensors that have no place here, or contradict another.
-        missing: names here of tensors that the source does not have.
-        mismatched: names here of tensors that have another shape there, with both shapes.
-        slots: the classes by label: their rows in the source, names and ids; empty if the source names none.
-        ignored: names there of tensors that are left out on purpose, such as a mask branch.
-        ignored_parameters: how many numbers they hold.
+        origin: source of the weights, e.g. ``birder``.
+        matched: tensors of the network that were filled.
+        parameters: number of parameters in them.
+        redundant: tensors of the source that repeat others or count batches, by their original names.
+        left_over: tensors of the source that the network does not have, or that contradict another.
+        missing: tensors of the network that the source does not have.
+        mismatched: tensors of the network with another shape in the source, and both shapes.
+        slots: the classes by label: their rows in the source, names and ids; empty if the source has no names.
+        ignored: tensors of the source that are ignored on purpose, such as a mask branch, by their original names.
+        ignored_parameters: number of parameters in them.
     """
 
     origin: str
@@ -49,7 +49,7 @@ class ImportReport:
 
     @property
     def fits(self) -> bool:
-        """Whether every tensor has found its place and every place its tensor."""
+        """Whether source and network have exactly the same tensors."""
         return not (self.left_over or self.missing or self.mismatched)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class ImportReport:
 
 
 class Converted(NamedTuple):
-    """A network of ours with third-party weights."""
+    """Arguments and state dict of a detector with third-party weights."""
 
     arguments: dict[str, Argument]
     """For the detector's constructor."""
@@ -75,7 +75,7 @@ class Converted(NamedTuple):
     """For its ``load_state_dict``."""
     report: ImportReport
     module: str
-    """The LightningModule that trains and evaluates it."""
+    """Name of the LightningModule that trains and evaluates it."""
 
 
 def fill(
@@ -90,22 +90,22 @@ def fill(
     ignored: Mapping[str, int] | None = None,
     parameters: int | None = None,
 ) -> Converted:
-    """Put tensors that have our names into a detector, and account for all of the source.
+    """Fit renamed tensors to a detector, and report on all tensors of the source.
 
     Args:
-        detector: a class of ours; built without memory.
-        arguments: of its constructor.
-        tensors: by their names here.
-        origin: as in `ImportReport`, like the next three.
+        detector: class of the detector, built on the meta device.
+        arguments: arguments of its constructor.
+        tensors: renamed tensors.
+        origin: see `ImportReport`, as for ``slots``.
         slots: the classes by label.
-        redundant: names there of tensors that carry nothing new.
-        left_over: names of tensors without a place here, beside those of ``tensors`` that have none.
-        ignored: names there of tensors that are left out on purpose, and how many parameters each holds.
-        parameters: how many the source has for the detector (default: the numbers that fill it); others where it has
-            no row for the background, or statistics of BatchNorm.
+        redundant: original names of redundant tensors.
+        left_over: names of tensors that the detector does not have, beside those of ``tensors``.
+        ignored: original names of tensors that are ignored on purpose, and the number of parameters of each.
+        parameters: number of parameters of the source (default: of those that fit); another where the source has no
+            row for the background, or statistics of BatchNorm.
 
     Raises:
-        CheckpointError: if a tensor has no place, or a place no tensor.
+        CheckpointError: if a tensor is left over, missing or of another shape.
     """
     with torch.device("meta"):
         expected = detector(**arguments).state_dict()
@@ -131,7 +131,7 @@ def fill(
 
 
 def _fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take the tensors that are expected, with sides of length 1 added or dropped; list those of another shape."""
+    """Reshape tensors that differ only in sides of length 1; list those of another shape."""
     fitted, mismatched = {}, []
     for name, tensor in tensors.items():
         if name not in expected:

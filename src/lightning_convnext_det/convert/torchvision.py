@@ -1,4 +1,4 @@
-"""Weights of torchvision's Faster R-CNN with a feature pyramid on a ResNet or ResNeXt."""
+"""Faster R-CNN of torchvision with an FPN on a ResNet or ResNeXt: names of tensors, classes and arguments."""
 
 import re
 from collections.abc import Mapping
@@ -6,35 +6,36 @@ from collections.abc import Mapping
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from lightning_convnext_det.convert.deformable_detr_names import Argument
+from lightning_convnext_det.convert.naming import Argument
 from lightning_convnext_det.convert.report import Converted, Slot, fill
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 
 _ORIGIN = "torchvision"
-# blocks of layer3 and whether blocks have three convolutions -> ResNet; ResNeXt-50 is told by its grouped convolutions
+# blocks of layer3 and whether blocks have three convolutions -> ResNet; ResNeXt-50 has grouped convolutions
 _RESNETS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
 _EPS = 1e-5  # of BatchNorm in torchvision and timm
 
 
 def is_torchvision(state_dict: Mapping[str, Tensor]) -> bool:
-    """Tell whether tensors of these names are an R-CNN of torchvision."""
+    """Detect an R-CNN of torchvision by the names of its tensors."""
     return "rpn.head.cls_logits.weight" in state_dict and "roi_heads.box_predictor.cls_score.weight" in state_dict
 
 
 def convert_torchvision(state_dict: Mapping[str, Tensor], **arguments: Argument) -> Converted:
-    """Convert a state dict of ``fasterrcnn_resnet50_fpn`` and its kin.
+    """Convert a state dict of ``fasterrcnn_resnet50_fpn`` or the same network on another ResNet.
 
-    All classes stay, also those of COCO's 91 that no category has, so that scores stay the same. A file with the names
-    that torchvision gave before 0.14, as the published COCO weights, belongs to BatchNorms without epsilon, as
-    torchvision itself runs it; the epsilon of ours is then taken off the variances.
+    All classes are kept, also the unused ones of COCO's 91, so that scores stay the same. Files with the names of
+    torchvision before 0.14, such as the published COCO weights, belong to BatchNorms without epsilon, as torchvision
+    runs them; our epsilon is then subtracted from the variances.
 
     Args:
         state_dict: the tensors; not modified.
-        arguments: arguments of `FasterRCNN` that the tensors do not show, e.g. ``backbone``; they win.
+        arguments: arguments of `FasterRCNN` that cannot be inferred from the tensors, e.g. ``backbone``; they
+            override inferred ones.
 
     Raises:
-        CheckpointError: if the tensors are of another network, or do not fill ours exactly.
+        CheckpointError: if the tensors are of another network, or do not fit it exactly.
     """
     if "backbone.fpn.inner_blocks.0.1.weight" in state_dict or "roi_heads.box_head.0.0.weight" in state_dict:
         raise CheckpointError(
@@ -72,7 +73,7 @@ def _backbone(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _slots(classes: int) -> tuple[Slot, ...]:
-    """COCO's names and ids where there are COCO's 90 classes."""
+    """COCO's names and ids, if there are 90 classes."""
     if classes != 90:
         return ()
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -391,7 +391,7 @@ def test_deformable_detr__diverged_weights_are_refused_in_training() -> None:
         ({"hidden_dim": 48, "num_heads": 4}, "hidden_dim is 48; GroupNorm needs a multiple of 32"),
         ({"strides": (4, 8, 64)}, "has strides 4, 8, 16, 32; a pyramid needs 4, 8, 64"),
         ({"two_stage": True, "box_refinement": False}, "two_stage=True needs box_refinement=True"),
-        ({"nms": "gentle"}, "nms is 'gentle'; choose one of hard, soft, none"),
+        ({"nms": "gentle"}, "nms is 'gentle'; choose hard, soft or none"),
         ({"backbone": "resnet10t", "stem_eps": 1e-5}, "'resnet10t' has no LayerNorm"),
     ],
     ids=lambda x: str(x)[:20],

@@ -19,7 +19,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from lightning_convnext_det.arguments import NonNegative
 from lightning_convnext_det.errors import DivergenceError
+
+PerLoss = tuple[NonNegative, NonNegative, NonNegative]
+"""A factor for classification, box and generalised IoU each."""
 
 _PAIRS = 2**22  # queries times objects compared at a time: about a gigabyte of intermediate results
 
@@ -79,6 +83,7 @@ class SetCriterion(nn.Module):
     Args:
         loss_weights: factors of the losses: focal loss of the classes, L1 distance of boxes in 0..1, generalised IoU.
         matching_costs: factors of the same three in the cost of matching a query with an object.
+        auxiliary_losses: train every decoder layer, not only the last.
         alpha: weight of positives in the focal loss and cost.
         gamma: exponent that turns easy examples down in the focal loss and cost.
 
@@ -90,6 +95,7 @@ class SetCriterion(nn.Module):
         self,
         loss_weights: Sequence[float] = (2.0, 5.0, 2.0),
         matching_costs: Sequence[float] = (2.0, 5.0, 2.0),
+        auxiliary_losses: bool = True,
         alpha: float = 0.25,
         gamma: float = 2.0,
     ) -> None:
@@ -98,7 +104,7 @@ class SetCriterion(nn.Module):
         self.matching_costs = _per_loss("matching_costs", matching_costs)
         if not any(matching_costs):
             raise ValueError("matching_costs are all 0, so that any query would match any object; raise one")
-        self.alpha, self.gamma = alpha, gamma
+        self.auxiliary_losses, self.alpha, self.gamma = auxiliary_losses, alpha, gamma
         self._warned = False
 
     def forward(
@@ -107,7 +113,7 @@ class SetCriterion(nn.Module):
         """Compute the weighted losses.
 
         Args:
-            decoder: predictions of the decoder layers that are trained, the last one last.
+            decoder: predictions of the decoder layers.
             objects: the ground truth.
             proposals: the encoder's proposals of the two-stage variant, as one layer; all objects are class 0 there.
 
@@ -119,6 +125,8 @@ class SetCriterion(nn.Module):
         Raises:
             DivergenceError: if a logit or box is not finite.
         """
+        if not self.auxiliary_losses:
+            decoder = Predictions(decoder.logits[-1:], decoder.boxes[-1:])
         with torch.autocast(decoder.logits.device.type, enabled=False):
             self._warn_of_surplus(objects, decoder.boxes.shape[2])
             binary = objects._replace(labels=torch.zeros_like(objects.labels))

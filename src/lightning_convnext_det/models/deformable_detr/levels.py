@@ -46,19 +46,19 @@ class PyramidLevels(nn.Module):
     """Project the backbone's feature maps to one width, add coarser levels, and flatten all into tokens.
 
     Args:
-        channels: channels of the backbone's feature maps, finest first.
+        backbone: computes the feature maps; not part of this module.
         extra_levels: number of coarser levels, by convolutions of stride 2 on the coarsest map.
         hidden_dim: channels of the tokens.
         position_offset: see `flatten_levels`.
         independent_images: run backbone and projections, whose norms average over whole maps, on every image without
             the padding that its neighbours need; else on the padded batch.
         always_masked: compute the padding mask also where nothing is padded, so that all batches of a size have the
-            same graph.
+            same graph; images are then never independent.
     """
 
     def __init__(
         self,
-        channels: list[int],
+        backbone: TimmPyramid,
         extra_levels: int,
         hidden_dim: int,
         position_offset: float,
@@ -66,18 +66,20 @@ class PyramidLevels(nn.Module):
         always_masked: bool = False,
     ) -> None:
         super().__init__()
+        channels = backbone.channels
         layers = [nn.Conv2d(c, hidden_dim, 1) for c in channels]
         for i in range(extra_levels):
             layers.append(nn.Conv2d(hidden_dim if i else channels[-1], hidden_dim, 3, stride=2, padding=1))
         self.projections = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(32, hidden_dim)) for layer in layers)
         self.embedding = nn.Parameter(torch.empty(len(layers), hidden_dim))
         self.position_offset = position_offset
-        self.independent_images = independent_images
+        self.independent_images = independent_images and not always_masked
         self.always_masked = always_masked
         nn.init.normal_(self.embedding)
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.to(memory_format=backbone.memory_format)
 
     def forward(self, backbone: TimmPyramid, batch: Tensor, sizes: list[tuple[int, int]] | None) -> Levels:
         """Compute the tokens of a batch.

@@ -18,6 +18,7 @@ from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.deformable_detr.criterion import (
     Objects,
+    PerLoss,
     Predictions,
     SetCriterion,
     corners,
@@ -26,16 +27,15 @@ from lightning_convnext_det.models.deformable_detr.criterion import (
 from lightning_convnext_det.models.deformable_detr.levels import PyramidLevels
 from lightning_convnext_det.models.deformable_detr.transformer import (
     Decoder,
-    DecoderLayer,
     DeformableAttention,
     Encoder,
-    EncoderLayer,
     Proposer,
     apply_in_full_precision,
 )
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from lightning_convnext_det.models.selection import Selection, SelectsDetections
 from lightning_convnext_det.models.target_check import check_targets
-from lightning_convnext_det.ops.nms import NMSMethod, apply_nms
+from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.types import Detection, Target
 
 
@@ -50,7 +50,7 @@ class Outputs(NamedTuple):
     """False on queries of the two-stage variant that a small image has no token for, bool [B, Q]; None: all are."""
 
 
-class DeformableDETR(nn.Module):
+class DeformableDETR(SelectsDetections, nn.Module):
     """Deformable DETR: detection by object queries that attend to a few points of multi-scale feature maps.
 
     Takes a list of images, uint8 or float in 0..1, each [C, H, W] of its own size, and resizes and normalises them
@@ -111,7 +111,7 @@ class DeformableDETR(nn.Module):
         max_size: limit of the longer side in pixels.
         image_mean: mean per channel, for images in 0..1.
         image_std: standard deviation per channel.
-        score_threshold: detections with a lower score are dropped.
+        score_threshold: detections with a score that is not higher are dropped.
         nms: treatment of overlapping detections of a class: ``none`` keeps them, ``hard`` drops the one with the lower
             score, ``soft`` lowers its score.
         nms_threshold: IoU above which ``hard`` drops.
@@ -152,8 +152,8 @@ class DeformableDETR(nn.Module):
         box_refinement: bool = True,
         two_stage: bool = False,
         auxiliary_losses: bool = True,
-        loss_weights: Sequence[float] = (2.0, 5.0, 2.0),
-        matching_costs: Sequence[float] = (2.0, 5.0, 2.0),
+        loss_weights: PerLoss = (2.0, 5.0, 2.0),
+        matching_costs: PerLoss = (2.0, 5.0, 2.0),
         position_offset: float = 0.5,
         independent_images: bool = True,
         fixed_size: list[int] | None = None,
@@ -171,46 +171,29 @@ class DeformableDETR(nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(DeformableDETR.__init__, locals())
-        _check_sizes(hidden_dim, num_heads)
-        if two_stage and not box_refinement:
-            raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
+        _check_variant(hidden_dim, num_heads, two_stage, box_refinement)
         self.num_classes, self.num_queries, self.objects_multiple = num_classes, num_queries, objects_multiple
-        self.nms, self.nms_threshold, self.soft_nms_sigma = nms, nms_threshold, soft_nms_sigma
-        self.score_threshold, self.detections_per_image = score_threshold, detections_per_image
-        self.auxiliary_losses = auxiliary_losses
+        self.selection = Selection(score_threshold, nms, nms_threshold, soft_nms_sigma, detections_per_image)
         self.transform = ImageTransform(min_size, max_size, image_mean, image_std, max(strides), fixed_size=fixed_size)
         self.backbone = TimmPyramid(
             backbone, pretrained=pretrained_backbone, weights=backbone_weights, in_chans=in_chans, strides=strides,
             drop_path_rate=drop_path_rate, stem_eps=stem_eps, frozen_stages=frozen_stages, batch_norm=batch_norm,
-            gradient_checkpointing=gradient_checkpointing, channels_last=channels_last,
-        )  # fmt: skip
-        independent = independent_images and not fixed_size
+            gradient_checkpointing=gradient_checkpointing, channels_last=channels_last)  # fmt: skip
         self.levels = PyramidLevels(
-            self.backbone.channels, extra_levels, hidden_dim, position_offset, independent, bool(fixed_size)
-        ).to(memory_format=self.backbone.memory_format)
-        layer = (hidden_dim, num_heads, len(self.backbone.channels) + extra_levels, feedforward_dim, dropout)
-        encoder = [EncoderLayer(*layer, encoder_points) for _ in range(encoder_layers)]
-        decoder = [DecoderLayer(*layer, decoder_points) for _ in range(decoder_layers)]
-        self._add_transformer(encoder, decoder, hidden_dim, box_refinement, two_stage, gradient_checkpointing)
-        self.criterion = SetCriterion(loss_weights, matching_costs)
+            self.backbone, extra_levels, hidden_dim, position_offset, independent_images, bool(fixed_size))  # fmt: skip
+        layer = (hidden_dim, num_heads, len(self.levels.projections), feedforward_dim, dropout)
+        self.encoder = Encoder(encoder_layers, (*layer, encoder_points), gradient_checkpointing)
+        self.decoder = Decoder(decoder_layers, (*layer, decoder_points), box_refinement)
+        self._add_heads(hidden_dim, two_stage)
+        self.criterion = SetCriterion(loss_weights, matching_costs, auxiliary_losses=auxiliary_losses)
 
-    def _add_transformer(
-        self,
-        encoder: list[EncoderLayer],
-        decoder: list[DecoderLayer],
-        hidden_dim: int,
-        box_refinement: bool,
-        two_stage: bool,
-        gradient_checkpointing: bool,
-    ) -> None:
-        self.encoder = Encoder(encoder, gradient_checkpointing)
-        self.decoder = Decoder(decoder, box_refinement)
+    def _add_heads(self, hidden_dim: int, two_stage: bool) -> None:
         self.proposer = Proposer(hidden_dim) if two_stage else None
         if not two_stage:
             self.query_embedding = nn.Embedding(self.num_queries, hidden_dim * 2)
             self.reference_points = nn.Linear(hidden_dim, 2)
         # without refinement all layers share their heads; with two stages the last pair belongs to the encoder
-        heads = len(decoder) + two_stage if box_refinement else 1
+        heads = len(self.decoder.layers) + two_stage if self.decoder.box_refinement else 1
         self.class_heads = nn.ModuleList(nn.Linear(hidden_dim, self.num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(
             MLP(hidden_dim, [hidden_dim, hidden_dim, 4], inplace=False) for _ in range(heads)
@@ -266,10 +249,7 @@ class DeformableDETR(nn.Module):
         outputs = self.predict(batch.to(device), sizes)
         boxes = [_normalize(t["boxes"], size) for t, size in zip(moved, sizes, strict=True)]
         objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple).to(device)
-        decoder = outputs.decoder
-        if not self.auxiliary_losses:
-            decoder = Predictions(decoder.logits[-1:], decoder.boxes[-1:])
-        losses: dict[str, Tensor] = self.criterion(decoder, objects, outputs.proposals)
+        losses: dict[str, Tensor] = self.criterion(outputs.decoder, objects, outputs.proposals)
         return losses
 
     def predict(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> Outputs:
@@ -319,15 +299,8 @@ class DeformableDETR(nn.Module):
             if not bool(values.isfinite().all()):
                 raise DivergenceError(f"[LCD-N001] the {name} are not finite: the weights have diverged or are damaged")
         labels = index % self.num_classes
-        return [self._filter(*each) for each in zip(boxes, scores, labels, strict=True)]
-
-    def _filter(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
-        """Apply NMS and the score threshold to the detections of one image; a negative score marks no detection."""
-        found = scores >= 0
-        boxes, scores, labels = boxes[found], scores[found], labels[found]
-        boxes, scores, labels = apply_nms(boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma)
-        keep = scores >= self.score_threshold
-        return Detection(boxes=boxes[keep], labels=labels[keep], scores=scores[keep])
+        usable = scores >= 0
+        return [self.selection(b[u], s[u], x[u]) for b, s, x, u in zip(boxes, scores, labels, usable, strict=True)]
 
     def _restore(
         self, detections: list[Detection], sizes: list[tuple[int, int]], images: list[Tensor]
@@ -339,11 +312,13 @@ class DeformableDETR(nn.Module):
         return restored
 
 
-def _check_sizes(hidden_dim: int, num_heads: int) -> None:
+def _check_variant(hidden_dim: int, num_heads: int, two_stage: bool, box_refinement: bool) -> None:
     if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim {hidden_dim} cannot be divided among {num_heads} heads; choose a multiple of it")
     if hidden_dim % 32:
         raise ValueError(f"hidden_dim is {hidden_dim}; GroupNorm needs a multiple of 32")
+    if two_stage and not box_refinement:
+        raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
 
 
 def _normalize(boxes: Tensor, size: tuple[int, int]) -> Tensor:

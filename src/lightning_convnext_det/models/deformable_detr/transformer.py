@@ -120,6 +120,10 @@ class FeedForward(nn.Module):
         return normed
 
 
+# hidden_dim, num_heads, num_levels, feedforward_dim, dropout, num_points
+LayerArguments = tuple[int, int, int, int, float, int]
+
+
 class EncoderLayer(nn.Module):
     """Encoder layer: deformable self-attention of every token, then the feed-forward block."""
 
@@ -144,13 +148,14 @@ class Encoder(nn.Module):
     """Encoder: a stack of layers with deformable self-attention.
 
     Args:
-        layers: the layers.
+        num_layers: number of layers.
+        layer: arguments of each `EncoderLayer`.
         gradient_checkpointing: recompute each layer in the backward pass to save memory.
     """
 
-    def __init__(self, layers: list[EncoderLayer], gradient_checkpointing: bool = False) -> None:
+    def __init__(self, num_layers: int, layer: LayerArguments, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, levels: Levels) -> Tensor:
@@ -201,13 +206,14 @@ class Decoder(nn.Module):
     """Decoder: a stack of layers, each followed by its box head.
 
     Args:
-        layers: the layers.
+        num_layers: number of layers.
+        layer: arguments of each `DecoderLayer`.
         box_refinement: each layer refines the boxes of the previous one, detached (section 4.1 of the paper).
     """
 
-    def __init__(self, layers: list[DecoderLayer], box_refinement: bool) -> None:
+    def __init__(self, num_layers: int, layer: LayerArguments, box_refinement: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(num_layers))
         self.box_refinement = box_refinement
 
     def forward(

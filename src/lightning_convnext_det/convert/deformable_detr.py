@@ -1,6 +1,6 @@
-"""What Deformable DETR's tensors are called elsewhere, and what their shapes say about the network.
+"""Deformable DETR of birder, of its authors and of Hugging Face: names of tensors, classes and arguments.
 
-Three origins agree on the network and differ in names, in the order of the decoder's norms, in how Hugging Face
+The three agree on the network and differ in names, in the order of the decoder's norms, in how Hugging Face
 splits the projections of the self-attention, and in the position encoding:
 
 - ``birder``: norms in order of place; cells encoded by their far edge (position_offset 0); the first LayerNorm of its
@@ -9,23 +9,32 @@ splits the projections of the self-attention, and in the position encoding:
   cross-attention, which comes second; cells encoded by their centre (position_offset 0.5);
 - ``huggingface``: cells encoded by their centre; heads that layers share are stored once.
 
-The order of levels, heads, points and coordinates is the same in all. What differs by design after an import: proposals
+The order of levels, heads, points and coordinates is the same in all. Differences by design after an import: proposals
 on padding or at the very border are never chosen; numbers that are not finite stop the run, where birder and Hugging
 Face clamp activations and costs; the matching cost is computed from logits instead of clamped probabilities. Hugging
 Face has dropout on the encoder's input and none in the attention and after the ReLU, and no loss on proposals; ours has
 dropout and losses as the authors have.
 """
 
+import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-Argument = str | int | float | bool | list[int] | list[float]
-
-Rules = list[tuple[str, str]]
+from lightning_convnext_det.convert.naming import (
+    Argument,
+    Rules,
+    coco_categories,
+    convnext_name,
+    count_blocks,
+    rename_key,
+)
+from lightning_convnext_det.convert.report import Converted, Slot, fill
+from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 
 _SHARED: Rules = [
     (r"^(?:transformer|model)\.(encoder|decoder)\.", r"\1."),
@@ -88,24 +97,85 @@ _RULES: dict[str, Rules] = {
 }
 _POSITION_OFFSET = {"birder": 0.0, "original": 0.5, "huggingface": 0.5}
 
-# width of the stem and depth of the third stage -> timm's name of the size
-CONVNEXT_SIZES = {
-    (40, 6): "atto",
-    (48, 6): "femto",
-    (64, 6): "pico",
-    (80, 8): "nano",
-    (96, 9): "tiny",
-    (96, 27): "small",
-    (128, 27): "base",
-    (192, 27): "large",
-    (256, 27): "xlarge",
-    (352, 27): "huge",
-}
 _RESNET_DEPTHS = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # blocks of the third stage
+# prefixes of tensors of other families, for the error message
+_OTHER_FAMILIES = {
+    "levels.embedding": "a Deformable DETR of this package already",
+    "backbone.body.net.": "a detector of this package already",
+    "rpn_head.": "another R-CNN of MMDetection",
+    "bbox_head.": "a detector of MMDetection",
+    "rpn.head.": "another R-CNN of torchvision",
+    "model.enc_score_head.": "an RT-DETR of Hugging Face",
+    "transformer.encoder.layers.0.self_attn.in_proj_weight": "a DETR without deformable attention",
+    "model.encoder.layers.0.self_attn.q_proj.": "a DETR of Hugging Face without deformable attention",
+    "head.": "a classifier; use it as backbone weights",
+    "fc.": "a classifier; use it as backbone weights",
+    "classifier.": "a classifier; use it as backbone weights",
+}
+
+
+def convert_deformable_detr(
+    state_dict: Mapping[str, Tensor],
+    *,
+    slots: Sequence[Slot] = (),
+    keep_unused: bool = False,
+    **arguments: Argument,
+) -> Converted:
+    """Convert a state dict of birder, of the authors or of Hugging Face.
+
+    Args:
+        state_dict: the tensors; not modified.
+        slots: rows of the class heads that belong to a class, in order of label; empty if unknown.
+        keep_unused: keep all rows.
+        arguments: arguments of `DeformableDETR` that cannot be inferred from the tensors (``num_heads``, 8 by
+            default, an unusual ``backbone``, options); they override inferred ones.
+
+    Raises:
+        CheckpointError: if the tensors are of another family, or do not fit the network exactly.
+    """
+    origin = _detect_origin(state_dict)
+    tensors, redundant, left_over = _rename(state_dict, origin)
+    try:
+        inferred = _infer_arguments(tensors, origin, int(arguments.get("num_heads", 8)))  # type: ignore[arg-type]
+    except KeyError as error:
+        raise CheckpointError(f"[LCD-K011] {origin}: tensor {error} is missing; is the file complete?") from None
+    inferred = {**inferred, **arguments}
+    if "backbone" not in inferred:
+        raise CheckpointError(f"[LCD-K011] {origin}: the backbone is not recognised; give its timm name as backbone")
+    heads = int(inferred["decoder_layers"]) + bool(inferred["two_stage"])  # type: ignore[arg-type]
+    tensors, copies = _share_heads(tensors, origin, bool(inferred["box_refinement"]), heads)
+    if slots and not keep_unused:
+        proposer = heads - 1 if inferred["two_stage"] else None
+        tensors = _select_classes(tensors, [s.row for s in slots], proposer)
+        inferred["num_classes"] = len(slots)
+    redundant += copies
+    return fill(DeformableDETR, inferred, tensors, origin, slots=slots, redundant=redundant, left_over=left_over)
+
+
+def _select_classes(tensors: Mapping[str, Tensor], rows: list[int], proposer: int | None) -> dict[str, Tensor]:
+    """Keep some rows of the class heads; the proposals' head keeps its first row, the objectness."""
+    selected = dict(tensors)
+    for name in tensors:
+        if name.startswith("class_heads."):
+            scores_proposals = proposer is not None and name.startswith(f"class_heads.{proposer}.")
+            selected[name] = tensors[name][[0, *rows[1:]] if scores_proposals else rows]
+    return selected
+
+
+def _detect_origin(state_dict: Mapping[str, Tensor]) -> str:
+    origin = detect_origin(state_dict)
+    if origin is None:
+        known = (what for start, what in _OTHER_FAMILIES.items() if any(k.startswith(start) for k in state_dict))
+        what = next(known, f"of no known family; its first tensor is '{next(iter(state_dict), 'none')}'")
+        raise CheckpointError(
+            "[LCD-K010] expected a Deformable DETR of birder, its authors or Hugging Face, an R-CNN of the ConvNeXt "
+            f"authors, or a Faster R-CNN of torchvision, got {what}"
+        )
+    return origin
 
 
 def detect_origin(keys: Iterable[str]) -> str | None:
-    """Tell whose Deformable DETR tensors of these names are; None if nobody's."""
+    """Detect the origin of a Deformable DETR by the names of its tensors; None if it is another network."""
     keys = set(keys)
     if {"model.encoder.layers.0.self_attn.sampling_offsets.weight", "model.level_embed"} <= keys:
         return "huggingface"
@@ -114,13 +184,13 @@ def detect_origin(keys: Iterable[str]) -> str | None:
     return None
 
 
-def rename(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Give tensors their names here.
+def _rename(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Rename tensors to those of `DeformableDETR`.
 
     Returns:
-        The tensors by the names they have here; the names there of tensors that carry nothing new, because they repeat
-        another (heads that the decoder holds too, or that layers share) or count batches; the names there of tensors
-        that contradict one of the same name here.
+        The renamed tensors; the original names of redundant tensors, which repeat another (heads that the decoder
+        holds too, or that layers share) or count batches; the original names of tensors that contradict another of
+        the same new name.
     """
     renamed: dict[str, Tensor] = {}
     redundant, contradicting = [], []
@@ -142,13 +212,11 @@ def _rename_key(key: str, origin: str) -> str:
         stage, block = int(match[1]), int(match[2])
         # from the second stage on, the first place is taken by the downsampling
         key = f"backbone.body.stage{stage - 1}.{block - (stage > 1)}.{key[match.end() :]}"
-    for pattern, replacement in _SHARED + _RULES[origin]:
-        key = re.sub(pattern, replacement, key)
-    return key
+    return rename_key(key, _SHARED + _RULES[origin])
 
 
 def _join_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stack the projections of query, key and value into the one that `torch.nn.MultiheadAttention` has."""
+    """Stack the projections of query, key and value as in `torch.nn.MultiheadAttention`."""
     joined = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.*\.self_attention)\.([qkv])_proj\.(weight|bias)", name)
@@ -160,8 +228,8 @@ def _join_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def infer_arguments(tensors: Mapping[str, Tensor], origin: str, num_heads: int) -> dict[str, Argument]:
-    """Read the arguments of `DeformableDETR` off renamed tensors. ``backbone`` is left out where it is not known.
+def _infer_arguments(tensors: Mapping[str, Tensor], origin: str, num_heads: int) -> dict[str, Argument]:
+    """Infer the arguments of `DeformableDETR` from renamed tensors, without ``backbone`` if it is unknown.
 
     Raises:
         KeyError: if a tensor that every Deformable DETR has is missing.
@@ -176,8 +244,8 @@ def infer_arguments(tensors: Mapping[str, Tensor], origin: str, num_heads: int) 
         "extra_levels": levels - maps,
         "hidden_dim": hidden_dim,
         "num_heads": num_heads,
-        "encoder_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
-        "decoder_layers": _count(tensors, r"decoder\.layers\.(\d+)\."),
+        "encoder_layers": count_blocks(tensors, r"encoder\.layers\.(\d+)\."),
+        "decoder_layers": count_blocks(tensors, r"decoder\.layers\.(\d+)\."),
         "encoder_points": len(tensors["encoder.layers.0.attention.attention_weights.bias"]) // per_point,
         "decoder_points": len(tensors["decoder.layers.0.cross_attention.attention_weights.bias"]) // per_point,
         "feedforward_dim": tensors["encoder.layers.0.feedforward.linear1.weight"].shape[0],
@@ -194,10 +262,10 @@ def infer_arguments(tensors: Mapping[str, Tensor], origin: str, num_heads: int) 
     return arguments
 
 
-def share_heads(
+def _share_heads(
     tensors: dict[str, Tensor], origin: str, box_refinement: bool, heads: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Drop the copies of a head that all layers share; make them where Hugging Face shares a head and we do not.
+    """Drop the copies of a head that all layers share; copy the head that Hugging Face shares and we do not.
 
     Returns:
         The tensors, and the names of the copies dropped.
@@ -218,17 +286,59 @@ def _shares_heads(tensors: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(tensors[k], first[re.sub(r"\.\d+\.", ".0.", k, count=1)]) for k in others)
 
 
-def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for k in tensors if (match := re.match(pattern, k))})
-
-
 def _infer_backbone(tensors: Mapping[str, Tensor]) -> str | None:
     """Recognise a ConvNeXt or a ResNet by its widths and depths."""
-    name = None
     if (stem := tensors.get("backbone.net.stem_0.weight")) is not None:
-        size = CONVNEXT_SIZES.get((len(stem), _count(tensors, r"backbone\.net\.stages_2\.blocks\.(\d+)\.")))
         family = "convnextv2" if "backbone.net.stages_0.blocks.0.mlp.grn.weight" in tensors else "convnext"
-        name = f"{family}_{size}" if size else None
-    elif (conv := tensors.get("backbone.net.layer1.0.conv2.weight")) is not None and conv.shape == (64, 64, 3, 3):
-        name = _RESNET_DEPTHS.get(_count(tensors, r"backbone\.net\.layer3\.(\d+)\."))
-    return name if name is not None and timm.is_model(name) else None
+        return convnext_name(len(stem), count_blocks(tensors, r"backbone\.net\.stages_2\.blocks\.(\d+)\."), family)
+    conv = tensors.get("backbone.net.layer1.0.conv2.weight")
+    if conv is None or conv.shape != (64, 64, 3, 3):
+        return None
+    return _RESNET_DEPTHS.get(count_blocks(tensors, r"backbone\.net\.layer3\.(\d+)\."))
+
+
+# extras and config are whatever pickled plain data or JSON lies beside the tensors
+def describe_birder(extras: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Argument]]:
+    """Read the classes and arguments that birder stores; its labels begin at 1: row s of its heads is label s + 1."""
+    table = sorted((index, name) for name, index in extras["class_to_idx"].items() if index > 0)
+    arguments: dict[str, Argument] = {}
+    if "rgb_stats" in extras:
+        arguments["image_mean"] = list(extras["rgb_stats"]["mean"])
+        arguments["image_std"] = list(extras["rgb_stats"]["std"])
+    if "signature" in extras:
+        arguments["min_size"] = int(extras["signature"]["inputs"][0]["data_shape"][2])
+    return [Slot(index - 1, name, index) for index, name in table], arguments
+
+
+def describe_huggingface(config: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Argument]]:
+    """Read the classes and arguments in Hugging Face's ``config.json``.
+
+    Raises:
+        CheckpointError: if the network has an option that `DeformableDETR` has not.
+    """
+    heads = config.get("encoder_attention_heads", 8)
+    expected = {"dilation": False, "activation_function": "relu", "decoder_attention_heads": heads}
+    unlike = [f"{k} {config[k]}" for k, value in expected.items() if config.get(k, value) != value]
+    if unlike:
+        raise CheckpointError(f"[LCD-K011] config.json asks for {', '.join(unlike)}, which is not supported here")
+    table = sorted((int(index), name) for index, name in config.get("id2label", {}).items())
+    arguments: dict[str, Argument] = {"num_heads": heads}
+    if config.get("two_stage"):
+        arguments["num_queries"] = config.get("two_stage_num_proposals", 300)
+    if backbone := (config.get("backbone_config") or {}).get("backbone") or config.get("backbone"):
+        arguments["backbone"] = backbone
+    return [Slot(i, name, i) for i, name in table if name != "N/A" and not name.startswith("LABEL_")], arguments
+
+
+def describe_original(
+    tensors: Mapping[str, Tensor], extras: Mapping[str, Any]
+) -> tuple[list[Slot], dict[str, Argument]]:
+    """Read the arguments that the authors store; their 91 rows are COCO's category ids, of which 80 are in use."""
+    arguments: dict[str, Argument] = {}
+    if isinstance(args := extras.get("args"), argparse.Namespace):
+        names = {"nheads": "num_heads", "num_queries": "num_queries"}
+        arguments = {ours: getattr(args, theirs) for theirs, ours in names.items() if hasattr(args, theirs)}
+    head = tensors.get("class_embed.0.bias")
+    if detect_origin(tensors) != "original" or head is None or len(head) != 91:
+        return [], arguments
+    return [Slot(i, name, i) for i, name in coco_categories()], arguments
