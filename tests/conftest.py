@@ -19,7 +19,8 @@ def _two_threads() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # what a test before has given to seed_everything
     torch.manual_seed(0)
 
 

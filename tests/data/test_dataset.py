@@ -104,7 +104,7 @@ def test_pickle__is_small(tmp_path: Path) -> None:
     )
     content = pickle.dumps(dataset)
     assert len(content) / count < 400  # bytes per image with 7 boxes; 118,000 images stay below 50 MB
-    assert np.array_equal(pickle.loads(content).table.boxes, dataset.table.boxes)
+    assert np.array_equal(pickle.loads(content).annotations.boxes, dataset.annotations.boxes)
 
 
 def test_image_dataset__numbers_images_from_one(tmp_path: Path) -> None:

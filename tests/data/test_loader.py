@@ -66,20 +66,31 @@ def test_training_loader__continues_after_the_batches_received(tmp_path: Path, n
     for _ in range(2):
         next(batches)
     state = loader.state_dict()  # with workers, later batches are on their way: they must not count
-    assert state == {"epoch": 3, "batches": 2}
+    assert state == {"seed": 0, "epoch": 3, "batches": 2}
     resumed = training_loader(tmp_path, num_workers)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     waiting = iter(resumed)  # before set_epoch, as Lightning does it
     resumed.sampler.set_epoch(3)
     assert image_ids(list(waiting)) == everything[2:]
-    assert resumed.state_dict() == {"epoch": 3, "batches": 5}
+    assert resumed.state_dict() == {"seed": 0, "epoch": 3, "batches": 5}
     assert image_ids(list(resumed)) == everything
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_training_loader__seed_of_a_state_unless_another_is_given(tmp_path: Path, follows: bool) -> None:
+    first, second = training_loader(tmp_path), training_loader(tmp_path)
+    second.load_state_dict({"seed": 5, "epoch": 0, "batches": 0})
+    expected = image_ids(list(second))
+    first.follows_checkpoint = follows
+    first.load_state_dict({"seed": 5, "epoch": 0, "batches": 0})
+    assert first.dataset.seed == first.sampler.seed == (5 if follows else 0)
+    assert (image_ids(list(first)) == expected) is follows
 
 
 def test_training_loader__state_of_a_finished_epoch_does_not_touch_the_next(tmp_path: Path) -> None:
     loader = training_loader(tmp_path)
-    loader.load_state_dict({"epoch": 3, "batches": 5})
+    loader.load_state_dict({"seed": 0, "epoch": 3, "batches": 5})
     waiting = iter(loader)
     loader.sampler.set_epoch(4)
     assert len(list(waiting)) == 5

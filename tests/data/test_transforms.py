@@ -8,16 +8,17 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lightning_convnext_det.data.seeding import seeded
 from lightning_convnext_det.data.transforms import (
     FILL,
     MULTISCALE_SIZES,
     Preset,
     RandomSizeCrop,
     RandomSquareCrop,
+    SampleTransform,
     ShortestSide,
     create_transforms,
     scaled_size,
-    seeded,
     transform_sample,
 )
 from lightning_convnext_det.types import Target
@@ -38,9 +39,7 @@ def image_with(
     for x1, y1, x2, y2 in corners:
         image[:, int(y1) : int(y2), int(x1) : int(x2)] = 255
     boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
-    sides = boxes[:, 2:] - boxes[:, :2]
-    labels = torch.arange(len(corners))
-    return image, {"boxes": boxes, "labels": labels, "area": sides.prod(dim=1)}
+    return image, {"boxes": boxes, "labels": torch.arange(len(corners)), "image_id": 7, "file_name": "a.png"}
 
 
 @pytest.mark.parametrize(("preset", "arguments"), CHANGES, ids=[preset for preset, _ in CHANGES])
@@ -77,25 +76,17 @@ def test_transform_sample__boxes_stay_inside_and_rows_together(preset: Preset, a
         assert boxes.dtype == torch.float32
         assert type(boxes) is Tensor
         assert type(changed) is Tensor
-        assert len(boxes) == len(found["labels"]) == len(found["area"])
+        assert len(boxes) == len(found["labels"])
         assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
         assert (boxes >= 0).all()
         assert (boxes <= torch.tensor([width, height, width, height])).all()
         assert all(before < after for before, after in pairwise(found["labels"].tolist()))
-        torch.testing.assert_close(found["area"], (boxes[:, 2:] - boxes[:, :2]).prod(dim=1))
-
-
-def test_transform_sample__area_of_a_segment_scales_with_its_box() -> None:
-    image, target = image_with((10, 10, 50, 40))
-    target["area"] = torch.tensor([300.0])  # a segment that fills a quarter of its box
-    _, found = transform_sample(v2.Resize((180, 390)), image, target)
-    assert found["boxes"].tolist() == [[30.0, 20.0, 150.0, 80.0]]
-    assert found["area"].tolist() == [1800.0]
+        assert (found["image_id"], found["file_name"]) == (7, "a.png")
 
 
 def test_transform_sample__arguments_are_not_modified() -> None:
     image, target = image_with((10, 10, 50, 40), (0, 0, 5, 5))
-    before = image.clone(), {key: value.clone() for key, value in target.items()}
+    before = image.clone(), {key: target[key].clone() for key in ("boxes", "labels")}
     transform_sample(create_transforms("lsj", crop_size=64), image, target)
     assert torch.equal(image, before[0])
     assert all(torch.equal(target[key], value) for key, value in before[1].items())
@@ -111,11 +102,47 @@ def test_transform_sample__no_boxes() -> None:
 
 def test_transform_sample__a_transform_that_removes_boxes() -> None:
     image, target = image_with((0, 0, 4, 4), (10, 10, 50, 40), (60, 0, 62, 50))
-    target["iscrowd"] = torch.tensor([False, True, False])
     _, found = transform_sample(v2.SanitizeBoundingBoxes(min_size=10), image, target)
     assert found["labels"].tolist() == [1]
-    assert found["iscrowd"].tolist() == [True]
-    assert found["area"].tolist() == [1200.0]
+    assert found["boxes"].tolist() == [[10.0, 10.0, 50.0, 40.0]]
+
+
+@pytest.mark.parametrize("format", ["XYWH", "CXCYWH", "XYXY"])
+def test_transform_sample__boxes_in_any_format_of_torchvision(format: str) -> None:
+    image, target = image_with((10, 10, 50, 40))
+    steps = v2.Compose(
+        [v2.Resize((180, 390)), v2.ConvertBoundingBoxFormat(format), v2.ToDtype(torch.float32, scale=True)]
+    )
+    changed, found = transform_sample(steps, image, target)
+    assert found["boxes"].tolist() == [[30.0, 20.0, 150.0, 80.0]]
+    assert (changed.shape, changed.dtype, float(changed.max())) == ((3, 180, 390), torch.float32, 1.0)
+
+
+def test_transform_sample__a_callable_sees_labels_and_image_id() -> None:
+    def keep_first(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        assert (target["image_id"], target["labels"].tolist()) == (7, [0, 1])
+        return image[:, :20], {"boxes": target["boxes"][:1].as_subclass(Tensor), "labels": target["labels"][:1]}
+
+    changed, found = transform_sample(keep_first, *image_with((10, 10, 50, 40), (0, 0, 5, 5)))
+    assert changed.shape == (3, 20, 130)
+    assert found["boxes"].tolist() == [[10.0, 10.0, 50.0, 20.0]]  # clipped to the crop
+
+
+@pytest.mark.parametrize(
+    ("transform", "error", "message"),
+    [
+        (lambda image, target: image, TypeError, r"something else than \(image, target\)"),
+        (lambda image, target: (image, [target]), TypeError, r"something else than \(image, target\)"),
+        (lambda image, target: (image, {"boxes": target["boxes"]}), TypeError, "a target with boxes and labels"),
+        (lambda image, target: (image[0], target), TypeError, "an image tensor"),
+        (lambda image, target: (image, {**target, "labels": target["labels"][:0]}), ValueError, "1 boxes but 0 labels"),
+    ],
+)
+def test_transform_sample__refuses_what_a_callable_returns(
+    transform: SampleTransform, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        transform_sample(transform, *image_with((10, 10, 50, 40)))
 
 
 def test_transform_sample__vanishing_box_is_left_out() -> None:

@@ -241,7 +241,7 @@ class DetectionCLI(LightningCLI):
         return super()._instantiate_trainer(config, own)
 
     def _validates(self, config: dict[str, Any]) -> bool:
-        if isinstance(self.datamodule, DetectionDataModule) and self.datamodule.annotations("val") is None:
+        if isinstance(self.datamodule, DetectionDataModule) and not self.datamodule.validates:
             return False
         return config.get("limit_val_batches") != 0
 

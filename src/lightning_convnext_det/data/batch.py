@@ -11,10 +11,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target, image_id_of
 
 Sample = tuple[Tensor, Target]
-"""An image, uint8 [3, H, W], and its target."""
+"""An image [C, H, W], uint8 or float in 0..1, and its target."""
 Batch = tuple[list[Tensor], list[Target]]
 """Images of any sizes and one target for each: what detectors take."""
 
@@ -30,11 +31,12 @@ class PackedBatch(NamedTuple):
     """A batch as three to five tensors."""
 
     pixels: Tensor
-    """The pixels of all images, concatenated, uint8 [sum of 3 H W]."""
+    """The pixels of all images, concatenated, [sum of C H W]."""
+    channels: int
     sizes: list[tuple[int, int]]
     """Height and width of each image."""
     innermost: list[bool]
-    """Whether an image is stored in memory as [H, W, 3] (channels last) or as [3, H, W]; packing keeps the layout."""
+    """Whether an image is stored in memory as [H, W, C] (channels last) or as [C, H, W]; packing keeps the layout."""
     counts: list[int]
     """Number of objects in each image."""
     objects: dict[str, Tensor]
@@ -107,8 +109,16 @@ def _split_images(images: object) -> list[Tensor]:
 
 
 def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
-    """Collate samples into a packed batch."""
+    """Collate samples into a packed batch.
+
+    Raises:
+        DataError: if images differ in their number of channels or their dtype.
+    """
     images, targets = collate([sample for sample in samples if not isinstance(sample, UnreadableImage)])
+    kinds = {(image.shape[0], image.dtype): index for index, image in enumerate(images)}
+    if len(kinds) > 1:
+        found = ", ".join(f"{targets[i]['file_name']}: {kind[0]} channels {kind[1]}" for kind, i in kinds.items())
+        raise DataError(f"[LCD-D152] images of one batch differ in channels or dtype: {found}; make them all alike")
     innermost = [image.permute(1, 2, 0).is_contiguous() for image in images]
     flat = [
         (image.permute(1, 2, 0) if last else image).reshape(-1) for image, last in zip(images, innermost, strict=True)
@@ -116,6 +126,7 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
     rows = [{key: value for key, value in target.items() if isinstance(value, Tensor)} for target in targets]
     return PackedBatch(
         pixels=torch.cat(flat or [torch.empty(0, dtype=torch.uint8)]),
+        channels=images[0].shape[0] if images else 3,
         sizes=[(image.shape[-2], image.shape[-1]) for image in images],
         innermost=innermost,
         counts=[len(target["boxes"]) for target in targets],
@@ -128,9 +139,9 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
 
 def unpack(batch: PackedBatch) -> Batch:
     """Split a packed batch into images and targets, which are views of its tensors."""
-    flat = torch.split(batch.pixels, [3 * height * width for height, width in batch.sizes])
+    flat = torch.split(batch.pixels, [batch.channels * height * width for height, width in batch.sizes])
     images = [
-        pixels.view(height, width, 3).permute(2, 0, 1) if last else pixels.view(3, height, width)
+        pixels.view(height, width, -1).permute(2, 0, 1) if last else pixels.view(-1, height, width)
         for pixels, (height, width), last in zip(flat, batch.sizes, batch.innermost, strict=True)
     ]
     rows = {key: torch.split(values, batch.counts) for key, values in batch.objects.items()}

@@ -1,38 +1,45 @@
-"""LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format."""
+"""LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format, and for datasets of the user's own."""
 
-import logging
-import os
-import shutil
+from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar, cast
+from pathlib import Path
+from typing import Annotated, Literal, cast, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import Dataset, Sampler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Dataset
 
 from lightning_convnext_det.arguments import Count, NonNegative, NonNegativeInt, Positive, Range, check_arguments
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
-from lightning_convnext_det.data.batch import Batch, pack
+from lightning_convnext_det.data.base_datamodule import LoadingDataModule
+from lightning_convnext_det.data.batch import Batch, Sample
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.records import InvalidAnnotations
-from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatchSampler
-from lightning_convnext_det.data.splits import SplitReader, warn_of_shared_images
-from lightning_convnext_det.data.transforms import MULTISCALE_SIZES, RESIZING_PRESETS, Preset, create_transforms
-from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
+from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange
+from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader, find_value_range
+from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
+from lightning_convnext_det.data.splits import SplitReader, Stage, warn_of_shared_images
+from lightning_convnext_det.data.transforms import (
+    MULTISCALE_SIZES,
+    RESIZING_PRESETS,
+    Preset,
+    SampleTransform,
+    create_transforms,
+)
+from lightning_convnext_det.data.user_dataset import UserDataset, UserSplits
+from lightning_convnext_det.errors import ArgumentError, DataError
 
-_logger = logging.getLogger(__name__)
-_Loader = TypeVar("_Loader", TrainingLoader, EvaluationLoader, ImageLoader)
-PREFETCH = 2  # batches per worker: torch's default
+GreyValue = Annotated[int, Range(*WHOLE_RANGE)]
 
 
-class DetectionDataModule(LightningDataModule):
+class DetectionDataModule(LoadingDataModule):
     """LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format.
 
-    A batch is a list of images, uint8 RGB [3, H, W] of any sizes, and a list of targets: ``boxes`` float32 [N, 4],
-    corners (x1, y1, x2, y2) in pixels of the image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``. For
-    evaluation targets also have ``iscrowd`` bool [N] and ``area`` float32 [N]; crowd boxes are left out of training.
+    A batch is a list of images, uint8 [C, H, W] of any sizes, by default RGB, and a list of targets: ``boxes`` float32
+    [N, 4], corners (x1, y1, x2, y2) in pixels of the image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``.
+    For evaluation, targets also have ``iscrowd`` bool [N] and ``area`` float32 [N]; training leaves out crowd boxes.
 
     >>> from tempfile import mkdtemp
     >>> from lightning_convnext_det.data.synthetic import write_synthetic_coco
@@ -48,7 +55,10 @@ class DetectionDataModule(LightningDataModule):
     ``trainval``, a part of the training images is held out. Testing uses ``test``, else the validation images. A split
     is read when it is first needed, and once.
 
-    In prediction, ``image_id`` counts from 1, and an unreadable image is skipped with a warning that names it.
+    In prediction of files, ``image_id`` counts from 1, and an unreadable image is skipped with a warning that names it.
+    With ``predict_split`` it is the dataset's own id, so that ``predictions.json`` can be evaluated.
+
+    Datasets of your own, as in torchvision's tutorials, are given as ``datasets``; see ``UserDataset`` for their form.
 
     Args:
         root: folder of the dataset.
@@ -61,11 +71,14 @@ class DetectionDataModule(LightningDataModule):
         val_images: folder of the images when ``val`` is a path (default: looked for around it).
         test_images: folder of the images when ``test`` is a path (default: looked for around it).
         predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
+        predict_split: split to predict on, with the dataset's own image ids, in place of ``predict``.
+        datasets: own map-style datasets for ``train``, ``val`` and ``test``, in place of ``root``; no part of ``train``
+            is held out for validation. ``train_transforms`` applies to the training dataset after its own transforms.
         batch_size: images per batch on each device.
         num_workers: worker processes that read images; 0 reads in the main process (default: one per core, at most 4).
         train_transforms: augmentation of training images: ``none``; ``flip``: horizontal flip; ``multiscale``: flip,
             resize to one of ``sizes``, in half of the cases after a random crop; ``lsj``: flip, scale by 0.1 to 2, crop
-            or pad to a square.
+            or pad to a square. Or a transform of torchvision v2, or any callable on image and target.
         sizes: shorter sides for ``multiscale`` in pixels.
         max_size: largest longer side for ``multiscale`` in pixels.
         crop_size: side of the square for ``lsj`` in pixels.
@@ -73,12 +86,17 @@ class DetectionDataModule(LightningDataModule):
         vertical_flip: also flip vertically with probability 0.5.
         color_jitter: change brightness, contrast and saturation by up to this factor.
         val_fraction: fraction of the training images to hold out where there is no validation split; 0 for none.
-        seed: of the order of the images, their augmentation, and the images held out.
+        seed: of the order of the images and their augmentation (default: that of ``seed_everything``, or of the
+            checkpoint that a training resumes), and of the images held out (default: 0).
         class_names: names of the classes in order of label, where the dataset does not name them, or lacks some
             classes of a trained model (default: those of the dataset).
         classes: names of the classes to use, in order of label (default: all).
         invalid_annotations: annotations that cannot be used: ``auto`` drops those that are harmless to lose and refuses
             the others; ``drop`` drops all; ``refuse`` refuses all.
+        in_chans: channels of the images: 1 for grey, 3 for RGB, 4 for RGBA (default: those that the model takes).
+        value_range: lowest and highest value of 16-bit grey images, which become 0 and 255; values outside are clipped
+            (default: the smallest range of 8, 10, 12, 14 or 16 bits that holds the values of the images).
+        max_pixels: larger images are an error.
         exif: whether boxes refer to images turned by their EXIF orientation; ``auto`` goes by the annotated sizes.
         train_on_difficult: train on objects that VOC marks as difficult.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
@@ -100,9 +118,11 @@ class DetectionDataModule(LightningDataModule):
         val_images: str | None = None,
         test_images: str | None = None,
         predict: str | list[str] | None = None,
+        predict_split: Stage | None = None,
+        datasets: dict[Stage, Dataset[Sample]] | None = None,
         batch_size: Count = 4,
         num_workers: NonNegativeInt | None = None,
-        train_transforms: Preset = "flip",
+        train_transforms: Preset | SampleTransform = "flip",
         sizes: Sequence[Count] = MULTISCALE_SIZES,
         max_size: Count = 1333,
         crop_size: Count = 1024,
@@ -110,37 +130,48 @@ class DetectionDataModule(LightningDataModule):
         vertical_flip: bool = False,
         color_jitter: NonNegative = 0.0,
         val_fraction: Annotated[float, Range(0, 1, below=True)] = 0.1,
-        seed: NonNegativeInt = 0,
+        seed: NonNegativeInt | None = None,
         class_names: list[str] | None = None,
         classes: list[str] | None = None,
         invalid_annotations: InvalidAnnotations = "auto",
+        in_chans: Channels | None = None,
+        value_range: tuple[GreyValue, GreyValue] | None = None,
+        max_pixels: Count = MAX_PIXELS,
         exif: Exif = "auto",
         train_on_difficult: bool = False,
         drop_last: bool = False,
         persistent_workers: bool = True,
         timeout: NonNegative = 300.0,
     ) -> None:
-        super().__init__()
+        super().__init__(predict, batch_size, num_workers, seed, drop_last, persistent_workers, timeout)
         check_arguments(DetectionDataModule.__init__, locals())
-        self.batch_size = batch_size
-        self.num_workers = min(4, _available_cores()) if num_workers is None else num_workers
+        if root is not None and datasets is not None:
+            raise ArgumentError("root and datasets are both given; give a folder, or datasets of your own")
+        if predict is not None and predict_split is not None:
+            raise ArgumentError("predict and predict_split are both given; give images, or a split of the dataset")
+        if repeated := [name for name, count in Counter(class_names or ()).items() if count > 1]:
+            raise ArgumentError(f"class_names has '{repeated[0]}' more than once; each label needs a name of its own")
+        if value_range is not None and value_range[0] >= value_range[1]:
+            raise ArgumentError(f"value_range is {list(value_range)}; give the lower value first")
         self.train_transforms = train_transforms
-        self.predict = [predict] if isinstance(predict, str) else predict
-        self.seed = seed
-        self.drop_last = drop_last
-        self.persistent_workers = persistent_workers
-        self.timeout = timeout
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # evaluation of fewer images than devices
+        self.predict_split = predict_split
+        self.in_chans = in_chans
+        self.value_range = value_range
+        self.max_pixels = max_pixels
+        self._found_range: ValueRange | None = None  # of 16-bit grey images
+        self._range_is_known = value_range is not None
+        self._num_images = {"read": 0, "failed": 0}  # of this rank's prediction
         self._transforms = create_transforms(
             train_transforms, sizes, max_size, crop_size, scale_range, vertical_flip, color_jitter
         )
+        self._user = None if datasets is None else UserSplits(datasets, class_names)
         self._reader = SplitReader(
             root=root,
             format=format,
             wanted={"train": train, "val": val, "test": test},
             images={"train": train_images, "val": val_images, "test": test_images},
             val_fraction=val_fraction,
-            seed=seed,
+            seed=seed or 0,  # not the run's: `validate` must hold out the images that `fit` did
             class_names=class_names,
             classes=classes,
             invalid_annotations=invalid_annotations,
@@ -151,24 +182,32 @@ class DetectionDataModule(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes in order of label; reads the training split if no split has been read yet."""
-        return list(self._reader.class_table()[0])
+        return list(self._classes()[0])
 
     @property
     def category_ids(self) -> list[int]:
         """The dataset's category ids, in order of label."""
-        return list(self._reader.class_table()[1])
+        return list(self._classes()[1])
 
     @property
     def num_classes(self) -> int:
         """Number of classes, without background."""
-        return len(self._reader.class_table()[0])
+        return len(self._classes()[0])
+
+    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        return self._reader.class_table() if self._user is None else self._user.class_table()
 
     @property
     def resizes(self) -> bool:
-        """Whether the transforms set the final size of training images; the detector then does not resize them."""
+        """Whether a preset sets the final size of training images; the detector then does not resize them."""
         return self.train_transforms in RESIZING_PRESETS
 
-    def annotations(self, stage: Literal["train", "val", "test"]) -> DetectionAnnotations | None:
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation images; reads the split."""
+        return self._dataset("val", training=False) is not None
+
+    def annotations(self, stage: Stage) -> DetectionAnnotations | None:
         """The annotations of a stage; None if validation is switched off.
 
         Raises:
@@ -182,59 +221,70 @@ class DetectionDataModule(LightningDataModule):
         Raises:
             DataError: if a split is missing, empty, or cannot be used.
         """
-        if stage == "fit":
+        needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        found = [self._dataset(one, training=False) for one in needed.get(stage, ())]
+        if stage == "validate" and found == [None]:
+            raise DataError("[LCD-D131] there is no validation split, and val_fraction is 0; set data.val")
+        if stage == "fit" and self._user is None:
             train, val = self.annotations("train"), self.annotations("val")
             assert train is not None
             if train.crowd.all():
                 raise DataError(f"[LCD-D134] the training images in {train.image_root} have no boxes to learn from")
             if val is not None:
                 warn_of_shared_images(train, val)
-        elif stage == "validate":
-            if self.annotations("val") is None:
-                raise DataError("[LCD-D131] there is no validation split, and val_fraction is 0; set data.val")
-        elif stage == "test":
-            self.annotations("test")
 
     def train_dataloader(self) -> TrainingLoader:
         """Training batches grouped by orientation; the position in the epoch is saved in Lightning's checkpoints."""
-        table = self.annotations("train")
-        assert table is not None
-        num_replicas, rank = self._replicas()
-        batches = TrainingBatchSampler(
-            table.sizes[:, 1] >= table.sizes[:, 0],
-            self.batch_size,
-            self.seed,
-            shuffle=not getattr(self.trainer, "overfit_batches", 0),  # overfitting needs the same batches in each epoch
-            drop_last=self.drop_last,
-            num_replicas=num_replicas,
-            rank=rank,
-        )
-        dataset = DetectionDataset(table, self._transforms, training=True, seed=self.seed)
-        self._check_shared_memory(int(table.sizes.prod(axis=1).mean()))
-        return self._loader(TrainingLoader, dataset, batches, None)
+        dataset = self._dataset("train", training=True)
+        assert dataset is not None
+        if isinstance(dataset, DetectionDataset):
+            self.check_shared_memory(int(dataset.annotations.sizes.prod(axis=1).mean()))
+        return self.training_loader(TrainingLoader, dataset, dataset.landscape)
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Validation batches of this rank, over all ranks each image once; an empty list without validation."""
-        table = self.annotations("val")
-        return [] if table is None else self._evaluation_loader(table)
+        dataset = self._dataset("val", training=False)
+        return [] if dataset is None else self.evaluation_loader(EvaluationLoader, dataset)
 
     def test_dataloader(self) -> EvaluationLoader:
         """Test batches of this rank, over all ranks each image once."""
-        table = self.annotations("test")
-        assert table is not None
-        return self._evaluation_loader(table)
+        dataset = self._dataset("test", training=False)
+        assert dataset is not None
+        return self.evaluation_loader(EvaluationLoader, dataset)
 
-    def predict_dataloader(self) -> ImageLoader:
-        """Images without boxes; targets have ``file_name`` and ``image_id``, which counts from 1.
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Images of ``predict``, whose ``image_id`` counts from 1, or of ``predict_split`` with the dataset's ids.
 
         Raises:
             DataError: if no images are given or found.
         """
+        if self.predict_split is not None:
+            dataset = self._dataset(self.predict_split, training=False)
+            if dataset is None:
+                raise DataError("[LCD-D131] there is no validation split, and val_fraction is 0; set data.val")
+            return self.evaluation_loader(EvaluationLoader, dataset)
         if not self.predict:
-            raise DataError("[LCD-P001] data.predict is not given: name an image, a folder or a pattern")
+            raise DataError(
+                "[LCD-P001] data.predict is not given: name an image, a folder or a pattern, or a split in "
+                "data.predict_split"
+            )
         files = find_images(self.predict)
-        sampler = EvaluationSampler(len(files), *self._replicas())
-        return self._loader(ImageLoader, ImageDataset(files), sampler, self.batch_size)
+        rank_zero_info(f"{len(files)} images; image_id counts from 1 (data.predict_split keeps the ids of a dataset)")
+        loader = self.evaluation_loader(ImageLoader, ImageDataset(files, self._image_reader(files)))
+        self._num_images = loader.counts
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """Report images that could not be read, on all ranks together.
+
+        Raises:
+            DataError: on every rank, if no image could be read.
+        """
+        if stage != "predict" or self.trainer is None or self.trainer.world_size == 1:
+            return  # one rank's loader has reported them
+        counts = torch.tensor(list(self._num_images.values()), device=self.trainer.strategy.root_device)
+        num_read, num_failed = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        report_unreadable(num_read, num_failed)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch to a device; the detector moves it to XLA, which would recompile for each image size."""
@@ -242,58 +292,41 @@ class DetectionDataModule(LightningDataModule):
             return batch
         return cast(Batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
-    def _evaluation_loader(self, table: DetectionAnnotations) -> EvaluationLoader:
-        dataset = DetectionDataset(table, training=False)
-        sampler = EvaluationSampler(len(table), *self._replicas())
-        return self._loader(EvaluationLoader, dataset, sampler, self.batch_size)
+    def state_dict(self) -> dict[str, list[int]]:
+        """The range of values found for 16-bit grey images; empty for others."""
+        return {} if self._found_range is None else {"value_range": list(self._found_range)}
 
-    def _loader(
-        self,
-        kind: type[_Loader],
-        dataset: Dataset[object],
-        sampler: Sampler[int] | Sampler[list[Key]],
-        batch_size: int | None,
-    ) -> _Loader:
-        """Create a loader with the options that all have in common."""
-        return kind(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=pack,
-            worker_init_fn=outlast_signals,
-            num_workers=self.num_workers,
-            pin_memory=self._on_cuda(),
-            timeout=self.timeout if self.num_workers else 0,
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),  # else each iterator would draw from the global one
-        )
+    def load_state_dict(self, state_dict: dict[str, list[int]]) -> None:
+        """Take the range of values that a model was trained with."""
+        low, high = state_dict["value_range"]
+        self._found_range, self._range_is_known = (low, high), True
 
-    def _replicas(self) -> tuple[int, int]:
-        """Number of ranks, and the rank of this process."""
-        if self.trainer is not None:
-            return self.trainer.world_size, self.trainer.global_rank
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_world_size(), torch.distributed.get_rank()
-        return 1, 0
+    def _dataset(self, stage: Stage, training: bool) -> DetectionDataset | UserDataset | None:
+        """The dataset of a stage; None if validation is switched off."""
+        transforms, seed = (self._transforms, self.run_seed()) if training else (None, 0)
+        if self._user is not None:
+            return self._user.dataset(stage, transforms, training, seed)
+        annotations = self.annotations(stage)
+        if annotations is None:
+            return None
+        step = max(1, len(annotations) // SAMPLED)
+        reader = self._image_reader([annotations.path(index) for index in range(0, len(annotations), step)])
+        return DetectionDataset(annotations, transforms, training=training, seed=seed, read=reader)
 
-    def _on_cuda(self) -> bool:
-        if self.trainer is not None:
-            return self.trainer.strategy.root_device.type == "cuda"
-        return torch.cuda.is_available()
-
-    def _check_shared_memory(self, pixels: int) -> None:
-        """Warn before workers die of a bus error for lack of shared memory, as in a container with 64 MB."""
-        if self.num_workers == 0 or not os.path.isdir("/dev/shm"):
-            return
-        needed = 3 * pixels * self.batch_size * self.num_workers * PREFETCH
-        free = shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            _logger.warning(
-                "[LCD-R001] batches on their way from %d workers need about %d MB of /dev/shm, which has %d MB free: "
-                "lower num_workers or batch_size, or start the container with a larger --shm-size",
-                self.num_workers, needed >> 20, free >> 20,
-            )  # fmt: skip
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _image_reader(self, paths: Sequence[Path]) -> ImageReader:
+        """Reads images with the channels that the model takes, and 16-bit grey by its range of values."""
+        module = getattr(self.trainer, "lightning_module", None)
+        channels = cast(Channels, self.in_chans or getattr(module, "in_chans", 3))
+        if channels not in get_args(Channels):
+            raise ValueError(
+                f"the model takes {channels} channels; images have 1, 3 or 4: give data.datasets of your own"
+            )
+        if not self._range_is_known and (found := find_value_range(paths)):
+            self._found_range = found[0]
+            rank_zero_info(
+                f"16-bit grey images with values up to {found[1]}: {list(found[0])} becomes 0 to 255 "
+                "(data.value_range sets another range)"
+            )
+        self._range_is_known = True
+        chosen = self.value_range or self._found_range
+        return ImageReader(channels, chosen or WHOLE_RANGE, self.value_range is not None, self.max_pixels)

@@ -5,25 +5,26 @@ from glob import glob
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from lightning_convnext_det.data.annotations import DetectionAnnotations
 from lightning_convnext_det.data.batch import Sample, UnreadableImage
-from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.listing import image_names, is_image_name
+from lightning_convnext_det.data.io.reader import ImageReader
 from lightning_convnext_det.data.sampler import Key
-from lightning_convnext_det.data.transforms import seeded, transform_sample
+from lightning_convnext_det.data.seeding import SeededDataset, seeded
+from lightning_convnext_det.data.transforms import SampleTransform, transform_sample
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
 
 
-class DetectionDataset(Dataset[Sample]):
+class DetectionDataset(SeededDataset):
     """Map-style dataset of images with boxes, for a split in COCO, Pascal VOC or YOLO format.
 
-    ``dataset[index]`` is an image, uint8 RGB [3, H, W], and a ``Target``: ``boxes`` float32 [N, 4], corners
+    ``dataset[index]`` is an image, uint8 [C, H, W], by default RGB, and a ``Target``: ``boxes`` float32 [N, 4], corners
     (x1, y1, x2, y2) in pixels of that image; ``labels`` int64 [N] from 0; ``image_id``; ``file_name``. For evaluation
     it also has ``iscrowd`` bool [N] and ``area`` float32 [N] in square pixels; for training, crowd boxes are left out.
 
@@ -40,22 +41,38 @@ class DetectionDataset(Dataset[Sample]):
     sample with any number of workers and ranks. The global generators are left as they were.
 
     Args:
-        table: the split's annotations; forked workers share its arrays.
-        transforms: torchvision v2 transforms of image and boxes; None for none.
+        annotations: of the split; forked workers share the arrays.
+        transforms: augmentation of image and target, for training; None for none.
         training: leave out crowd boxes. Otherwise targets also have ``iscrowd`` and ``area``.
         seed: of the transforms.
+        read: decodes the images.
     """
 
     def __init__(
-        self, table: DetectionAnnotations, transforms: v2.Transform | None = None, *, training: bool, seed: int = 0
+        self,
+        annotations: DetectionAnnotations,
+        transforms: SampleTransform | None = None,
+        *,
+        training: bool,
+        seed: int = 0,
+        read: ImageReader = ImageReader(),  # noqa: B008  # frozen
     ) -> None:
-        self.table = table
+        if transforms is not None and not training:
+            raise ValueError("transforms are for training: evaluation compares boxes in pixels of the original images")
+        self.annotations = annotations
         self.transforms = transforms
         self.training = training
         self.seed = seed
+        self.read = read
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.annotations)
+
+    @property
+    def landscape(self) -> NDArray[np.bool_]:
+        """Whether each image is at least as wide as it is high, bool [N]."""
+        sizes = self.annotations.sizes
+        return sizes[:, 1] >= sizes[:, 0]
 
     @overload
     def __getitem__(self, key: int | Key) -> Sample: ...
@@ -79,7 +96,7 @@ class DetectionDataset(Dataset[Sample]):
 
     def target(self, index: int) -> Target:
         """The target of an image before transforms; its tensors are copies."""
-        table, rows = self.table, self.table.rows(index)
+        table, rows = self.annotations, self.annotations.rows(index)
         crowd = torch.from_numpy(table.crowd[rows].copy())
         target: Target = {
             "boxes": torch.from_numpy(table.boxes[rows].copy()),
@@ -97,10 +114,10 @@ class DetectionDataset(Dataset[Sample]):
 
     def _read(self, epoch: int, index: int) -> Tensor:
         """Decode an image and check that it has the size its boxes refer to; uint8 [3, H, W]."""
-        table = self.table
+        table = self.annotations
         path, where = table.path(index), f"(image id {table.image_ids[index]}, epoch {epoch})"
         try:
-            image = read_image(path, upright=bool(table.upright[index]))
+            image = self.read(path, upright=bool(table.upright[index]))
         except DataError as error:
             raise DataError(f"{error} {where}") from error
         height, width = (int(side) for side in table.sizes[index])
@@ -112,19 +129,23 @@ class DetectionDataset(Dataset[Sample]):
         return image
 
 
-class ImageDataset(Dataset[Sample | UnreadableImage]):
+class ImageDataset(SeededDataset):
     """Map-style dataset of images without annotations, for prediction.
 
-    ``dataset[index]`` is an image, uint8 RGB [3, H, W], turned upright by its EXIF orientation, and a ``Target``
-    without boxes; its ``image_id`` counts from 1 in the order of the files. The item of an image that cannot be decoded
-    is an ``UnreadableImage``, so that one damaged file does not end a prediction over many.
+    ``dataset[index]`` is an image, uint8 [C, H, W], by default RGB, turned upright by its EXIF orientation, and a
+    ``Target`` without boxes; its ``image_id`` counts from 1 in the order of the files. The item of an image that cannot
+    be decoded is an ``UnreadableImage``, so that one damaged file does not end a prediction over many.
 
     Args:
         files: paths of the images.
+        read: decodes the images.
     """
 
-    def __init__(self, files: Sequence[str | Path]) -> None:
+    seed = 0  # nothing is random
+
+    def __init__(self, files: Sequence[str | Path], read: ImageReader = ImageReader()) -> None:  # noqa: B008
         self.files = [str(file) for file in files]
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.files)
@@ -133,7 +154,7 @@ class ImageDataset(Dataset[Sample | UnreadableImage]):
         """Read an image; its target has no boxes, ``image_id`` and ``file_name``."""
         file = self.files[index]
         try:
-            image = read_image(file, upright=True)
+            image = self.read(file)
         except DataError as error:
             return UnreadableImage(file, str(error))
         target: Target = {

@@ -1,18 +1,15 @@
 """Dataset and LightningDataModule for classification: one folder of images per class."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_convnext_det.arguments import (
     Count,
@@ -24,12 +21,13 @@ from lightning_convnext_det.arguments import (
     Range,
     check_arguments,
 )
+from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.dataset import find_images
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.listing import image_names
-from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader, outlast_signals
-from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatchSampler
-from lightning_convnext_det.data.transforms import seeded
+from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader
+from lightning_convnext_det.data.sampler import Key
+from lightning_convnext_det.data.seeding import SeededDataset, seeded
 from lightning_convnext_det.errors import DataError
 
 Stage = Literal["train", "val", "test"]
@@ -49,7 +47,7 @@ class LabeledImage(TypedDict, total=False):
     file_name: str
 
 
-class ImageFolderDataset(Dataset[LabeledImage | list[LabeledImage]]):
+class ImageFolderDataset(SeededDataset):
     """Map-style dataset of images with labels, or without labels for prediction.
 
     Indexed by ``index`` or ``(epoch, index)``, or by a list of either. The random numbers that the transform draws
@@ -82,14 +80,14 @@ class ImageFolderDataset(Dataset[LabeledImage | list[LabeledImage]]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         file = str(self.files[index])
         image = Image.fromarray(read_image(file, upright=True).permute(1, 2, 0).contiguous().numpy())
-        with _seeded_everything(self.seed, epoch, index):
+        with seeded(self.seed, epoch, index):
             sample: LabeledImage = {"image": self.transform(image), "file_name": file}
         if self.labels is not None:
             sample["label"] = int(self.labels[index])
         return sample
 
 
-class ImageFolderDataModule(LightningDataModule):
+class ImageFolderDataModule(LoadingDataModule):
     """LightningDataModule for classification, with one folder of images per class.
 
     Images are in ``ROOT/train/CLASS/*.jpg``, or in ``ROOT/CLASS/*.jpg`` without splits. A batch is a dict of
@@ -130,7 +128,8 @@ class ImageFolderDataModule(LightningDataModule):
         auto_augment: timm's name of an augmentation policy, e.g. 'rand-m9-mstd0.5-inc1' (default: none).
         crop_pct: side of evaluation's centre crop, as a fraction of the resized image.
         val_fraction: fraction of the training images to hold out where there is no validation split.
-        seed: of the order of the images, their augmentation, and the images held out.
+        seed: of the order of the images and their augmentation (default: that of ``seed_everything``, or of the
+            checkpoint that a training resumes), and of the images held out (default: 0).
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
 
     Raises:
@@ -155,15 +154,13 @@ class ImageFolderDataModule(LightningDataModule):
         auto_augment: str | None = None,
         crop_pct: Factor = 0.875,
         val_fraction: Annotated[float, Range(0, 1, below=True)] = 0.1,
-        seed: NonNegativeInt = 0,
+        seed: NonNegativeInt | None = None,
         drop_last: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(predict, batch_size, num_workers, seed, drop_last)
         check_arguments(ImageFolderDataModule.__init__, locals())
-        self.root, self.batch_size, self.num_workers, self.seed = root, batch_size, num_workers, seed
+        self.root, self.val_fraction = root, val_fraction
         self.given: dict[Stage, str | None] = {"train": train, "val": val, "test": test}
-        self.predict = [predict] if isinstance(predict, str) else predict
-        self.val_fraction, self.drop_last = val_fraction, drop_last
         self._train_transform = create_transform(
             image_size, is_training=True, scale=scale, ratio=ratio, hflip=horizontal_flip, vflip=vertical_flip,
             color_jitter=color_jitter, auto_augment=auto_augment, interpolation="random", normalize=False,
@@ -198,13 +195,8 @@ class ImageFolderDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Training batches; the position in the epoch is saved in Lightning's checkpoints."""
         files, labels = self._split("train")
-        num_replicas, rank = self._replicas()
-        shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        batches = TrainingBatchSampler(
-            np.ones(len(files), dtype=np.bool_), self.batch_size, self.seed, shuffle, self.drop_last, num_replicas, rank
-        )
-        dataset = ImageFolderDataset(files, labels, self._train_transform, self.seed)
-        return _TrainingLoader(dataset, sampler=batches, batch_size=None, **self._options())
+        dataset = ImageFolderDataset(files, labels, self._train_transform, self.run_seed())
+        return self.training_loader(_TrainingLoader, dataset, np.ones(len(files), np.bool_))
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Each validation image once; an empty list if there are none."""
@@ -226,21 +218,7 @@ class ImageFolderDataModule(LightningDataModule):
         return self._evaluation_loader(find_images(self.predict), None)
 
     def _evaluation_loader(self, files: list[Path], labels: list[int] | None) -> EvaluationLoader:
-        sampler = EvaluationSampler(len(files), *self._replicas())
-        dataset = ImageFolderDataset(files, labels, self._eval_transform)
-        return _EvaluationLoader(dataset, sampler=sampler, batch_size=self.batch_size, **self._options())
-
-    def _options(self) -> dict[str, Any]:  # of torch's DataLoader
-        return {
-            "collate_fn": _stack,
-            "worker_init_fn": outlast_signals,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
-    def _replicas(self) -> tuple[int, int]:
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        return self.evaluation_loader(_EvaluationLoader, ImageFolderDataset(files, labels, self._eval_transform))
 
     def _folder(self, stage: Stage) -> Path | None:
         if (given := self.given[stage]) is not None:
@@ -270,21 +248,10 @@ class ImageFolderDataModule(LightningDataModule):
 
     def _hold_out(self) -> None:
         files, labels = self._splits["train"]
-        order = np.random.default_rng(self.seed).permutation(len(files))
+        order = np.random.default_rng(self.seed or 0).permutation(len(files))
         count = round(self.val_fraction * len(files))
         for stage, rows in (("val", sorted(order[:count])), ("train", sorted(order[count:]))):
             self._splits[stage] = [files[i] for i in rows], [labels[i] for i in rows]  # type: ignore[index]
-
-
-class _EvaluationLoader(EvaluationLoader):
-    unpack = staticmethod(lambda batch: batch)  # stacked images need no unpacking
-
-    def __len__(self) -> int:
-        return DataLoader.__len__(self)  # there is no batch without images
-
-
-class _TrainingLoader(TrainingLoader):
-    unpack = staticmethod(lambda batch: batch)
 
 
 def _stack(samples: Sequence[LabeledImage]) -> dict[str, Tensor | list[str]]:
@@ -295,6 +262,19 @@ def _stack(samples: Sequence[LabeledImage]) -> dict[str, Tensor | list[str]]:
     if samples and "label" in samples[0]:
         batch["labels"] = torch.tensor([sample["label"] for sample in samples])
     return batch
+
+
+class _EvaluationLoader(EvaluationLoader):
+    collate = staticmethod(_stack)
+    unpack = staticmethod(lambda batch: batch)  # stacked images need no unpacking
+
+    def __len__(self) -> int:
+        return DataLoader.__len__(self)  # there is no batch without images
+
+
+class _TrainingLoader(TrainingLoader):
+    collate = staticmethod(_stack)
+    unpack = staticmethod(lambda batch: batch)
 
 
 def _existing(folder: Path) -> Path:
@@ -323,18 +303,3 @@ def _read_folder(folder: Path, class_names: list[str]) -> tuple[list[Path], list
         files += found
         labels += [class_names.index(name)] * len(found)
     return files, labels
-
-
-@contextmanager
-def _seeded_everything(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed the generators of torch, NumPy and Python, which timm's transforms draw from, and restore them."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the generator that timm uses
-    with seeded(seed, epoch, index):
-        number = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
-        random.seed(number)
-        np.random.seed(number)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002

@@ -2,16 +2,19 @@
 
 import logging
 import signal
-from collections.abc import Iterator, Sized
-from typing import TypedDict, cast
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, TypedDict, cast
 
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.data.batch import Batch, PackedBatch, unpack
+from lightning_convnext_det.data.batch import Batch, PackedBatch, pack, unpack
 from lightning_convnext_det.data.sampler import TrainingBatchSampler
+from lightning_convnext_det.data.seeding import SeededDataset
 from lightning_convnext_det.errors import DataError
 
 _logger = logging.getLogger(__name__)
+_log_once = rank_zero_only(_logger.warning)
 
 _GRACE = 30  # seconds that a worker lives on after SIGTERM
 
@@ -19,6 +22,7 @@ _GRACE = 30  # seconds that a worker lives on after SIGTERM
 class LoaderState(TypedDict):
     """Position of a training loader."""
 
+    seed: int
     epoch: int
     batches: int
     """Batches of that epoch that training has received, on each rank."""
@@ -38,11 +42,12 @@ def outlast_signals(worker: int) -> None:
 class EvaluationLoader(DataLoader[object]):
     """Data loader for evaluation; a data error in a worker is the same one-line error as without workers.
 
-    ``collate_fn`` must be ``pack``; batches are unpacked here. A rank without images yields one empty batch: Lightning
-    would otherwise skip the validation on this rank, and the other ranks would wait for it.
+    ``collate_fn`` must be ``collate``; what it packs is unpacked here. A rank without images yields one empty batch:
+    Lightning would otherwise skip the validation on this rank, and the other ranks would wait for it.
     """
 
-    unpack = staticmethod(unpack)
+    collate: Callable[..., Any] = staticmethod(pack)
+    unpack: Callable[..., Any] = staticmethod(unpack)  # batches of other loaders are of other types
 
     def __len__(self) -> int:
         """Number of batches, at least 1."""
@@ -76,6 +81,8 @@ class TrainingLoader(EvaluationLoader):
     """
 
     sampler: TrainingBatchSampler
+    follows_checkpoint = True
+    """Whether the seed of a loaded state replaces the one that the loader was created with."""
     _received = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
@@ -87,10 +94,15 @@ class TrainingLoader(EvaluationLoader):
 
     def state_dict(self) -> LoaderState:
         """Position in training; Lightning stores it in checkpoints."""
-        return {"epoch": self.sampler.epoch, "batches": self._received}
+        return {"seed": self.sampler.seed, "epoch": self.sampler.epoch, "batches": self._received}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Continue at the position of a state."""
+        """Continue at the position of a state, and with its seed unless another one was given."""
+        dataset = cast(SeededDataset, self.dataset)
+        if self.follows_checkpoint:
+            self.sampler.seed = dataset.seed = state["seed"]
+        elif self.sampler.seed != state["seed"]:
+            rank_zero_info(f"data.seed {self.sampler.seed} replaces {state['seed']}, the checkpoint's")
         self.sampler.set_epoch(state["epoch"])
         self.sampler.start = self._received = state["batches"]
 
@@ -99,7 +111,16 @@ class ImageLoader(EvaluationLoader):
     """Data loader for prediction that skips unreadable images, names each, and counts them at the end.
 
     A batch without readable images is not yielded.
+
+    Attributes:
+        counts: images of this rank that were ``read`` and that ``failed``, for a report over all ranks.
     """
+
+    counts: dict[str, int]
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # those of DataLoader
+        super().__init__(*args, **options)
+        self.counts = {"read": 0, "failed": 0}
 
     def __len__(self) -> int:
         """Number of batches; 0 on a rank without images."""
@@ -109,17 +130,30 @@ class ImageLoader(EvaluationLoader):
         """Yield batches of images and targets.
 
         Raises:
-            DataError: if not one image could be read.
+            DataError: if not one image could be read, and this rank has all.
         """
-        num_read = num_failed = 0
+        self.counts.update(read=0, failed=0)
         for batch in self._packed():
-            num_read += len(batch.sizes)
-            num_failed += len(batch.unreadable)
+            self.counts["read"] += len(batch.sizes)
+            self.counts["failed"] += len(batch.unreadable)
             for image in batch.unreadable:
                 _logger.warning("skipped: %s", image.reason)
             if batch.sizes:
                 yield unpack(batch)
-        if num_failed == len(cast(Sized, self.dataset)):
-            raise DataError(f"[LCD-P002] none of {num_failed} images can be read; the reasons are given above")
-        if num_failed:
-            _logger.warning("%d of %d images could not be read and were skipped", num_failed, num_read + num_failed)
+        num_read, num_failed = self.counts["read"], self.counts["failed"]
+        if num_read + num_failed == len(cast(Sized, self.dataset)):
+            report_unreadable(num_read, num_failed)
+        elif num_failed and not num_read:
+            _logger.warning("[LCD-P002] none of the %d images of this rank can be read", num_failed)
+
+
+def report_unreadable(num_read: int, num_failed: int) -> None:
+    """Log how many images could not be read.
+
+    Raises:
+        DataError: if that is all of them.
+    """
+    if num_failed and not num_read:
+        raise DataError(f"[LCD-P002] none of {num_failed} images can be read; the reasons are given above")
+    if num_failed:
+        _log_once("%d of %d images could not be read and were skipped", num_failed, num_read + num_failed)

@@ -2,14 +2,12 @@
 
 ``ShortestSide`` and ``LargeScaleJitter`` round sides to the nearest pixel, at least 1; torchvision's RandomShortestSize
 and ScaleJitter round down, to 0 for very narrow images. All random numbers come from torch's CPU generator, which
-``seeded`` sets for each image.
+``seeding.seeded`` sets for each image.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -21,6 +19,8 @@ from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.types import Target
 
 Preset = Literal["none", "flip", "multiscale", "lsj"]
+SampleTransform: TypeAlias = v2.Transform | Callable[[tv_tensors.Image, Target], tuple[tv_tensors.Image, Target]]
+"""A transform of an image, uint8 [C, H, W], and its target; ``boxes`` is a ``tv_tensors.BoundingBoxes``."""
 RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
 """Presets that set the final size of an image; the detector must not resize it again in training."""
 MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR, arXiv:2005.12872, section 4
@@ -144,20 +144,21 @@ class RandomSquareCrop(v2.Transform):
 
 
 def create_transforms(
-    preset: Preset,
+    preset: Preset | SampleTransform,
     sizes: Sequence[Count] = MULTISCALE_SIZES,
     max_size: Count = 1333,
     crop_size: Count = 1024,
     scale_range: tuple[Positive, Positive] = (0.1, 2.0),
     vertical_flip: bool = False,
     color_jitter: NonNegative = 0.0,
-) -> v2.Transform | None:
+) -> SampleTransform | None:
     """Build the augmentation of training images and their boxes.
 
     Args:
         preset: ``none``; ``flip``: horizontal flip with probability 0.5; ``multiscale``: flip, then resize to one of
             ``sizes``, in half of the cases after a random crop (DETR, arXiv:2005.12872); ``lsj``: flip, resize to 0.1
-            to 2 times ``crop_size``, crop or pad to that square (arXiv:2012.07177).
+            to 2 times ``crop_size``, crop or pad to that square (arXiv:2012.07177). A transform or another callable
+            on image and target is returned as it is.
         sizes: shorter sides for ``multiscale`` in pixels. Its crop scales with the largest of them; for 800, as in
             DETR, it is: resize to 400, 500 or 600, crop to 384 ... 600.
         max_size: largest longer side for ``multiscale`` in pixels.
@@ -170,13 +171,17 @@ def create_transforms(
         A transform of image and boxes; None if there is nothing to do.
 
     Raises:
-        ValueError: if a preset is not known or a size is not positive.
+        ValueError: if a preset is not known, a size is not positive, or a transform is combined with a flip or jitter.
     """
     check_arguments(create_transforms, locals())
     if not sizes or max_size < min(sizes):
         raise ArgumentError(f"sizes are {list(sizes)}, max_size is {max_size}; give one size or more, none above it")
     if scale_range[0] > scale_range[1]:
         raise ArgumentError(f"scale_range is {list(scale_range)}; give the smaller scale first")
+    if callable(preset):
+        if vertical_flip or color_jitter:
+            raise ArgumentError("vertical_flip and color_jitter belong to presets; put them into your train_transforms")
+        return preset
     steps: list[v2.Transform] = []
     if preset != "none":
         steps.append(v2.RandomHorizontalFlip())
@@ -195,44 +200,55 @@ def create_transforms(
     return v2.Compose(steps) if steps else None
 
 
-def transform_sample(transforms: v2.Transform, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Apply v2 transforms to an image and its boxes, and remove boxes that are no longer visible.
+def transform_sample(transform: SampleTransform, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Apply a transform to an image and its target, and remove boxes that are no longer visible.
 
-    A box stays if its visible part is at least 1 pixel wide and high. All fields of ``target`` that have a row per box
-    follow, and ``area`` changes in the proportion in which its box does. Neither argument is modified.
+    The transform gets a ``tv_tensors.Image`` and the target with its boxes as ``tv_tensors.BoundingBoxes``. It may
+    remove boxes together with their labels, and return boxes in any format of ``BoundingBoxes``. A box stays if its
+    visible part is at least 1 pixel wide and high. Neither argument is modified.
 
     Args:
-        transforms: any transform of ``torchvision.transforms.v2``, also one that removes boxes.
-        image: uint8 [3, H, W].
-        target: its objects.
+        transform: a transform of torchvision v2, or any callable.
+        image: uint8 [C, H, W].
+        target: with ``boxes`` and ``labels``.
 
     Returns:
-        The new image and its objects.
+        The new image and its target: ``boxes``, ``labels``, and the ``image_id`` and ``file_name`` that were given.
+
+    Raises:
+        TypeError: if the transform does not return an image and a target with ``boxes`` and ``labels``.
+        ValueError: if it returns another number of labels than of boxes.
     """
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
-    # row numbers in place of the labels: they tell which boxes a transform such as SanitizeBoundingBoxes has left
-    pixels, found = transforms(tv_tensors.Image(image), {"boxes": boxes, "labels": torch.arange(len(boxes))})
-
-    boxes = F.clamp_bounding_boxes(found["boxes"]).as_subclass(Tensor)
+    outcome = transform(tv_tensors.Image(image), {**target, "boxes": boxes})
+    if not (isinstance(outcome, tuple | list) and len(outcome) == 2 and isinstance(outcome[1], Mapping)):
+        raise TypeError("train_transforms returned something else than (image, target)")
+    pixels, found = outcome
+    if not isinstance(pixels, Tensor) or pixels.dim() != 3 or not {"boxes", "labels"} <= found.keys():
+        raise TypeError(
+            "train_transforms returned something else than an image tensor [C, H, W] and a target with boxes and labels"
+        )
+    if len(found["boxes"]) != len(found["labels"]):
+        raise ValueError(
+            f"train_transforms returned {len(found['boxes'])} boxes but {len(found['labels'])} labels; "
+            "remove a box together with its label"
+        )
+    boxes = F.clamp_bounding_boxes(as_corners(found["boxes"], pixels)).as_subclass(Tensor)
     visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_VISIBLE_SIDE).all(dim=1)
-    boxes, rows = boxes[visible], found["labels"][visible]
-    changed: Target = {**target, "boxes": boxes, "labels": target["labels"][rows]}
-    if "iscrowd" in target:
-        changed["iscrowd"] = target["iscrowd"][rows]
-    if "area" in target:
-        changed["area"] = target["area"][rows] * _box_area(boxes) / _box_area(target["boxes"][rows])
+    labels = found["labels"].as_subclass(Tensor)[visible]
+    changed: Target = {"boxes": boxes[visible], "labels": labels}
+    if "image_id" in target:
+        changed["image_id"] = target["image_id"]
+    if "file_name" in target:
+        changed["file_name"] = target["file_name"]
     return pixels.as_subclass(Tensor), changed
 
 
-@contextmanager
-def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed torch's CPU generator from seed, epoch and index, and restore its state afterwards."""
-    state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
+def as_corners(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:
+    """Boxes of any torchvision format as corners (x1, y1, x2, y2); plain tensors are corners already."""
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        return F.convert_bounding_box_format(boxes, new_format="XYXY")
+    return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
 
 
 def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
@@ -245,7 +261,3 @@ def _channels_innermost(inpt: Tensor) -> Any:
     if not isinstance(inpt, tv_tensors.Image):
         return inpt
     return tv_tensors.wrap(inpt.permute(1, 2, 0).contiguous().permute(2, 0, 1), like=inpt)
-
-
-def _box_area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -92,6 +92,11 @@ class DetectionModule(TrainableModule):
         """Find objects in images [3, H, W], uint8 or float in 0..1; the module must be in evaluation mode."""
         return cast(list[Detection], self.detector(images))
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images that the detector takes; the data module reads them accordingly."""
+        return next((part.in_chans for part in self.detector.modules() if isinstance(part, TimmPyramid)), 3)
+
     # ---- data
 
     def setup(self, stage: str) -> None:

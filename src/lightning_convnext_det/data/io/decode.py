@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.files import regular
+from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange, check_mode, pixels_of
 from lightning_convnext_det.data.io.png import check_chunks, find_late_exif
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ _SUFFIXES = {
     "AVIF": (".avif",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
-_RGB_MODES = ("RGB", "RGBX", "L", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBA", "LA", "PA", "P", "RGBa", "La")
 _warned: set[str] = set()  # codes of warnings that this process has given
 
 # EXIF orientation -> (swap the sides, then flip these dimensions); EXIF 2.3, section 4.6.4, tag 0x0112
@@ -87,16 +87,26 @@ class ImageHeader(NamedTuple):
         return suffix.lower() in _SUFFIXES.get(self.format, ())
 
 
-def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> "Tensor":
+def read_image(
+    path: str | Path,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    channels: Channels = 3,
+    value_range: ValueRange | None = None,
+    clip: bool = True,
+) -> "Tensor":
     """Decode an image.
 
     Args:
         path: the file; its content decides the format, not its name.
         upright: apply the orientation of its EXIF block. A TIFF is always upright: the decoder turns it.
         max_pixels: larger images are refused before they are decoded.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA.
+        value_range: values of 16-bit grey that become 0 and 255 (default: the whole range, 0 to 65535).
+        clip: whether values outside of ``value_range`` become 0 or 255, or are an error.
 
     Returns:
-        RGB, uint8 [3, H, W]. Grey is repeated, alpha dropped, of several frames the first is taken.
+        uint8 [channels, H, W]. For RGB, grey is repeated and alpha dropped; of several frames the first is taken.
 
     Raises:
         UnreadableError: a DataError, if the file is missing, damaged, no image, too large, too narrow, or has pixels
@@ -113,7 +123,9 @@ def read_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIX
             raise
         except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
             raise UnreadableError.of("LCD-I002", path, f"the image is damaged or cut short ({error})") from error
-        pixels = _rgb_pixels(image, path)
+        pixels = pixels_of(image, path, channels, value_range or WHOLE_RANGE, clip)
+        if image.mode.startswith("I") and value_range is None:
+            _warn_once("LCD-I010", path, "16-bit grey is scaled to 8 bits by 1/257")
     return _oriented(pixels, header.size.orientation if upright else 1)
 
 
@@ -125,6 +137,19 @@ def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """
     with _opened(path, max_pixels) as (_, header, _):
         return header
+
+
+def read_peak(path: str | Path) -> int:
+    """Read the largest value of a 16-bit grey image.
+
+    Raises:
+        UnreadableError: a DataError, if the image cannot be read.
+    """
+    with _opened(path, MAX_PIXELS) as (image, _, _):
+        try:
+            return int(np.asarray(image).max())
+        except Exception as error:  # as in read_image
+            raise UnreadableError.of("LCD-I002", path, f"the image is damaged or cut short ({error})") from error
 
 
 def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSize:
@@ -155,7 +180,7 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image")
         image.load()
     except OSError as error:
         raise UnreadableError.of("LCD-I002", name, f"the image is damaged or cut short ({error})") from error
-    return _oriented(_rgb_pixels(image, name), orientation)
+    return _oriented(pixels_of(image, name), orientation)
 
 
 @contextmanager
@@ -171,7 +196,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, Im
         image, header = _identified(file, path)
         with image:
             _check_size(header.size, path, max_pixels)
-            _check_mode(header.mode, path)
+            check_mode(header.mode, path)
             yield image, header, file
 
 
@@ -226,36 +251,6 @@ def _check_size(size: ImageSize, path: str | Path, max_pixels: int) -> None:
         raise UnreadableError.of(
             "LCD-I021", path, f"{shape} is too narrow; one side is over {MAX_ASPECT:.0f} x the other"
         )
-
-
-def _check_mode(mode: str, name: str | Path) -> None:
-    """Refuse pixels that are no colours."""
-    if mode not in _RGB_MODES and not mode.startswith("I"):
-        what = "floats, whose range is unknown" if mode == "F" else f"of mode {mode}"
-        raise UnreadableError.of("LCD-I011", name, f"the pixels are {what}; save the image as 8-bit RGB or grey")
-
-
-def _rgb_pixels(image: Image.Image, name: str | Path) -> "Tensor":
-    """The pixels of a loaded image as stored, uint8 [3, H, W]; not contiguous."""
-    import torch
-
-    if image.mode.startswith("I"):
-        grey = torch.from_numpy(_eight_bits(np.asarray(image), image.mode, name))
-        return grey.expand(3, -1, -1)
-    _check_mode(image.mode, name)
-    if image.mode in ("P", "PA", "RGBa", "La"):  # by way of RGBA: premultiplied colours, transparency in palettes
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _eight_bits(pixels: np.ndarray, mode: str, name: str | Path) -> np.ndarray:
-    """Grey of 16 bits scaled to 8, rounded; uint8 [H, W]."""
-    if mode == "I" and (pixels.min() < 0 or pixels.max() > 65535):
-        reason = f"32-bit integers from {pixels.min()} to {pixels.max()}; save the image as 8-bit or 16-bit grey"
-        raise UnreadableError.of("LCD-I011", name, f"the pixels are {reason}")
-    _warn_once("LCD-I010", name, "16-bit grey is scaled to 8 bits by 1/257")
-    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _oriented(pixels: "Tensor", orientation: int) -> "Tensor":
