@@ -186,7 +186,7 @@ def test_fit__divergence_on_one_process_ends_both(resume: tuple[Path, dict[str, 
     for process in (0, 1):
         text = (folder / f"nan.log.{process}").read_text()
         assert "[LCD-N001] loss_" in text
-        assert "is nan at epoch 1, step 4, process 1, images " in text
+        assert "is nan at epoch 1, step 4, rank 1, images " in text
         assert f"the last checkpoint is {folder / 'nan' / 'last.ckpt'}" in text
     state = read_checkpoint_file(folder / "nan" / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())

@@ -1,5 +1,6 @@
 """A training that is interrupted by SIGTERM and resumed gives the weights of one that is not."""
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -10,13 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from torch.utils.data import DataLoader
 
 from lightning_convnext_det import DetectionDataModule
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.exact_resume import seed_step
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules import DeformableDETRModule, DetectionModule, FasterRCNNModule
-from tests.training import TINY, create_trainer
+from tests.training import TINY, create_batches, create_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -166,3 +168,52 @@ def test_seed_step__each_step_and_process_draws_its_own_numbers() -> None:
         assert drawn[key] == (torch.rand(3).tolist(), random.random(), np.random.rand())  # noqa: NPY002
     for kind in range(3):
         assert len({str(values[kind]) for values in drawn.values()}) == 5
+
+
+def rates_of(module: FasterRCNNModule, folder: Path, epochs: int, checkpoint: Path | None = None) -> list[float]:
+    """The learning rate of each step of a fit, which is saved as ``p.ckpt``."""
+    seen: list[float] = []
+    module.on_train_batch_start = lambda *_: seen.append(module.optimizers().param_groups[0]["lr"])  # type: ignore[method-assign, union-attr]
+    trainer = create_trainer(folder, max_epochs=epochs, enable_checkpointing=False)
+    trainer.fit(module, DataLoader(create_batches(3), batch_size=None), ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / "p.ckpt")
+    return seen
+
+
+class Plateau(FasterRCNNModule):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1, threshold=1e9)
+        plan = {"scheduler": schedule, "monitor": "train/loss", "interval": "epoch"}
+        return {"optimizer": optimizer, "lr_scheduler": plan}
+
+
+class OneCycle(FasterRCNNModule):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=12)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Multiplicative(FasterRCNNModule):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda _: 0.5)]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("kind", [Plateau, OneCycle, Multiplicative])
+def test_resume__a_users_schedule_goes_on(tmp_path: Path, kind: type[FasterRCNNModule]) -> None:
+    whole = rates_of(kind(2, **TINY), tmp_path, 4)
+    assert len(set(whole)) > 2
+    half = rates_of(kind(2, **TINY), tmp_path, 2)
+    assert half + rates_of(kind(2, **TINY), tmp_path, 4, tmp_path / "p.ckpt") == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_resume__more_epochs_of_a_cosine_have_the_rates_of_the_longer_one(tmp_path: Path) -> None:
+    options = {**TINY, "lr": 1e-4, "warmup_steps": 0}
+    rates_of(FasterRCNNModule(2, **options), tmp_path, 2)
+    found = rates_of(FasterRCNNModule(2, **options), tmp_path, 6, tmp_path / "p.ckpt")
+    # a cosine over 6 epochs of 3 steps, from step 6 on
+    assert found == pytest.approx([1e-4 * 0.5 * (1 + math.cos(math.pi * i / 18)) for i in range(6, 18)], rel=1e-6)

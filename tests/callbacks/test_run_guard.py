@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -16,15 +17,17 @@ from lightning_convnext_det.callbacks.divergence import LossWatch, find_non_fini
 from lightning_convnext_det.callbacks.run_guard import CHECK_EVERY, RunGuard
 from lightning_convnext_det.checkpoints.file import AtomicCheckpointIO, find_damage, read_checkpoint_file
 from lightning_convnext_det.errors import CheckpointError, DivergenceError
-from lightning_convnext_det.modules import DeformableDETRModule
+from lightning_convnext_det.modules import DeformableDETRModule, FasterRCNNModule
 from lightning_convnext_det.modules.detection import Batch
-from tests.training import create_batches, create_module, create_trainer
+from tests.training import TINY, create_batches, create_module, create_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
 
 
@@ -53,7 +56,7 @@ def test_fit__a_loss_that_is_not_finite_ends_the_run(loader: DataLoader[Batch], 
         trainer.fit(create_module(), loader, loader)
     assert bad.seen == 5  # within one step
     text = str(caught.value)
-    assert f"[LCD-N001] loss_box is {value} at epoch 1, step 4, process 0, images 1_0.png, 1_1.png; " in text
+    assert f"[LCD-N001] loss_box is {value} at epoch 1, step 4, rank 0, images 1_0.png, 1_1.png; " in text
     assert text.endswith(f"the last checkpoint is {tmp_path / 'last.ckpt'}")
     assert find_non_finite(read_checkpoint_file(tmp_path / "last.ckpt")["state_dict"]) is None
 
@@ -64,7 +67,7 @@ def test_fit__what_the_detector_itself_notices_is_said_with_step_and_images(tmp_
     with torch.no_grad():
         next(p for n, p in module.named_parameters() if "class_heads" in n).fill_(math.nan)
     loader = DataLoader(create_batches(2), batch_size=None)
-    with pytest.raises(DivergenceError, match=r"\[LCD-N001\] the logits.* at epoch 0, step 0, process 0, images 0_0"):
+    with pytest.raises(DivergenceError, match=r"\[LCD-N001\] the logits.* at epoch 0, step 0, rank 0, images 0_0"):
         create_trainer(tmp_path, enable_checkpointing=False).fit(module, loader)
 
 
@@ -113,7 +116,7 @@ def test_loss_watch__patience_is_for_steps_in_a_row() -> None:
     watch.add(bad, ["y"], 0, 4)
     assert watch.read() is None
     watch.add(bad, ["z", "w"], 1, 5)
-    assert watch.read(3) == "[LCD-N001] b is -inf at epoch 1, step 5, process 3, images z, w"
+    assert watch.read(3) == "[LCD-N001] b is -inf at epoch 1, step 5, rank 3, images z, w"
     assert LossWatch().read() is None
 
 
@@ -205,3 +208,116 @@ def test_resume__the_learning_rate_given_replaces_the_checkpoints(loader: DataLo
     changed = rates(4e-3, tmp_path / "a.ckpt", 2, schedule="constant", weight_decay=0.2)
     assert changed == pytest.approx([4e-3] * 3)
     assert rates(4e-3, tmp_path / "a.ckpt", 3, schedule="constant", weight_decay=0.2) == pytest.approx([4e-3] * 3)
+
+
+class LeavesOut(FasterRCNNModule):
+    """Does nothing in its second step."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+
+class ReturnsLoss(FasterRCNNModule):
+    """Returns the loss alone."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+class ReturnsOther(FasterRCNNModule):
+    """Adds what is no scalar."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx)["loss"], "losses": {"map": torch.ones(3)}}
+
+
+class Manual(FasterRCNNModule):
+    """Optimizes by hand."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        loss = torch.stack(list(self.detector(*batch).values())).sum()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class OwnMetric(FasterRCNNModule):
+    """Logs a metric of its own."""
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("val/f1", 0.5 + self.current_epoch / 10)
+
+
+@pytest.mark.parametrize("kind", [LeavesOut, ReturnsLoss, ReturnsOther, Manual])
+def test_fit__what_a_training_step_may_return(
+    loader: DataLoader[Batch], tmp_path: Path, kind: type[FasterRCNNModule]
+) -> None:
+    module = kind(2, **TINY)
+    before = module.detector.roi_heads.box_head.fc7.weight.detach().clone()
+    trainer = create_trainer(tmp_path, enable_checkpointing=False)
+    trainer.fit(module, loader)
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 3
+    assert not torch.equal(module.detector.roi_heads.box_head.fc7.weight, before)
+
+
+def test_fit__divergence_is_noticed_in_a_loss_alone(loader: DataLoader[Batch], tmp_path: Path) -> None:
+    trainer = create_trainer(tmp_path, callbacks=[BadStep(1, math.nan)], enable_checkpointing=False)
+    with pytest.raises(DivergenceError, match=r"LCD-N001\] loss is nan at epoch 0, step 1, rank 0"):
+        trainer.fit(ReturnsLoss(2, **TINY), loader)
+
+
+def test_fit__a_metric_that_a_subclass_logs_is_monitored(loader: DataLoader[Batch], tmp_path: Path) -> None:
+    best = BestCheckpoint(tmp_path, "best", "val/f1", mode="max")
+    create_trainer(tmp_path, max_epochs=2, callbacks=[best]).fit(OwnMetric(2, **TINY), loader, loader)
+    assert float(best.best_model_score) == pytest.approx(0.6)
+
+
+class State(Callback):
+    """Has any state, from the beginning or from the first epoch on."""
+
+    def __init__(self, state: object, late: bool = False) -> None:
+        self.state, self.late, self.loaded = state, late, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.late else {"best": self.state}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.late = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = state_dict["best"]
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [(np.float64(0.5), 0.5), (Path("runs"), "runs"), ({1, 2}, {1, 2}), ({"a": [np.int64(3)]}, {"a": [3]})],
+    ids=["number", "path", "set", "nested"],
+)
+def test_fit__a_callbacks_state_is_saved_so_that_it_can_be_read(
+    loader: DataLoader[Batch], tmp_path: Path, state: object, expected: object
+) -> None:
+    trainer = create_trainer(tmp_path, callbacks=[State(state)], enable_checkpointing=False)
+    trainer.fit(create_module(), loader)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = State(None)
+    create_trainer(tmp_path, max_epochs=2, callbacks=[again], enable_checkpointing=False).fit(
+        create_module(), loader, ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert again.loaded == expected
+    assert type(again.loaded) is type(expected)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at the start", "at the first save"])
+def test_fit__a_state_that_could_not_be_read_is_refused(loader: DataLoader[Batch], tmp_path: Path, late: bool) -> None:
+    trainer = create_trainer(tmp_path, callbacks=[State(LossWatch(), late), best_in(tmp_path)])
+    with pytest.raises(CheckpointError, match=r"LCD-K019\] callbacks\.State\S*\.best is a LossWatch, which could not"):
+        trainer.fit(create_module(), loader, loader)
+    assert trainer.global_step == (3 if late else 0)
+    assert not list(tmp_path.glob("*.ckpt"))
+    create_trainer(tmp_path, callbacks=[State(LossWatch())], enable_checkpointing=False).fit(create_module(), loader)

@@ -96,18 +96,9 @@ def test_write_checkpoint_file__a_folder_that_cannot_be_written(tmp_path: Path) 
         write_checkpoint_file(content(), tmp_path / "file" / "a.ckpt")
 
 
-def test_write_checkpoint_file__an_address_makes_no_folder_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"LCD-S010.*s3://bucket/a.ckpt is an address; .* local folders only"):
-        AtomicCheckpointIO().save_checkpoint(content(), "s3://bucket/a.ckpt")
-    assert not list(tmp_path.iterdir())
-
-
 def test_write_checkpoint_file__what_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> None:
     write_checkpoint_file(content(), tmp_path / "a.ckpt")
-    with pytest.raises((AttributeError, TypeError, Exception), match="pickle"):
+    with pytest.raises(CheckpointError, match=r"LCD-K019\] b is a function"):
         write_checkpoint_file({"a": torch.zeros(9), "b": lambda: None}, tmp_path / "a.ckpt")
     assert read_checkpoint_file(tmp_path / "a.ckpt")["epoch"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]

@@ -181,7 +181,7 @@ def test_load_from_checkpoint__no_way_around(good: Path, options: dict[str, Any]
 
 def test_load_from_checkpoint__options_of_the_network(good: Path) -> None:
     module = FasterRCNNModule.load_from_checkpoint(good, map_location="cpu", score_threshold=0.5)
-    assert module.detector.roi_heads.score_thresh == 0.5
+    assert module.detector.score_threshold == 0.5
     assert module.class_names == ["cat", "dog"]
     assert not module.training
     with pytest.raises(CheckpointError, match="holds a FasterRCNNModule"):

@@ -128,7 +128,7 @@ def test_load_from_checkpoint__of_a_subclass(tmp_path: Path, name: str) -> None:
 def test_load_from_checkpoint__options_of_a_subclass(tmp_path: Path) -> None:
     save_module(MODULES["open"](), tmp_path / "a.ckpt")
     found = Open.load_from_checkpoint(tmp_path / "a.ckpt", alpha=0.75, score_threshold=0.5)
-    assert (found.alpha, found.detector.roi_heads.score_thresh) == (0.75, 0.5)
+    assert (found.alpha, found.detector.score_threshold) == (0.75, 0.5)
     assert found.detector.transform.min_sizes == [80]
 
 
@@ -217,3 +217,73 @@ def test_fit__of_a_subclass_is_continued(tmp_path: Path, name: str) -> None:
     for key, tensor in whole.state_dict().items():
         assert torch.equal(continued.state_dict()[key], tensor), key
     assert not torch.equal(half.detector.rpn.head.cls_logits.weight, whole.detector.rpn.head.cls_logits.weight)
+
+
+@pytest.mark.parametrize(
+    "place", [None, "cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda storage, _: storage, lambda *_: None],
+    ids=["none", "name", "device", "mapping", "function", "function without an answer"],
+)  # fmt: skip
+def test_load_from_checkpoint__any_map_location(tmp_path: Path, place: Any) -> None:
+    save_module(MODULES["plain"](), tmp_path / "a.ckpt")
+    found = Plain.load_from_checkpoint(tmp_path / "a.ckpt", map_location=place)
+    assert {p.device.type for p in found.parameters()} == {"cpu"}
+
+
+def test_load_from_checkpoint__map_location_is_heard(tmp_path: Path) -> None:
+    save_module(MODULES["plain"](), tmp_path / "a.ckpt")
+    for place in ("meta", {"cpu": "meta"}, lambda storage, _: torch.empty(1, device="meta").untyped_storage()):
+        found = Plain.load_from_checkpoint(tmp_path / "a.ckpt", map_location=place)
+        assert {p.device.type for p in found.parameters()} == {"meta"}
+
+
+def test_load_from_checkpoint__not_strict_names_what_differs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = FasterRCNNModule(2, NAMES, IDS, **TINY)
+    save_module(ours, tmp_path / "ours.ckpt")
+    found = Longer.load_from_checkpoint(tmp_path / "ours.ckpt", strict=False)
+    assert "lacks 2 tensors, which keep random weights: extra.weight, extra.bias" in caplog.text
+    assert all(p.isfinite().all() for p in found.parameters())
+    assert not any(p.is_meta for p in found.parameters())
+    for key, tensor in ours.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor)
+    save_module(found, tmp_path / "longer.ckpt")
+    caplog.clear()
+    FasterRCNNModule.load_from_checkpoint(tmp_path / "ours.ckpt", strict=False)
+    assert not caplog.text
+    Plain.load_from_checkpoint(tmp_path / "longer.ckpt", strict=False)
+    assert "has 2 tensors more: extra.weight, extra.bias" in caplog.text
+    with pytest.raises(CheckpointError, match=r"LCD-K014.*size mismatch"):
+        Plain.load_from_checkpoint(tmp_path / "ours.ckpt", strict=False, fpn_channels=16)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_classes": 3}, {"num_classes": 3, "class_names": ["a", "b", "c"]}], ids=["number", "names"]
+)  # fmt: skip
+def test_load_from_checkpoint__other_classes_begin_anew(
+    tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = FasterRCNNModule(2, NAMES, IDS, **TINY)
+    save_module(ours, tmp_path / "a.ckpt")
+    found = FasterRCNNModule.load_from_checkpoint(tmp_path / "a.ckpt", **options)
+    assert (found.num_classes, found.class_names) == (3, options.get("class_names", ["0", "1", "2"]))
+    assert "[LCD-K017]" in caplog.text
+    assert "4 tensors begin with random weights" in caplog.text
+    assert found.detector.roi_heads.box_predictor.cls_score.out_features == 4
+    for key, tensor in found.state_dict().items():
+        if "box_predictor" not in key:
+            assert torch.equal(tensor, ours.state_dict()[key]), key
+
+
+def test_load_from_checkpoint__new_names_of_the_same_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = FasterRCNNModule(2, NAMES, IDS, **TINY)
+    save_module(ours, tmp_path / "a.ckpt")
+    found = FasterRCNNModule.load_from_checkpoint(tmp_path / "a.ckpt", class_names=["a", "b"], num_classes=2)
+    assert (found.class_names, caplog.text) == (["a", "b"], "")
+    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+def test_load_from_checkpoint__arguments_that_do_not_fit(tmp_path: Path) -> None:
+    save_module(MODULES["plain"](), tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"LCD-K014\] .* does not fit the arguments given: '.*' is \[32, 24"):
+        Plain.load_from_checkpoint(tmp_path / "a.ckpt", fpn_channels=16)
+    with pytest.raises(ValueError, match="lr is -1"):
+        Plain.load_from_checkpoint(tmp_path / "a.ckpt", lr=-1)

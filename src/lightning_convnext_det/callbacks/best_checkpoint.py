@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
+_KNOWN = ("lightning", __name__.partition(".")[0])  # packages whose modules and callbacks log nothing of their own
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -82,9 +83,8 @@ class BestCheckpoint(ModelCheckpoint):
 
 def _may_log_more(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether code of the user runs in the training, which may log metrics of its own."""
-    return not all(
-        type(part).__module__.startswith("lightning") for part in (pl_module, *getattr(trainer, "callbacks", []))
-    )
+    parts = (pl_module, *getattr(trainer, "callbacks", []))
+    return not all(type(part).__module__.partition(".")[0] in _KNOWN for part in parts)
 
 
 def _check_monitor(monitor: str, known: list[str]) -> None:

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 class ClassificationWriter(Callback):
     """Writes what a classifier predicts: ``predictions.json``, a list of ``{file_name, class_name, score}``.
 
-    The file appears when the prediction is complete; under several processes each writes a file of its own.
+    The file appears when the prediction is complete and replaces that of an earlier one; of several ranks each writes
+    a file of its own.
 
     Args:
         folder: where to write.
@@ -22,6 +23,10 @@ class ClassificationWriter(Callback):
     def __init__(self, folder: str | Path = "predictions") -> None:
         self.folder = Path(folder)
         self._results: list[dict[str, str | float]] = []
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew."""
+        self._results = []
 
     def on_predict_batch_end(
         self,

@@ -1,4 +1,4 @@
-"""Finding the loss or weight that is not finite, and naming it."""
+"""Losses and weights that are not finite: found and named."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,15 +17,15 @@ class _Step(NamedTuple):
     losses: dict[str, Tensor]
     images: list[str]
     reason: str | None
-    """What the network has said itself."""
+    """What the network itself has reported."""
 
 
 class LossWatch:
-    """The losses of the last steps, which are read from the device together, for reading makes the processor wait.
+    """Collects the losses of the last steps and reads them from the device together, since reading makes it wait.
 
     Args:
-        patience: how many steps in a row may have a loss that is not finite. More than 0 is of use where a scaler of
-            gradients leaves out such steps, which it needs to find its scale.
+        patience: how many steps in a row may have a loss that is not finite; more than 0 for fp16, whose gradient
+            scaler leaves out such steps to find its scale.
     """
 
     def __init__(self, patience: int = 0) -> None:
@@ -41,7 +41,7 @@ class LossWatch:
         step: int,
         reason: str | None = None,
     ) -> None:
-        """Take the losses of a step, without reading them.
+        """Add the losses of a step, without reading them.
 
         Args:
             losses: scalars by name.
@@ -52,11 +52,11 @@ class LossWatch:
         """
         self._steps.append(_Step(epoch, step, {k: v.detach() for k, v in losses.items()}, list(images), reason))
 
-    def read(self, process: int = 0) -> str | None:
-        """Read the losses taken since the last time; a line about the first that is not finite, None if all are.
+    def read(self, rank: int = 0) -> str | None:
+        """Read the losses added since the last time; a line about the first that is not finite, None if all are.
 
         Args:
-            process: which one this is, for the line.
+            rank: of this process, for the line.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -69,7 +69,7 @@ class LossWatch:
             self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
             if self._bad_in_a_row > self.patience:
                 what = step.reason.removeprefix("[LCD-N001] ").partition(";")[0] if step.reason else ", ".join(bad)
-                where = f"epoch {step.epoch}, step {step.step}, process {process}"
+                where = f"epoch {step.epoch}, step {step.step}, rank {rank}"
                 return f"[LCD-N001] {what} at {where}, images {', '.join(step.images)}"
         return None
 

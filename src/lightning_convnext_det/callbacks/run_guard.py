@@ -1,15 +1,14 @@
-"""Ending a training so that nothing is lost: when a signal tells it to stop, and when it diverges.
+"""Callback that ends a training so that nothing is lost: on a signal to stop or to requeue, and on divergence.
 
-All processes decide together, at the end of a step, by one exchange between their processors that no accelerator has to
+All ranks decide together, at the end of a step, by one exchange between their processors that no accelerator has to
 wait for. Lightning 2.6 ends with status 0 and saves nothing on SIGTERM, and waits for its time limit when there are
-several processes; it takes a loss of nan for a result.
+several ranks; it takes a loss of nan for a result.
 """
 
 import logging
 import signal
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -22,14 +21,17 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_convnext_det.arguments import Count, check_arguments
+from lightning_convnext_det.callbacks import slurm
 from lightning_convnext_det.callbacks.divergence import REMEDY, LossWatch, check_weights
+from lightning_convnext_det.checkpoints.content import readable
+from lightning_convnext_det.checkpoints.file import AtomicCheckpointIO
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError, WeightsError
 
 _logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
 EXIT_STATUS = 143  # 128 + SIGTERM, what a shell reports of a process that SIGTERM has ended
-_FAILURE = "lightning_convnext_det/failure"  # what the processes call it among themselves
+_FAILURE = "lightning_convnext_det/failure"  # what the ranks call it among themselves
 CHECK_EVERY = 10  # steps between two readings of the losses on an accelerator, which has to be waited for
 SCALER_PATIENCE = 20  # steps in a row that fp16's scaler may leave out; it halves its scale with each, from 2**16
 
@@ -37,10 +39,13 @@ SCALER_PATIENCE = 20  # steps in a row that fp16's scaler may leave out; it halv
 class RunGuard(Callback):
     """Saves and ends a training on SIGTERM or SIGUSR1, and ends one that has diverged.
 
-    A signal to any process ends all of them after the step under way, or at once in a validation, with ``last.ckpt``
-    saved and exit status 143; the validation is done again when the training is resumed. Evaluation and prediction end
-    at once. A loss that is not finite ends the training within ``check_every`` steps with a `DivergenceError` that
-    names loss, step, process and images. Weights that are not finite are neither evaluated nor saved.
+    A signal to any rank ends all of them after the step under way, or at once in a validation, with ``last.ckpt``
+    saved and exit status 143; the validation is repeated when the training is resumed. Under SLURM with
+    ``SLURMEnvironment(auto_requeue=True)`` its requeue signal also requeues the job, which then continues from
+    ``last.ckpt`` by itself. Evaluation and prediction end at once.
+
+    A loss that is not finite ends the training within ``check_every`` steps with a `DivergenceError` that names loss,
+    step, rank and images. Weights that are not finite are neither evaluated nor saved.
 
     Args:
         check_every: steps between two readings of the losses (default: 1 on a CPU, 10 on an accelerator).
@@ -50,7 +55,9 @@ class RunGuard(Callback):
         check_arguments(RunGuard.__init__, locals())
         self.check_every = check_every
         self._received: signal.Signals | None = None
-        self._stopping = False  # all processes know
+        self._stopping = False  # all ranks know
+        self._requeue_signal: signal.Signals | None = None
+        self._requeueing = False  # all ranks know
         self._in_validation = False
         self._watch = LossWatch()
         self._group: dist.ProcessGroup | None = None
@@ -59,39 +66,48 @@ class RunGuard(Callback):
     # ---- training
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prepare the exchange between processes."""
+        """Prepare the exchange between ranks.
+
+        Raises:
+            CheckpointError: if a callback has a state that could be saved, but not read again.
+        """
         self._received, self._stopping, self._in_validation, self._since_reading = None, False, False, 0
+        self._requeue_signal, self._requeueing = slurm.requeue_signal(trainer), False
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._watch = LossWatch(SCALER_PATIENCE if scaled else 0)
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if several else None
+        if trainer.checkpoint_callbacks and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+            for callback in callbacks:  # or the first save would fail, after hours
+                readable(callback.state_dict(), f"callbacks.{type(callback).__name__}")
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for signals from here; Lightning has just begun to do so itself."""
-        _listen(self._note)
+        _listen(self._note, self._requeue_signal)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for signals from here, if no sanity check came before."""
-        _listen(self._note)
+        _listen(self._note, self._requeue_signal)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the training if a process was told to stop or has diverged.
+        """End the training if a rank was told to stop or has diverged.
 
         Raises:
-            DivergenceError: if a loss of any process is not finite.
-            SystemExit: with 143, if any process has received a signal.
+            DivergenceError: if a loss of any rank is not finite.
+            SystemExit: with 143, if any rank has received a signal.
         """
-        losses = outputs.get("losses", {"loss": outputs["loss"]})
-        step = max(0, trainer.global_step - 1)
-        self._watch.add(losses, _names(batch), trainer.current_epoch, step, outputs.get("reason"))
+        if losses := _losses(outputs):
+            reported = outputs.get("reason") if isinstance(outputs, dict) else None
+            step = max(0, trainer.global_step - 1)
+            self._watch.add(losses, _names(batch), trainer.current_epoch, step, reported)
         self._since_reading += 1
         every = self.check_every or (1 if pl_module.device.type == "cpu" else CHECK_EVERY)
         reason = self._watch.read(trainer.global_rank) if self._since_reading >= every else None
         self._since_reading %= every
-        self._stopping, diverged = self._agree(self._received is not None, reason is not None)
-        if diverged:
+        if self._agree_to_stop(reason is not None):
             self._raise_divergence(trainer, reason)
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
         # after the last step of an epoch, its validation and its end come first
@@ -140,9 +156,9 @@ class RunGuard(Callback):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Agree whether the validation was cut short; its figures are then undefined, not wrong."""
+        """Agree whether the validation was cut short; its metrics are then undefined, not wrong."""
         if _is_fitting(trainer) and not trainer.sanity_checking:
-            self._stopping = self._agree(self._received is not None)[0] or self._stopping
+            self._agree_to_stop()
             discard = getattr(pl_module, "discard_validation", None)
             if self._stopping and discard is not None:
                 discard()
@@ -172,15 +188,20 @@ class RunGuard(Callback):
         progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}
         progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave nothing for a requeued job to continue from."""
+        if trainer.is_global_zero:
+            slurm.forget(trainer)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tell the other processes of an error of this one; or end with theirs, if that is why this one has failed.
+        """Tell the other ranks of an error of this one; or end with theirs, if that is why this one has failed.
 
         Raises:
-            ValueError: or whatever error with an exit status another process has ended with.
+            ValueError: or whatever error with an exit status another rank has ended with.
         """
         if self._group is None or isinstance(exception, SystemExit | KeyboardInterrupt):
             return
-        store = _get_default_store()  # of process 0: if that one is gone, so are the others
+        store = _get_default_store()  # of rank 0: if that one is gone, so are the others
         if (status := getattr(exception, "exit_status", None)) is not None:
             if not store.check([_FAILURE]):
                 store.set(_FAILURE, f"{status} {exception}")
@@ -192,8 +213,15 @@ class RunGuard(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number)
 
+    def _agree_to_stop(self, flag: bool = False) -> bool:
+        """Find out together whether to stop and to requeue; whether any rank raises the flag."""
+        requeueing = self._received is not None and self._received == self._requeue_signal
+        stopping, requeueing, raised = self._agree(self._received is not None, requeueing, flag)
+        self._stopping, self._requeueing = self._stopping or stopping, self._requeueing or requeueing
+        return raised
+
     def _agree(self, *flags: bool) -> list[bool]:
-        """Whether any process raises each flag; a collective call."""
+        """Whether any rank raises each flag; a collective call."""
         if self._group is None:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -209,23 +237,31 @@ class RunGuard(Callback):
         raise DivergenceError(f"{first}; {REMEDY}; {_last_saved(trainer)}")
 
     def _save_and_exit(self, trainer: pl.Trainer) -> None:
-        told = "another process was" if self._received is None else f"{self._received.name}:"
+        told = "another rank was" if self._received is None else f"{self._received.name}:"
         message = (
             f"{told} told to stop after step {trainer.global_step} of the training, in epoch {trainer.current_epoch}"
         )
         if not getattr(trainer, "fast_dev_run", False):
-            path = _folder(trainer) / "last.ckpt"
+            path = checkpoint_path(trainer)
             trainer.save_checkpoint(path)
             message += f"; continue with --ckpt_path {path}"
+            if self._requeueing and trainer.is_global_zero:
+                message += f"; {slurm.requeue(trainer, path)}"
         if trainer.is_global_zero:
             _logger.warning(message)
         raise SystemExit(EXIT_STATUS)
 
 
-def _listen(handler: Any) -> None:
+def checkpoint_path(trainer: pl.Trainer) -> str:
+    """Where a run that is told to stop is saved: ``last.ckpt`` beside its other checkpoints, which may be remote."""
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return f"{str(folder or f'{trainer.default_root_dir}/checkpoints').rstrip('/')}/last.ckpt"
+
+
+def _listen(handler: Any, also: signal.Signals | None = None) -> None:
     # Lightning puts the handlers that it has found back when the trainer is done
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
+        for number in {*STOP_SIGNALS, also} - {None}:
             signal.signal(number, handler)
 
 
@@ -242,17 +278,21 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
     return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def _losses(outputs: Any) -> dict[str, Tensor]:
+    """The scalars that a training step returned: none for a step left out, or under manual optimization."""
+    if isinstance(outputs, Tensor):
+        return {"loss": outputs}
+    if not isinstance(outputs, dict):
+        return {}
+    losses = outputs.get("losses", {"loss": outputs.get("loss")})
+    return {k: v for k, v in losses.items() if isinstance(v, Tensor) and v.numel() == 1}
+
+
 def _names(batch: tuple[Sequence[Tensor], Any]) -> list[str]:
-    """What the images of a batch are called; nothing if its targets do not say."""
+    """File names or ids of the images of a batch; none if its targets have none."""
     targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else []
     named = [t for t in targets if isinstance(t, dict)] if isinstance(targets, list | tuple) else []
     return [str(t.get("file_name", t.get("image_id", "?"))) for t in named]
-
-
-def _folder(trainer: pl.Trainer) -> Path:
-    """Where the run's checkpoints are."""
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(folder) if folder else Path(trainer.default_root_dir) / "checkpoints"
 
 
 def _last_saved(trainer: pl.Trainer) -> str:

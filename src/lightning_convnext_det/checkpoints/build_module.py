@@ -186,12 +186,9 @@ def _arguments(read: _Read, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_other_classes(read: _Read, options: dict[str, Any]) -> bool:
-    """Whether the caller asks for another number of classes, or for other names of them."""
-    count, names = options.get("num_classes"), options.get("class_names")
-    own = read.content[FORMAT].get("class_names")
-    if count is not None and isinstance(own, list) and count != len(own):
-        return True
-    return names is not None and own is not None and list(names) != own
+    """Whether the caller asks for another number of classes; as many names are taken for new names of the old ones."""
+    names = read.content[FORMAT].get("class_names")
+    return isinstance(names, list) and options.get("num_classes") not in (None, len(names))
 
 
 def _contradicts(path: str | Path, reason: str) -> CheckpointError:

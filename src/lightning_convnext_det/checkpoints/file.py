@@ -10,9 +10,10 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -20,6 +21,8 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
+from lightning_convnext_det.checkpoints import remote
+from lightning_convnext_det.checkpoints.content import readable
 from lightning_convnext_det.checkpoints.torch_files import find_archive_fault, find_fault, is_archive, load_checked
 from lightning_convnext_det.errors import CheckpointError, first_line
 
@@ -30,7 +33,7 @@ _STALE = 24 * 3600.0  # seconds after which another machine's temporary file is 
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's way to this module's files; `DetectionModule` puts it into a trainer that has Lightning's own."""
+    """Writes and reads a trainer's checkpoints by this file's functions; our modules bring it into their trainers."""
 
     def save_checkpoint(
         self, checkpoint: Mapping[str, Any], path: str | Path, storage_options: object | None = None
@@ -51,19 +54,33 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint if it is there."""
-        Path(path).unlink(missing_ok=True)
+        if remote.is_address(path):
+            remote.remove(str(path))
+        else:
+            Path(path).unlink(missing_ok=True)
 
 
 def write_checkpoint_file(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint; whatever interrupts it, the file is the whole new one or the old one.
+    """Write a checkpoint that can be read again; whatever interrupts it, the file is the whole new one or the old one.
+
+    Args:
+        content: tensors and plain data; NumPy's numbers and paths become plain.
+        path: a local file or an fsspec address such as ``s3://bucket/a.ckpt``.
 
     Raises:
-        CheckpointError: if the file cannot be written, for want of space for example; the old one is kept. Or if it
-            is an address.
+        CheckpointError: if the file cannot be written, for want of space for example; the old one is kept. Or if
+            something in it could not be read again.
     """
-    if "://" in str(path):  # a folder of that name would be made here
-        raise CheckpointError(f"[LCD-S010] {path} is an address; checkpoints are written to local folders only")
-    path = Path(path)
+    content = readable(dict(content))
+    if remote.is_address(path):
+        with tempfile.TemporaryDirectory() as folder:
+            _write(content, Path(folder, "sent.ckpt"))
+            remote.send(Path(folder, "sent.ckpt"), str(path))
+    else:
+        _write(content, Path(path))
+
+
+def _write(content: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     size = 0
     try:
@@ -72,7 +89,7 @@ def write_checkpoint_file(content: Mapping[str, Any], path: str | Path) -> None:
         with open(temporary, "wb") as file:
             writer = _HashingWriter(file)
             try:
-                torch.save(dict(content), cast(IO[bytes], writer))
+                torch.save(content, cast(IO[bytes], writer))
             finally:
                 size = writer.size
                 if writer.error is not None:  # torch's own error about it says "unexpected pos"
@@ -92,20 +109,28 @@ def write_checkpoint_file(content: Mapping[str, Any], path: str | Path) -> None:
 
 # a checkpoint is any plain data; its readers check what they use
 def read_checkpoint_file(path: str | Path) -> Any:
-    """Read a checkpoint to the CPU without running code in it.
+    """Read a checkpoint to the CPU without running code in it; it is hashed once.
+
+    Args:
+        path: a local file or an fsspec address, but for a web server's.
 
     Raises:
-        CheckpointError: if it is an address, missing, damaged, or holds more than tensors and plain data.
+        CheckpointError: if it is missing, damaged, or holds more than tensors and plain data.
     """
-    if "://" in str(path):
-        raise CheckpointError(f"[LCD-S010] {path} is an address; fetch the file and give its local path")
+    if remote.is_address(path):
+        with remote.fetched(str(path)) as local:
+            return _read(local, str(path), lambda _: "")
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"[LCD-K001] {path}: no such checkpoint file{_instead_of(path)}")
+    return _read(path, str(path), _instead_of)
+
+
+def _read(path: Path, name: str, instead: Callable[[Path], str]) -> Any:
     try:
         with open(path, "rb") as file:
             if damage := _damage(file):
-                raise CheckpointError(f"[LCD-K003] {path} is damaged: {damage}{_instead_of(path)}")
+                raise CheckpointError(f"[LCD-K003] {name} is damaged: {damage}{instead(path)}")
             if fault := find_fault(file):
                 raise ValueError(fault)
             archived = is_archive(file)
@@ -113,7 +138,7 @@ def read_checkpoint_file(path: str | Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a crafted file makes the reader raise almost anything
-        raise CheckpointError(f"[LCD-K001] {path} is not a checkpoint of this package: {first_line(error)}") from None
+        raise CheckpointError(f"[LCD-K001] {name} is not a checkpoint of this package: {first_line(error)}") from None
 
 
 def find_damage(path: Path) -> str | None:

@@ -134,12 +134,12 @@ class TrainableModule(ReliableModule):
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if size is None:
             raise ValueError("base_batch_size needs a data module with a batch_size; give the learning rate itself")
-        processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        total = size * processes * accumulated
+        ranks, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        total = size * ranks * accumulated
         lr = self.hparams["lr"]
         rank_zero_info(
             f"learning rate {lr:g} x {total} / {reference} = {lr * total / reference:g}: total batch {total} = "
-            f"{size} images x {processes} processes x {accumulated} accumulated batches"
+            f"{size} images x {ranks} ranks x {accumulated} accumulated batches"
         )
         return float(total / reference)
 
@@ -165,7 +165,7 @@ class TrainableModule(ReliableModule):
                 return float(options["step_factor"] ** sum(step >= drop for drop in drops))
             if options["schedule"] == "cosine" and total != float("inf"):
                 progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
-                return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+                return 0.5 * (1 + math.cos(math.pi * progress))
             return 1.0
 
         return factor

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_convnext_det.callbacks.divergence import check_weights
 from lightning_convnext_det.callbacks.exact_resume import ExactResume
 from lightning_convnext_det.callbacks.run_guard import RunGuard
+from lightning_convnext_det.callbacks.training_mode import TrainingMode
 from lightning_convnext_det.checkpoints.build_module import build_module
 from lightning_convnext_det.checkpoints.file import AtomicCheckpointIO
 from lightning_convnext_det.checkpoints.format import is_own, plain
@@ -43,9 +44,10 @@ class ReliableModule(pl.LightningModule):
     # ---- runs
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guard the run and seed its steps."""
+        """Guard the run, train in training mode, and seed each step."""
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
-        return [kind() for kind in (ExactResume, RunGuard) if not any(isinstance(c, kind) for c in callbacks)]
+        kinds = (ExactResume, TrainingMode, RunGuard)
+        return [kind() for kind in kinds if not any(isinstance(c, kind) for c in callbacks)]
 
     def setup(self, stage: str) -> None:
         """Put `AtomicCheckpointIO` in the place of Lightning's own, if the trainer has that one."""
