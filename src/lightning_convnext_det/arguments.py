@@ -78,6 +78,24 @@ def check_arguments(function: Callable[..., object], given: Mapping[str, object]
             raise ArgumentError(f"{name} is {_show(given[name])}; {_remedy(hint, given[name])}")
 
 
+def check_class_names(names: Sequence[str]) -> None:
+    """Refuse two classes of one name: results, metrics and messages could not tell them apart.
+
+    >>> check_class_names(["cat", "dog", "cat"])
+    Traceback (most recent call last):
+    lightning_convnext_det.errors.ArgumentError: class_names has 'cat' for labels 0 and 2; give each class its own name
+
+    Raises:
+        ArgumentError: naming the first that repeats and both labels.
+    """
+    first: dict[str, int] = {}
+    for label, name in enumerate(names):
+        if first.setdefault(name, label) != label:
+            raise ArgumentError(
+                f"class_names has '{name}' for labels {first[name]} and {label}; give each class its own name"
+            )
+
+
 @cache
 def _hints(function: Callable[..., object]) -> dict[str, Any]:  # annotations may be anything
     """The annotations that exclude values, by parameter."""

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +149,58 @@ def test_classifier__other_numbers_of_channels(channels: int) -> None:
 def test_classifier__a_network_without_stochastic_depth() -> None:
     with pytest.raises(ValueError, match="'vgg11' has no drop_path_rate; leave it at its default"):
         create_classifier("vgg11", num_classes=2, drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_classify__grey_and_rgba_files(channels: int, mode: str, image: Image.Image, tmp_path: Path) -> None:
+    model = create_classifier("test_convnext", num_classes=3, in_chans=channels)
+    image.convert(mode).save(tmp_path / "a.png")
+    pixels = torch.from_numpy(np.array(image.convert(mode))).reshape(260, 300, channels).permute(2, 0, 1)
+    expected = classify(model, pixels, top=3)
+    assert classify(model, tmp_path / "a.png", top=3) == classify(model, image, top=3) == expected
+    assert len(expected) == 3
+    assert extract_features(model, pixels).pooled.shape == (64,)
+
+
+def test_prepare__a_fourth_channel_is_no_alpha() -> None:
+    model = create_classifier("test_convnext", in_chans=4, num_classes=2)
+    pixels = torch.full((4, 200, 200), 180, dtype=torch.uint8)
+    pixels[3] = 0  # Pillow would make the other channels black
+    assert (model.prepare(pixels)[:3] == 180).all()
+    assert (model.prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy(), "RGBA"))[:3] == 180).all()
+
+
+def test_prepare__other_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the image has shape \[1, 9, 9\]; expected \[3, height, width\]"):
+        create_classifier("test_convnext").prepare(torch.zeros(1, 9, 9))
+    with pytest.raises(ValueError, match="takes 5 channels, images have 1, 3 or 4; give a tensor"):
+        create_classifier("test_convnext", in_chans=5).prepare(Image.new("RGB", (9, 9)))
+    assert create_classifier("test_convnext", in_chans=5).prepare(torch.zeros(5, 99, 70)).shape == (5, 160, 160)
+
+
+@pytest.mark.filterwarnings("ignore:.LCD-I010.")  # 16-bit grey is scaled
+def test_classify__16_bit_grey_files_are_not_cut_off(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 65535, 200 * 200).astype(np.uint16).reshape(200, 200)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    Image.fromarray((pixels >> 8).astype(np.uint8)).save(tmp_path / "flat.png")
+    model = create_classifier("test_convnext", num_classes=4)
+    deep, flat = (classify(model, tmp_path / f"{name}.png", top=4) for name in ("deep", "flat"))
+    assert [c.score for c in deep] == pytest.approx([c.score for c in flat], abs=1e-3)
+
+
+def test_classifier__repeated_class_names() -> None:
+    with pytest.raises(ValueError, match="class_names has 'cat' for labels 0 and 2; give each class its own name"):
+        create_classifier("test_convnext", num_classes=3, class_names=["cat", "dog", "cat"])
+
+
+def test_classifier__is_copied_and_saved_whole(tmp_path: Path) -> None:
+    model, images = create_classifier("test_convnext", num_classes=3), torch.rand(2, 3, 96, 96)
+    torch.save(model, tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=False)
+    for other in (saved, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(images), model(images))
+        assert other.prepare(torch.zeros(3, 50, 70)).shape == (3, 160, 160)
+
+
+def test_classifier__takes_images_of_another_device() -> None:
+    assert create_classifier("test_convnext").to("meta")(torch.zeros(1, 3, 64, 64)).is_meta

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_convnext_det.arguments import Count, Fraction, check_arguments
+from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.errors import DataError, DivergenceError
 from lightning_convnext_det.modules import load_module
@@ -66,6 +66,7 @@ class Predictor:
         nms: NMSMethod | None = None,
     ) -> None:
         check_arguments(Predictor.__init__, locals())
+        check_class_names(class_names)
         self.class_names = list(class_names)
         self.category_ids = list(range(len(self.class_names)) if category_ids is None else category_ids)
         _check_lengths(detector, self.class_names, self.category_ids)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
+from lightning_convnext_det.arguments import check_class_names
 from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.types import Detection, Target, image_id_of
 
@@ -59,6 +60,7 @@ class DetectionEvaluator:
     """
 
     def __init__(self, class_names: Sequence[str]) -> None:
+        check_class_names(class_names)
         self.class_names = list(class_names)
         self.undefined: str | None = None
         self._records: dict[_Key, _Record] = {}

@@ -7,16 +7,18 @@ A `Classifier` takes images as the detectors do, uint8 or float in 0..1, and nor
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, get_args
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from lightning_convnext_det.arguments import Count, Fraction, check_arguments
+from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
+from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.io.pixels import Channels, pixels_of
 from lightning_convnext_det.models.backbone import check_name
 from lightning_convnext_det.models.backbone_weights import fetching, load_classifier_weights
 
@@ -42,7 +44,7 @@ class Features(NamedTuple):
 class Classifier(nn.Module):
     """Image classifier: a timm network that normalises its images and knows its class names.
 
-    Takes images [B, in_chans, H, W], uint8 or float in 0..1, and returns logits, float [B, num_classes].
+    Takes images [B, in_chans, H, W], uint8 or float in 0..1, on any device, and returns logits, float [B, num_classes].
 
     >>> import torch
     >>> model = Classifier("test_convnext", class_names=["cat", "dog", "bird"], num_classes=3).eval()
@@ -86,13 +88,14 @@ class Classifier(nn.Module):
         options: dict[str, float] = {"in_chans": in_chans, "drop_rate": drop_rate}
         options |= {} if num_classes is None else {"num_classes": num_classes}
         options |= {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
-        self.name = name
+        self.name, self.in_chans = name, in_chans
         fetched = pretrained and weights is None
         with fetching(name) if fetched else nullcontext():
             self.net: nn.Module = _create(name, fetched, options)
         self.num_classes = cast(int, self.net.num_classes)
         if weights is not None:
             load_classifier_weights(self.net, weights, name)
+        check_class_names(class_names or ())
         self.class_names = list(_names(self.net, self.num_classes) if class_names is None else class_names)
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names, but '{name}' has {self.num_classes} classes")
@@ -105,7 +108,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [B, num_classes] of images [B, C, H, W], uint8 or float in 0..1."""
-        logits: Tensor = self.net(self.normalize(images))
+        logits: Tensor = self.net(self.normalize(images.to(_device(self))))
         return logits
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -118,17 +121,22 @@ class Classifier(nn.Module):
         """Resize and crop an image as timm does for evaluation.
 
         Args:
-            image: a Pillow image, or a tensor [in_chans, H, W], uint8 or float in 0..1.
+            image: a Pillow image, converted to grey, RGB or RGBA for 1, 3 or 4 channels, or a tensor
+                [in_chans, H, W], uint8 or float in 0..1.
 
         Returns:
             uint8 [in_chans, image_size, image_size].
+
+        Raises:
+            ValueError: if the image has other channels.
         """
-        if isinstance(image, Tensor):
-            pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
-            pil_image: Image.Image = F.to_pil_image(pixels.cpu())
-        else:
-            pil_image = image
-        prepared: Tensor = self._prepare(pil_image.convert("RGB"))
+        if isinstance(image, Image.Image):
+            image = pixels_of(image, "the image", _pixel_channels(self))
+        if image.dim() != 3 or len(image) != self.in_chans:
+            raise ValueError(f"the image has shape {list(image.shape)}; expected [{self.in_chans}, height, width]")
+        pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+        # as a Pillow image, as timm resizes it; but Pillow weights colours by alpha, which a fourth channel need not be
+        prepared: Tensor = self._prepare(F.to_pil_image(pixels.cpu()) if self.in_chans in (1, 3) else pixels)
         return prepared
 
 
@@ -161,16 +169,16 @@ def create_classifier(
     weights: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     drop_path_rate: float = 0.0,
+    in_chans: int = 3,
 ) -> Classifier:
     """Build a `Classifier`, which documents the arguments, in evaluation mode.
 
     >>> create_classifier("test_convnext", num_classes=2, class_names=["cat", "dog"]).class_names
     ['cat', 'dog']
     """
-    classifier = Classifier(
-        name, num_classes, pretrained, weights=weights, class_names=class_names, drop_path_rate=drop_path_rate
-    )
-    return classifier.eval()
+    return Classifier(
+        name, num_classes, pretrained, weights, class_names, in_chans, drop_path_rate=drop_path_rate
+    ).eval()
 
 
 @torch.no_grad()
@@ -192,7 +200,7 @@ def classify(model: Classifier, image: Image.Image | Tensor | str | Path, top: i
     Returns:
         The most probable classes by descending probability.
     """
-    batch = model.prepare(_opened(image))[None].to(_device(model))
+    batch = model.prepare(_read(model, image))[None].to(_device(model))
     scores, labels = model(batch).float().softmax(-1)[0].topk(min(top, model.num_classes))
     return [
         Classification(model.class_names[label], score, label)
@@ -218,17 +226,20 @@ def extract_features(model: Classifier, image: Image.Image | Tensor | str | Path
     """
     if not hasattr(model.net, "forward_intermediates"):
         raise ValueError(f"'{model.name}' does not return its feature maps; ConvNeXt and ResNet do")
-    batch = model.normalize(model.prepare(_opened(image))[None].to(_device(model)))
+    batch = model.normalize(model.prepare(_read(model, image))[None].to(_device(model)))
     final, maps = model.net.forward_intermediates(batch)  # type: ignore[operator]
     pooled = model.net.forward_head(final, pre_logits=True)  # type: ignore[operator]
     return Features([x[0] for x in maps], pooled[0])
 
 
-def _opened(image: Image.Image | Tensor | str | Path) -> Image.Image | Tensor:
-    if isinstance(image, str | Path):
-        with Image.open(image) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    return image
+def _read(model: Classifier, image: Image.Image | Tensor | str | Path) -> Image.Image | Tensor:
+    return read_image(image, channels=_pixel_channels(model)) if isinstance(image, str | Path) else image
+
+
+def _pixel_channels(model: Classifier) -> Channels:
+    if model.in_chans not in get_args(Channels):
+        raise ValueError(f"'{model.name}' takes {model.in_chans} channels, images have 1, 3 or 4; give a tensor")
+    return cast(Channels, model.in_chans)
 
 
 def _device(model: nn.Module) -> torch.device:
