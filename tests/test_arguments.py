@@ -111,7 +111,7 @@ def test_constructors__refuse_what_their_annotations_exclude(name: str, paramete
     [
         ({"optimizer": "lion"}, "optimizer is 'lion'; choose adamw or sgd"),
         ({"schedule": "cosin"}, "schedule is 'cosin'; .* did you mean 'cosine'"),
-        ({"lr": -1}, "lr is -1; it must be above 0"),
+        ({"lr": -1}, "lr is -1; it must be at least 0"),
         ({"milestones": [3, -1]}, "milestones is .*at least 0"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5; it must be above 0 and at most 1"),
     ],

@@ -15,8 +15,8 @@ import timm
 import torch
 from PIL import Image
 
+from lightning_convnext_det.cli.commands import TOOLS
 from lightning_convnext_det.cli.main import main
-from lightning_convnext_det.cli.tools import TOOLS
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from tests.convert.test_importer import original_state
 

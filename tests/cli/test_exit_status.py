@@ -12,8 +12,9 @@ from lightning_convnext_det import errors
 from lightning_convnext_det.callbacks.divergence import find_non_finite
 from lightning_convnext_det.callbacks.run_guard import EXIT_STATUS as TERMINATED
 from lightning_convnext_det.checkpoints.file import read_checkpoint_file
+from lightning_convnext_det.cli.commands import EXIT_STATUS
 from lightning_convnext_det.cli.main import main
-from lightning_convnext_det.cli.trainer import EXIT_STATUS, DetectionCLI
+from lightning_convnext_det.cli.trainer import DetectionCLI
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules import FasterRCNNModule
 from tests.cli.test_main import QUIET, SMALL
@@ -45,9 +46,9 @@ def fit(dataset: Path, folder: Path, network: list[str] = SMALL) -> list[str]:
 
 def test_exit_status__every_error_of_the_package_is_listed() -> None:
     listed = {int(number) for number in re.findall(r"\d+", EXIT_STATUS)}
-    own = {e.exit_status for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)}
-    assert own == {3, 4, 5, 6}
-    assert listed == own | {0, 2, 130, TERMINATED}
+    own = {e.exit_status for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.UserError)}
+    assert own == {2, 3, 4, 5, 6}
+    assert listed == own | {0, 130, TERMINATED}
 
 
 def test_fit__divergence_is_4_and_what_is_on_disk_is_finite(
@@ -92,6 +93,7 @@ def test_fit__sigterm_is_143_and_the_run_goes_on(
 
 SIGNALS_ITS_GROUP = """
 import os, subprocess, sys, time
+from lightning_convnext_det.cli.commands import EXIT_STATUS
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.modules import FasterRCNNModule
 os.setsid()
@@ -132,7 +134,7 @@ def test_fit__the_command_line_wins_over_the_configuration_which_wins_over_the_c
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(DetectionCLI, "_run_subcommand", lambda self, _: seen.append(dict(self.model.hparams)))
     (tmp_path / "c.yaml").write_text(
-        "model:\n  class_path: FasterRCNNModule\n  init_args: {lr: 0.3, weight_decay: 0.7}\n"
+        "model:\n  class_path: lightning_convnext_det.FasterRCNNModule\n  init_args: {lr: 0.3, weight_decay: 0.7}\n"
     )
     checkpoint = f"--ckpt_path={run / 'version_0' / 'checkpoints' / 'last.ckpt'}"
     arguments = [*fit(dataset, tmp_path, QUIET), checkpoint, f"--config={tmp_path / 'c.yaml'}", "--model.lr=0.5"]

@@ -11,7 +11,9 @@ from lightning.pytorch import Trainer
 from pycocotools.coco import COCO
 
 from lightning_convnext_det import __version__
-from lightning_convnext_det.cli.main import main, user_message
+from lightning_convnext_det.cli.commands import TOOLS, TRAINER
+from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.cli.messages import find_user_error, is_raised_here, one_line
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.modules import load_module
@@ -166,7 +168,9 @@ def test_fit__without_validation_the_last_checkpoint_is_the_best(
         (["predict", "--data.predict", "DATA", "--ckpt_path", "none.ckpt"], 6, "none.ckpt: no such checkpoint file"),
         (["predict", "--data.predict", "DATA", "--ckpt_path", "http://host/x.ckpt"], 6, "LCD-S010"),
         (["check", "EMPTY"], 3, "LCD-L"),
-        (["boxes"], 2, "invalid choice: 'boxes'"),
+        (["boxes"], 2, "invalid command 'boxes'"),
+        (["validat"], 2, "invalid command 'validat'; did you mean 'validate'?"),
+        ([], 2, "give one of fit, validate, test, predict, check"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -236,12 +240,11 @@ def test_main__import_weights_writes_a_checkpoint_that_predicts(
 
 
 def test_main__help_names_tools_and_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert "check" in text
-    assert "4 divergence" in " ".join(text.split())
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, line in {**TRAINER, **TOOLS}.items():
+        assert f"{name} {line}" in text
+    assert "4 divergence" in text
 
 
 def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,15 +252,26 @@ def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"convnext-det {__version__}\n"
 
 
-def test_user_message__defects_keep_their_traceback() -> None:
-    assert user_message(DataError("bad box")) == "bad box"
-    with pytest.raises(ValueError) as caught:
-        int("x")
-    assert user_message(caught.value) is None  # not raised by this package: a defect, or torch's
-    worker = DataError(
-        "Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n  x\npkg.DataError: a.jpg"
-    )
-    assert user_message(worker) == "a.jpg"
+def test_find_user_error__looks_into_causes_and_leaves_defects_alone() -> None:
+    mistake = DataError("bad box")
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("a page of a library's") from mistake
+    assert find_user_error(caught.value) is mistake
+    assert find_user_error(ValueError("a defect")) is None
+
+
+def test_one_line__of_a_worker_leaves_its_traceback_out() -> None:
+    text = "Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n  x\npkg.DataError: a.jpg"
+    assert one_line(DataError(text)) == "a.jpg"
+    assert one_line(DataError("two\n  lines")) == "two lines"
+
+
+def test_is_raised_here__by_a_statement_not_by_an_expression_nor_elsewhere() -> None:
+    for code, expected in (("raise ValueError('lr is -1')", True), ("int('x')", False), ("{}['x']", False)):
+        for module, is_ours in (("lightning_convnext_det.data.dataset", True), ("torch", False)):
+            with pytest.raises((ValueError, KeyError)) as caught:
+                exec(compile(code, "x", "exec"), {"__name__": module})
+            assert is_raised_here(caught.value) is (expected and is_ours)
 
 
 def test_main__interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +293,7 @@ def test_main__module_is_the_command() -> None:
     ("arguments", "left_out"),
     [
         (["--version"], ["torch", "numpy"]),
+        (["--help"], ["torch", "numpy"]),
         (["check", "DATA"], ["torch", "scipy", "matplotlib"]),
         (["models", "resnet18"], ["lightning", "torchmetrics"]),
         (["import-weights", "--help"], ["torch"]),

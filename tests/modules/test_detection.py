@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.cli.trainer import _named_start
 from lightning_convnext_det.errors import CheckpointError, DataError
 from lightning_convnext_det.metrics.coco_map import METRICS
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module, start_module
@@ -245,12 +244,3 @@ def test_start_module__batch_norm_that_learns_again_and_tensors_without_a_place(
     assert "detector.backbone.body.net.conv1.1.num_batches_tracked" in module.state_dict()
     with pytest.raises(CheckpointError, match=r"LCD-K014.*'detector.backbone.body.norms.0.weight' has no place in it"):
         start_module(path, 3, out_norm=False)
-
-
-def test_named_start__from_a_configuration(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text("start_from: imported.ckpt\n")
-    assert _named_start(["fit", "--config", str(config)]) == "imported.ckpt"
-    assert _named_start(["fit", "--config", str(config), "--start_from", "other.ckpt"]) == "other.ckpt"
-    assert _named_start(["fit", "--config", str(config), "--ckpt_path", "last.ckpt"]) is None
-    assert _named_start(["test", "--config", str(config)]) is None

@@ -71,7 +71,7 @@ def build_module(
     return built
 
 
-def read_checkpoint(path: str | Path, classes: Classes) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, classes: Classes, kind: type[pl.LightningModule] | None = None) -> dict[str, Any]:
     """Read a checkpoint of this package, running no code in it.
 
     The network that it describes has exactly the tensors that it holds.
@@ -79,12 +79,13 @@ def read_checkpoint(path: str | Path, classes: Classes) -> dict[str, Any]:
     Args:
         path: a local file or an fsspec address.
         classes: the modules that it may describe.
+        kind: the module that it must describe (default: any of them); a user's own subclass reads its own checkpoints.
 
     Raises:
         CheckpointError: if it is missing or damaged, was not written by this package, or describes another network
             than it holds.
     """
-    read = _read(path, None, classes)
+    read = _read(path, kind, classes)
     _build_weightless(read, {})
     return {**read.content, "hyper_parameters": _arguments(read, {})}
 

@@ -1,15 +1,18 @@
-"""The command ``convnext-det``: what it is asked for, and how it ends.
+"""The command ``convnext-det``: dispatch, help, errors in one line and exit statuses.
 
 Libraries are imported by the commands that need them: Lightning and torch take seconds.
 """
 
+import argparse
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
 
 from lightning_convnext_det import __version__
-from lightning_convnext_det.cli.tools import TOOLS
+from lightning_convnext_det.cli.commands import DESCRIPTION, TOOLS, TRAINER
+from lightning_convnext_det.cli.messages import find_user_error, one_line
+from lightning_convnext_det.suggestions import suggest
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -20,13 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         sys.stdout.write(f"convnext-det {__version__}\n")
         return 0
+    if list(arguments) in (["--help"], ["-h"]):
+        sys.stdout.write(_create_parser().format_help())
+        return 0
     _quieten()
     try:
-        if arguments and arguments[0] in TOOLS:
-            return TOOLS[arguments[0]][0](arguments[1:], main)
-        from lightning_convnext_det.cli.trainer import run_trainer
-
-        run_trainer(arguments)
+        return _run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as error:
@@ -34,17 +36,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return INTERRUPTED
         raise
     except Exception as error:
-        cause = _cause(error)
-        line = user_message(cause)
-        if line is None:
+        found = find_user_error(error)
+        if found is None:
             raise
-        sys.stderr.write(f"error: {line}\n")
-        return int(getattr(cause, "exit_status", 2))
+        sys.stderr.write(f"error: {one_line(found)}\n")
+        return found.exit_status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    command = arguments[0] if arguments else ""
+    if command in TOOLS:
+        from lightning_convnext_det.cli.tools import TOOLS as tools
+
+        return tools[command](arguments[1:], main)
+    if not command.startswith("-") and command not in TRAINER:
+        reason = suggest(command, [*TRAINER, *TOOLS]) if command else f"give one of {', '.join([*TRAINER, *TOOLS])}"
+        sys.stderr.write(f"error: invalid command '{command}'; {reason}\n")
+        return 2
+    from lightning_convnext_det.cli.trainer import run_trainer
+
+    run_trainer(arguments)
     return 0
 
 
+def _create_parser() -> argparse.ArgumentParser:
+    """The parser whose help lists all commands; each command parses its own arguments."""
+    parser = argparse.ArgumentParser("convnext-det", description=DESCRIPTION)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("-c", "--config", metavar="FILE", help="configuration file that names the command as its key")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", description="COMMAND --help tells more")
+    for name, text in {**TRAINER, **TOOLS}.items():
+        subparsers.add_parser(name, help=text)
+    return parser
+
+
 def _quieten() -> None:
-    """Leave out what a user can do nothing about: advertisements, and warnings that are Lightning's own affair."""
+    """Hide advertisements, and warnings about Lightning's own code."""
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
@@ -55,33 +82,3 @@ def _quieten() -> None:
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "💡 Tip" not in record.getMessage()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of ours that another library has wrapped into its own, or the error itself."""
-    cause: BaseException | None = error
-    while cause is not None and not hasattr(cause, "exit_status"):
-        cause = cause.__cause__
-    return cause or error
-
-
-def user_message(error: BaseException) -> str | None:
-    """Say in one line what the user did wrong; None if the error is a defect of a program."""
-    text = str(error).strip()
-    if "Original Traceback" in text:  # raised in a worker of the data loader, which puts its traceback into the text
-        text = text.splitlines()[-1].partition(": ")[2]
-    text = " ".join(text.split())
-    if hasattr(error, "exit_status"):
-        return text
-    if isinstance(error, ValueError | TypeError | FileNotFoundError) and _raised_here(error):
-        return text
-    return None
-
-
-def _raised_here(error: BaseException) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return False
-    return str(traceback.tb_frame.f_globals.get("__name__", "")).startswith("lightning_convnext_det.")

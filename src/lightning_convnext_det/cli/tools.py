@@ -1,6 +1,6 @@
-"""The tools of the command beside the trainer's: check, models, import-weights, export-backbone, demo.
+"""Commands beside the trainer's: check, models, import-weights, export-backbone and demo.
 
-Each imports what it needs when it runs: checking a folder takes no torch.
+Each imports what it needs when it runs: `check` takes no torch.
 """
 
 import argparse
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.cli import commands
+from lightning_convnext_det.errors import ArgumentError, CheckpointError
 
 Command = Callable[[Sequence[str]], int]
 """Takes the arguments of a command line, returns its exit status."""
@@ -21,24 +22,29 @@ def check(arguments: Sequence[str], run: Command) -> int:
     from lightning_convnext_det.data.formats.exif_frames import Exif
     from lightning_convnext_det.data.formats.records import InvalidAnnotations
 
-    parser = argparse.ArgumentParser("convnext-det check", description="List every invalid annotation of a dataset.")
+    parser = _create_parser("check")
     parser.add_argument("root", help="folder with a COCO, VOC or YOLO dataset")
     parser.add_argument(
-        "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found by looking"
+        "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found from the files"
     )
     parser.add_argument("--decode", action="store_true", help="decode every image, not only its header")
     parser.add_argument(
         "--exif",
         default="auto",
         choices=get_args(Exif),
-        help="what boxes refer to in images with an EXIF orientation; default: their annotated size decides",
+        help="frame of the boxes in images with an EXIF orientation; default: by the annotated sizes",
     )
-    parser.add_argument("--class_names", nargs="+", metavar="NAME", help="the classes in order of label")
+    parser.add_argument(
+        "--class_names",
+        nargs="+",
+        metavar="NAME",
+        help="names of the classes in order of label; default: those of the dataset",
+    )
     parser.add_argument(
         "--invalid_annotations",
         default="auto",
         choices=get_args(InvalidAnnotations),
-        help="what is to become of records that cannot be used; default: harmless ones are dropped, others refused",
+        help="drop or refuse invalid annotations; default: harmless ones are dropped, others refused",
     )
     options = vars(parser.parse_args(arguments))
     report = check_dataset(options.pop("root"), **options)
@@ -47,24 +53,22 @@ def check(arguments: Sequence[str], run: Command) -> int:
 
 
 def demo(arguments: Sequence[str], run: Command) -> int:
-    """Train and look at a detector on images made up on the spot."""
+    """Train a detector on synthetic images and draw what it finds."""
     from lightning_convnext_det.cli.demo import run_demo
 
     return run_demo(arguments, run)
 
 
 def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
-    """Turn third-party weights into a checkpoint."""
-    parser = argparse.ArgumentParser(
-        "convnext-det import-weights", description="Turn third-party weights into a checkpoint of this package."
-    )
+    """Convert third-party weights to a checkpoint."""
+    parser = _create_parser("import-weights")
     parser.add_argument(
         "source",
-        help="Deformable DETR of birder, its authors or Hugging Face; Mask or Cascade Mask R-CNN of ConvNeXt's "
-        "authors; Faster R-CNN of torchvision",
+        help="weights of Deformable DETR from birder, its authors or Hugging Face; of Mask or Cascade Mask R-CNN from "
+        "ConvNeXt's authors; of Faster R-CNN from torchvision",
     )
     parser.add_argument("destination", help="checkpoint to write")
-    parser.add_argument("--backbone", help="timm name of the backbone, where the file does not tell")
+    parser.add_argument("--backbone", help="timm name of the backbone, where the file does not name it")
     options = parser.parse_args(arguments)
     from lightning_convnext_det.convert.importer import import_weights
     from lightning_convnext_det.modules.registry import DETECTORS, save_module
@@ -81,17 +85,15 @@ def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
 
 
 def export_backbone(arguments: Sequence[str], run: Command) -> int:
-    """Save the backbone of a detector as a file that timm loads."""
-    parser = argparse.ArgumentParser(
-        "convnext-det export-backbone", description="Save the backbone of a detector as a file that timm loads."
-    )
+    """Save a detector's backbone as weights for timm."""
+    parser = _create_parser("export-backbone")
     parser.add_argument("checkpoint", help="of a detector of this package")
     parser.add_argument("destination", help="file to write, ending in .safetensors")
     options = parser.parse_args(arguments)
     if not options.destination.endswith(".safetensors"):
-        raise ValueError(f"'{options.destination}' must end in .safetensors")
+        raise ArgumentError(f"'{options.destination}' must end in .safetensors")
     if not Path(options.destination).parent.is_dir():
-        raise ValueError(f"'{options.destination}': there is no such folder")
+        raise ArgumentError(f"'{options.destination}': there is no such folder")
     from safetensors.torch import save_file
 
     from lightning_convnext_det.models.backbone import TimmPyramid, backbone_state_dict
@@ -106,18 +108,18 @@ def export_backbone(arguments: Sequence[str], run: Command) -> int:
     sys.stdout.write(
         f"{len(tensors)} tensors of '{pyramid.name}' written: {options.destination}\n"
         f"timm.create_model('{pyramid.name}', pretrained=True, num_classes=N, "
-        f"pretrained_cfg_overlay={{'file': '{options.destination}'}}) takes them; N as in timm's own weights wants "
-        "a head, too\n"
+        f"pretrained_cfg_overlay={{'file': '{options.destination}'}}) loads them; N must not be the number of classes "
+        "of timm's own weights, for the file has no classifier\n"
     )
     return 0
 
 
 def models(arguments: Sequence[str], run: Command) -> int:
-    """Print what backbones and detectors cost and how well they classify."""
-    parser = argparse.ArgumentParser(
-        "convnext-det models",
-        description="Print parameters (M), multiply-adds (G; backbones at 224x224, detectors at 800x1333), channels, "
-        "strides and published ImageNet-1k top-1 of backbones and detectors.",
+    """Print size, cost and published accuracy of backbones and detectors."""
+    parser = _create_parser(
+        "models",
+        "Print parameters (M), multiply-adds (G; backbones at 224x224, detectors at 800x1333), channels, strides and "
+        "published ImageNet-1k top-1 of backbones and detectors.",
     )
     parser.add_argument("pattern", nargs="?", default="*", help="such as '*convnext_tiny*'; also any timm name")
     options = parser.parse_args(arguments)
@@ -133,10 +135,17 @@ def models(arguments: Sequence[str], run: Command) -> int:
     return 0
 
 
-TOOLS: dict[str, tuple[Callable[[Sequence[str], Command], int], str]] = {
-    "check": (check, "list every invalid annotation of a dataset"),
-    "models": (models, "print what backbones and detectors cost"),
-    "import-weights": (import_weights_tool, "turn third-party weights into a checkpoint"),
-    "export-backbone": (export_backbone, "save a detector's backbone for timm"),
-    "demo": (demo, "train and look at a detector on images made up on the spot"),
+def _create_parser(command: str, description: str | None = None) -> argparse.ArgumentParser:
+    text = commands.TOOLS[command]
+    return argparse.ArgumentParser(
+        f"convnext-det {command}", description=description or f"{text[0].upper()}{text[1:]}."
+    )
+
+
+TOOLS: dict[str, Callable[[Sequence[str], Command], int]] = {
+    "check": check,
+    "models": models,
+    "import-weights": import_weights_tool,
+    "export-backbone": export_backbone,
+    "demo": demo,
 }

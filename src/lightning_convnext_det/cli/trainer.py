@@ -1,20 +1,18 @@
 """LightningCLI for detectors and classifiers: fit, validate, test and predict."""
 
-import difflib
-import inspect
 import os
 import platform
-import re
+import pydoc
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -26,70 +24,41 @@ from lightning_convnext_det.callbacks.classification_writer import Classificatio
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.checkpoints.build_module import read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.format import FORMAT
-from lightning_convnext_det.cli.tools import TOOLS
+from lightning_convnext_det.cli.arguments import Choices, Parser
+from lightning_convnext_det.cli.commands import DESCRIPTION
+from lightning_convnext_det.cli.messages import is_raised_here, one_line
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
-from lightning_convnext_det.errors import CheckpointError
-from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
-from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
-from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.errors import ArgumentError, CheckpointError, UserError
 from lightning_convnext_det.modules.classification import ClassifierModule
-from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 from lightning_convnext_det.modules.optimization import TrainableModule
 from lightning_convnext_det.modules.registry import MODULES
 from lightning_convnext_det.ops.nms import NMSMethod
-from lightning_convnext_det.suggestions import suggest
-
-EXIT_STATUS = """exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable,
-6 checkpoint, 130 interrupted, 143 terminated"""
-
-_DESCRIPTION = (
-    "Object detection on any timm backbone. Beside the commands of the trainer: "
-    + "; ".join(f"{name} - {text}" for name, (_, text) in TOOLS.items())
-    + f". {EXIT_STATUS}"
-)
 
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the dataset answers
-_DETECTORS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR, ClassifierModule)
-_MODEL = [name for callee in _DETECTORS for name in inspect.signature(callee).parameters]
-_DATA = [name for kind in (DetectionDataModule, ImageFolderDataModule) for name in inspect.signature(kind).parameters]
-
-
-def _suggest_option(word: str) -> str:
-    """Say which argument of model or data a misspelt one may mean."""
-    options = {name: f"--model.{name}" for name in _MODEL} | {name: f"--data.{name}" for name in _DATA}
-    close = [options[name] for name in difflib.get_close_matches(word, options, n=2, cutoff=0.5)]
-    return f"did you mean {' or '.join(close)}?" if close else "see --model.help and --data.help"
-
-
-class _Parser(LightningArgumentParser):
-    """LightningCLI's parser; an unknown argument gets the closest known one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and leave with status 2."""
-        text = " ".join(str(message).split())
-        known = [option for action in self._actions for option in action.option_strings]
-        if unknown := re.search(r"nrecognized arguments: (--[\w.]+)", text):
-            text += f"; {suggest(unknown.group(1), known)}"
-        elif unknown := re.search(r"Option '(\w+)' is not accepted", text):
-            text = f"'{unknown.group(1)}' is no argument of the model or the data; {_suggest_option(unknown.group(1))}"
-        sys.stderr.write(f"error: {text}\n")
-        raise SystemExit(2)
+_DATA = {kind.__name__: kind for kind in (DetectionDataModule, ImageFolderDataModule)}
+_LIGHTNING_WORDS = ("best", "last", "hpc", "registry")  # values of ckpt_path that Lightning looks up itself
+_BEST_CHECKPOINT = {
+    "checkpoint.monitor": "val/map",
+    "checkpoint.mode": "max",
+    "checkpoint.filename": "best",
+    "checkpoint.save_last": True,
+    "checkpoint.auto_insert_metric_name": False,
+    "checkpoint.enable_version_counter": False,
+}
 
 
 class DetectionCLI(LightningCLI):
     """LightningCLI for detectors and classifiers and their data, with defaults that need no configuration.
 
-    The command line wins over configuration files, which win over the checkpoint given with ``--ckpt_path``.
+    The command line wins over configuration files, which win over the checkpoint given by ``--ckpt_path``.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._start = _named_start(arguments)
-        self._checkpoint = (
-            _named_checkpoint(arguments) if self._start is None else read_checkpoint(self._start, MODULES)
-        )
-        self._named_model = _option(arguments, ("--model", "--model.class_path")) or _configured_model(arguments)
+        self._start: str | None = None
+        self._checkpoint: dict[str, Any] | None = None  # that of --ckpt_path or --start_from
+        self._kind: type[LightningModule] = FasterRCNNModule
         super().__init__(
             TrainableModule,
             LightningDataModule,
@@ -100,63 +69,76 @@ class DetectionCLI(LightningCLI):
             load_from_checkpoint_support=False,  # no class paths in checkpoints: they would be imported on loading
             seed_everything_default=1,
             trainer_defaults={"max_epochs": 24, "default_root_dir": "runs", "log_every_n_steps": 10},
-            parser_class=_Parser,
-            parser_kwargs={"prog": "convnext-det", "description": _DESCRIPTION, "version": __version__},
+            parser_class=Parser,
+            parser_kwargs={"prog": "convnext-det", "description": DESCRIPTION, "version": __version__},
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add checkpointing and output, link the classes of the data to the model, and set the defaults."""
+    # ---- arguments
+
+    def add_arguments_to_parser(self, parser: Parser) -> None:  # type: ignore[override]  # see parser_class
+        """Add checkpointing and output, and link the classes of the data to the model."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/map",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        parser.set_defaults(_BEST_CHECKPOINT)
         parser.add_lightning_class_args(PredictionWriter, "output")
         parser.add_argument(
             "--nms",
             type=NMSMethod | None,
             default=None,
-            help="what happens to overlapping detections of a class (default: as the model or its checkpoint says)",
+            help="non-maximum suppression: hard, soft or none (default: as the model or its checkpoint has it)",
         )
         parser.add_argument(
             "--start_from",
             type=str | None,
             default=None,
-            help="fit: begin with the network and the weights of this checkpoint, whatever its classes",
+            help="fit: start from the network and the weights of this checkpoint; its classes may be others",
         )
-        for name in _LINKED:  # a link makes it no required argument; the value is given in instantiate_classes
-            parser.link_arguments("data", f"model.init_args.{name}", apply_on="instantiate")
-        parser.set_defaults({"model": self._default_model(), "data": {"class_path": self._default_data()}})
+        for name in _LINKED:  # a linked argument is not required
+            parser.link_arguments(
+                "data", f"model.init_args.{name}", lambda data, name=name: self._classes(name, data), "instantiate"
+            )
+        for base in (TrainableModule, LightningDataModule):
+            parser.add_instantiator(_construct, base)
+        parser.set_defaults_by = self._set_defaults
+        self._set_class_defaults(parser, FasterRCNNModule, DetectionDataModule)
 
-    def _default_data(self) -> str:
-        """The data module that belongs to the model."""
-        module = self._checkpoint[FORMAT]["module"] if self._checkpoint else self._named_model
-        data = ImageFolderDataModule if "Classifier" in module else DetectionDataModule
-        return f"{data.__module__}.{data.__name__}"
+    def _set_defaults(self, parser: Parser, choices: Choices) -> None:
+        """Make the model of the checkpoint, or the class that is chosen, the default of a subcommand."""
+        kind = _find_class(choices.model, MODULES)
+        path = choices.ckpt_path if choices.ckpt_path not in _LIGHTNING_WORDS else None
+        self._start = self._checkpoint_to_start_from(str(parser.subcommand), choices)
+        options: dict[str, Any] = {}
+        if path := self._start or path:
+            self._checkpoint = read_checkpoint(path, MODULES, kind)
+            options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in _LINKED}
+            kind = kind or MODULES[self._checkpoint[FORMAT]["module"]]
+        self._kind = kind or FasterRCNNModule
+        if self._start and issubclass(self._kind, ClassifierModule):
+            raise ArgumentError(
+                "--start_from is for detectors; a detector takes a classifier by --model.backbone_weights"
+            )
+        data = ImageFolderDataModule if issubclass(self._kind, ClassifierModule) else DetectionDataModule
+        self._set_class_defaults(parser, self._kind, _find_class(choices.data, _DATA) or data, options)
 
-    def _default_model(self) -> dict[str, Any]:
-        if self._checkpoint is None:
-            # the class that is asked for, or else arguments of the default class would leak into it
-            module = MODULES.get(self._named_model.rpartition(".")[2], FasterRCNNModule)
-            return {"class_path": f"{module.__module__}.{module.__name__}"}
-        module = MODULES[self._checkpoint[FORMAT]["module"]]
-        options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in _LINKED}
-        return {"class_path": f"{module.__module__}.{module.__name__}", "init_args": options}
+    def _checkpoint_to_start_from(self, subcommand: str, choices: Choices) -> str | None:
+        """The checkpoint of ``--start_from``; one in a configuration file counts for the first part of a training."""
+        continues = subcommand != "fit" or choices.ckpt_path is not None
+        if continues and choices.start_from_is_flag and choices.start_from is not None:
+            raise ArgumentError("--start_from begins the training of a detector: it is for fit, without --ckpt_path")
+        return None if continues else choices.start_from
 
-    def _classes(self, name: str, module: type[TrainableModule]) -> int | list[int] | list[str] | None:
-        is_classifier = issubclass(module, ClassifierModule)
-        if self._checkpoint is not None and (self.subcommand == "predict" or is_classifier):
-            value: int | list[int] | list[str] | None = self._checkpoint["hyper_parameters"][name]
-            return value
-        if is_classifier and self.subcommand != "fit":
-            return None  # those of the pretrained weights, among which the folder's are found
-        return cast(int | list[int] | list[str], getattr(self.datamodule, name))
+    def _set_class_defaults(
+        self,
+        parser: LightningArgumentParser,
+        model: type[LightningModule],
+        data: type[LightningDataModule],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        parser.set_defaults(
+            {
+                "model": {"class_path": _path_of(model), "init_args": dict(options or {})},
+                "data": {"class_path": _path_of(data)},
+            }
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments given, whatever ``sys.argv`` holds."""
@@ -165,43 +147,47 @@ class DetectionCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it is: the checkpoint's values are the parser's defaults already."""
         subcommand = self.config["subcommand"]
-        if self._start is not None and (
-            subcommand != "fit"
-            or self.config[subcommand].get("ckpt_path")
-            or "Classifier" in str(self._default_model())
-        ):
-            raise ValueError("--start_from begins the training of a detector: it is for fit, without --ckpt_path")
+        chosen = self.config[subcommand]["model"].get("init_args", {})
         if self._checkpoint is None:
-            chosen = self.config[subcommand]["model"].get("init_args", {})
             released = chosen.get("pretrained_backbone") or chosen.get("backbone_weights")
-            if subcommand != "fit" and not (released and "Classifier" in self._named_model):
+            if subcommand != "fit" and not (released and issubclass(self._kind, ClassifierModule)):
                 raise CheckpointError(f"[LCD-K001] {subcommand} needs trained weights: add --ckpt_path FILE")
             return
-        chosen = self.config[subcommand]["model"].get("init_args", {})
         for name, trained in self._checkpoint["hyper_parameters"].items():
             value = chosen.get(name, trained)
             if name not in (*_LINKED, "pretrained_backbone", "backbone_weights") and _plain(value) != _plain(trained):
                 sys.stderr.write(f"model.{name}: {value} replaces the checkpoint's {trained}\n")
 
-    def instantiate_classes(self) -> None:
-        """Build data, model and trainer."""
+    # ---- model, data and trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Hand ``--nms`` to the model."""
+        config = self.config[self.subcommand]
+        if config["nms"]:
+            config["model"]["init_args"]["nms"] = config["nms"]
         if self.subcommand != "fit":
             self.save_config_callback = None
-        config = self.config.clone()
-        model = config[self.subcommand].pop("model")
-        self.config_init = self.parser.instantiate(config)
-        self.datamodule = self._get(self.config_init, "data")
-        # not by the parser, which would wrap a constructor's error into a page about types
-        module = MODULES[model.class_path.rpartition(".")[2]]
-        arguments = vars(model.init_args) | {name: self._classes(name, module) for name in _LINKED}
-        if nms := config[self.subcommand].nms:
-            arguments["nms"] = nms
-        self.model = module(**arguments)
-        if self._start is not None and self._checkpoint is not None and isinstance(self.model, DetectionModule):
+
+    def after_instantiate_classes(self) -> None:
+        """Take the weights of ``--start_from``."""
+        if self._start is not None and self._checkpoint is not None:
             new = take_weights(self.model, self._checkpoint, self._start)
             kept = len(self.model.state_dict()) - len(new)
             sys.stderr.write(f"{self._start}: {kept} tensors kept, {len(new)} begin anew for other classes\n")
-        self.trainer = self.instantiate_trainer()
+
+    # a number, names or ids
+    def _classes(self, name: str, data: LightningDataModule) -> Any:
+        """The classes of the model: the checkpoint's in prediction, else those of the data."""
+        is_classifier = issubclass(self._kind, ClassifierModule)
+        if self._checkpoint is not None and (self.config["subcommand"] == "predict" or is_classifier):
+            return self._checkpoint["hyper_parameters"].get(name)
+        if is_classifier and self.config["subcommand"] != "fit":
+            return None  # those of the pretrained weights, among which the folder's are found
+        if name == "num_classes" and not hasattr(data, name):
+            raise ArgumentError(
+                f"{type(data).__name__} has no num_classes, by which the model is built; add the attribute"
+            )
+        return getattr(data, name, None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of the trainer's method; predictions are written as they come, not kept in memory."""
@@ -237,7 +223,7 @@ class DetectionCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and not self._validates(config):
                 callback.monitor = None  # nothing is measured: the last checkpoint is the best one
             elif isinstance(callback, ModelCheckpoint) and callback.monitor == TrainableModule.monitor:
-                callback.monitor = cast(TrainableModule, self.model).monitor
+                callback.monitor = self.model.monitor
         return super()._instantiate_trainer(config, own)
 
     def _validates(self, config: dict[str, Any]) -> bool:
@@ -250,12 +236,12 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """Run one of the trainer's commands, or print the help.
 
     Raises:
-        ValueError: if the trainer cannot be set up as asked.
+        ArgumentError: if the trainer cannot be set up as asked.
     """
     try:
         DetectionCLI(arguments)
     except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+        raise ArgumentError(one_line(error)) from error
 
 
 def _emulates_bfloat16(accelerator: str) -> bool:
@@ -279,49 +265,33 @@ def _plain(value: Any) -> Any:  # any value of a configuration
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _named_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
-    """Read the checkpoint that the command line or a configuration file names."""
-    path = _option(arguments, ("--ckpt_path",))
-    path = _configuration(arguments).get("ckpt_path") if path is None else path
-    if not isinstance(path, str) or path in ("null", "best", "last", "hpc", "registry"):  # Lightning's own words
-        return None
-    return read_checkpoint(path, MODULES)
+def _path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _named_start(arguments: Sequence[str]) -> str | None:
-    """The checkpoint to begin with that the command line names, or a configuration file for a training's first part."""
-    path = _option(arguments, ("--start_from",))
-    content = _configuration(arguments)
-    continues = _option(arguments, ("--ckpt_path",)) or content.get("ckpt_path")
-    if path is None and arguments[:1] == ["fit"] and not continues:
-        path = content.get("start_from")
-    return path if isinstance(path, str) and path != "null" else None
+def _find_class(name: str | None, known: Mapping[str, type]) -> Any:
+    """The class of that name or import path; None if there is none, of which the parser will tell."""
+    if name is None or "." not in name:
+        return known.get(name or "")
+    with suppress(pydoc.ErrorDuringImport):
+        found = pydoc.locate(name)
+        return found if isinstance(found, type) else None
+    return None
 
 
-def _configured_model(arguments: Sequence[str]) -> str:
-    """The class of the model that a configuration file names; empty if it names none."""
-    model = _configuration(arguments).get("model")
-    return str(model.get("class_path", "")) if isinstance(model, dict) else ""
+# any class of a user, with its arguments
+def _construct(kind: type, *arguments: Any, **options: Any) -> Any:
+    """Build a model, data module or callback; an argument that it refuses is an error of the user's.
 
-
-def _configuration(arguments: Sequence[str]) -> dict[str, Any]:
-    """The content of the configuration file given; empty if it cannot be read, of which the parser will say why."""
-    config = _option(arguments, ("--config", "-c"))
-    if config is None or not Path(config).is_file():
-        return {}
+    Raises:
+        ArgumentError: for a ValueError or TypeError that this package raises; jsonargparse would wrap it into a page
+            about types.
+    """
     try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _option(arguments: Sequence[str], names: Sequence[str]) -> str | None:
-    found = None
-    for i, argument in enumerate(arguments):
-        for name in names:
-            if argument == name and i + 1 < len(arguments):
-                found = arguments[i + 1]
-            elif argument.startswith(f"{name}="):
-                found = argument.partition("=")[2]
-    return found
+        return kind(*arguments, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        if is_raised_here(error):
+            raise ArgumentError(one_line(error)) from error
+        raise

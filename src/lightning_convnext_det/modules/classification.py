@@ -17,7 +17,6 @@ from lightning_convnext_det.arguments import (
     Fraction,
     NonNegative,
     NonNegativeInt,
-    Positive,
     check_arguments,
 )
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
@@ -98,7 +97,7 @@ class ClassifierModule(TrainableModule):
         mix_probability: Fraction = 1.0,
         random_erasing: Fraction = 0.0,
         optimizer: Literal["adamw", "sgd"] = "adamw",
-        lr: Positive = 1e-3,
+        lr: NonNegative = 1e-3,
         weight_decay: NonNegative = 0.05,
         backbone_lr_factor: NonNegative | None = None,
         layer_decay: Factor | None = None,

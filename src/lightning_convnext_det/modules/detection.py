@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.arguments import Count, Factor, NonNegative, NonNegativeInt, Positive, check_arguments
+from lightning_convnext_det.arguments import Count, Factor, NonNegative, NonNegativeInt, check_arguments
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
@@ -60,7 +60,7 @@ class DetectionModule(TrainableModule):
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         optimizer: Literal["adamw", "sgd"] = "adamw",
-        lr: Positive = 1e-4,
+        lr: NonNegative = 1e-4,
         weight_decay: NonNegative = 0.05,
         backbone_lr_factor: NonNegative | None = None,
         layer_decay: Factor | None = None,

@@ -1,0 +1,20 @@
+"""Names and descriptions of the commands, and how the command line ends; imports no library."""
+
+TRAINER = {
+    "fit": "train a detector or a classifier",
+    "validate": "compute the metrics of the validation split",
+    "test": "compute the metrics of the test split",
+    "predict": "find objects in images, write predictions.json and drawn images",
+}
+TOOLS = {
+    "check": "list every invalid annotation of a dataset",
+    "models": "print size, cost and published accuracy of backbones and detectors",
+    "import-weights": "convert third-party weights to a checkpoint",
+    "export-backbone": "save a detector's backbone as weights for timm",
+    "demo": "train a detector on synthetic images and draw what it finds",
+}
+EXIT_STATUS = (
+    "exit status: 0 done, 2 usage or configuration, 3 data, 4 divergence, 5 weights unavailable, 6 checkpoint, "
+    "130 interrupted, 143 terminated"
+)
+DESCRIPTION = f"Object detection on any timm backbone with PyTorch Lightning. {EXIT_STATUS}"
