@@ -2,12 +2,12 @@
 
 - ``faster``: ``bccd_faster_rcnn_convnext_atto.yaml``, from random weights.
 - ``cascade``: ``bccd_cascade_rcnn_convnext_atto.yaml``, the same with three stages.
-- ``classifier``: the boxes of the training images are cut into an ImageFolder of three classes, ``convnext_atto`` is
-  trained on them, and the detector starts with that backbone.
+- ``classifier``: ``convnext_atto`` is trained as a classifier on crops of the training boxes, an ImageFolder of three
+  classes, and becomes the backbone that the detector starts with.
 - ``classifier_x0.1``: the same with a tenth of the learning rate in the backbone.
 - ``small_data``: ``small_data.yaml`` with that network, from random weights.
 
-Figures are mAP / mAP50 / mAP75 of the test split. What was measured before is read, not measured again.
+Prints mAP / mAP50 / mAP75 of the test split. Results of an earlier call are read, not measured again.
 
     python benchmarks/blood_cells.py BCCD runs/blood_cells --recipes faster cascade --seeds 1 2 3
 """
@@ -28,15 +28,15 @@ METRICS = ("test/map", "test/map_50", "test/map_75")
 MARGIN = 0.15  # of the longer side, around a box
 
 
-def cut_boxes(root: Path, out: Path) -> None:
-    """Write the boxes of ``trainval`` as ``out/{train,val}/CLASS/*.png``; every sixth image is for validation."""
+def crop_boxes(root: Path, out: Path) -> None:
+    """Write crops of the boxes of ``trainval`` as ``out/{train,val}/CLASS/*.png``; every sixth image is for validation."""
     data = DetectionDataModule(str(root), train="trainval", val_fraction=0.0)
-    table = data.annotations("train")
-    assert table is not None
-    for i in range(len(table)):
-        image = Image.open(table.path(i)).convert("RGB")
-        for row in range(table.offsets[i], table.offsets[i + 1]):
-            x1, y1, x2, y2 = (float(v) for v in table.boxes[row])
+    annotations = data.annotations("train")
+    assert annotations is not None
+    for i in range(len(annotations)):
+        image = Image.open(annotations.path(i)).convert("RGB")
+        for row in range(annotations.offsets[i], annotations.offsets[i + 1]):
+            x1, y1, x2, y2 = (float(v) for v in annotations.boxes[row])
             margin = MARGIN * max(x2 - x1, y2 - y1)
             box = (
                 max(0, x1 - margin),
@@ -44,13 +44,13 @@ def cut_boxes(root: Path, out: Path) -> None:
                 min(image.width, x2 + margin),
                 min(image.height, y2 + margin),
             )
-            folder = out / ("train" if i % 6 else "val") / data.class_names[int(table.labels[row])]
+            folder = out / ("train" if i % 6 else "val") / data.class_names[int(annotations.labels[row])]
             folder.mkdir(parents=True, exist_ok=True)
             image.crop(box).save(folder / f"{i}_{row}.png")
 
 
-def figures(folder: Path, name: str) -> list[float]:
-    """All values of a figure in the metrics of a folder; none if it has not been measured."""
+def read_metric(folder: Path, name: str) -> list[float]:
+    """All values of a metric in the logs of a folder; none if it has not been measured."""
     found: list[float] = []
     for file in sorted(folder.glob("version_*/metrics.csv")):
         with open(file, newline="") as rows:
@@ -69,19 +69,19 @@ def train_classifier(crops: Path, out: Path, epochs: int) -> Path:
         "--trainer.enable_progress_bar=false", "--data.num_workers=0",
     ]  # fmt: skip
     assert main(["fit", *arguments]) == 0
-    print("classifier", [round(v, 4) for v in figures(out, "val/top1")], flush=True)
+    print("classifier", [round(v, 4) for v in read_metric(out, "val/top1")], flush=True)
     return checkpoint
 
 
 def train_detector(root: Path, out: Path, seed: int, config: Path, arguments: list[str]) -> list[float]:
     common = [f"--data.root={root}", f"--trainer.default_root_dir={out}", "--trainer.enable_progress_bar=false"]
     common += ["--data.num_workers=0", f"--seed_everything={seed}"]
-    if not figures(out, METRICS[0]):
+    if not read_metric(out, METRICS[0]):
         start = time.process_time()
         assert main(["fit", f"--config={config}", f"--data.seed={seed}", *common, *arguments]) == 0
         print(f"{out.name}: {time.process_time() - start:.0f} s of CPU for the training", flush=True)
         assert main(["test", f"--ckpt_path={out / 'version_0' / 'checkpoints' / 'last.ckpt'}", *common]) == 0
-    return [figures(out, name)[-1] for name in METRICS]
+    return [read_metric(out, name)[-1] for name in METRICS]
 
 
 def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
@@ -99,7 +99,7 @@ def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[st
     }
     if any(name.startswith("classifier") for name in options.recipes):
         if not (options.out / "crops").is_dir():
-            cut_boxes(options.root, options.out / "crops")
+            crop_boxes(options.root, options.out / "crops")
         weights = train_classifier(options.out / "crops", options.out / "weights", options.classifier_epochs)
         given = [f"--model.backbone_weights={weights}"]
         recipes["classifier"] = PLAIN, given

@@ -1,4 +1,4 @@
-"""What any detector must be able to do: learn eight images by heart.
+"""Overfit eight images, as any detector must be able to.
 
 Takes the first eight images of a COCO file without small objects or crowds, trains on them and evaluates on the same,
 mAP and mAP50, for each detector in the same number of steps. Images are made small (160 pixels on the shorter side), so
@@ -22,7 +22,7 @@ DETECTORS = {
         "--model.box_head=two_fc",
         "--model.convention=torchvision",  # as Faster R-CNN
     ],
-    "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refine=true", "--model.num_queries=100"],
+    "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refinement=true", "--model.num_queries=100"],
 }
 SMALL = ["--model.backbone=convnext_atto", "--model.min_size=160", "--model.max_size=214", "--data.batch_size=8"]
 PROPOSALS = ["--model.rpn_pre_nms_top_n=[500,1000]", "--model.rpn_post_nms_top_n=[300,1000]"]

@@ -1,6 +1,7 @@
 """Every shell and Python block of README and docs runs here, with small networks; the site builds."""
 
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -15,10 +16,20 @@ import timm
 import torch
 from PIL import Image
 
+from lightning_convnext_det import (
+    CascadeRCNN,
+    Classifier,
+    DeformableDETR,
+    DetectionDataModule,
+    FasterRCNN,
+    ImageFolderDataModule,
+)
 from lightning_convnext_det.cli.commands import TOOLS
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.modules.registry import MODULES
 from tests.convert.test_importer import original_state
+from tests.test_layers import ROOMS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -156,6 +167,23 @@ def test_reliability__tests_that_keep_the_promises_exist() -> None:
     assert len(promises) > 30
     for path, test in promises:
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
+def test_docs__options_they_name_exist() -> None:
+    detectors = (*MODULES.values(), FasterRCNN, CascadeRCNN, DeformableDETR, Classifier)
+    kinds = {"model": detectors, "data": (DetectionDataModule, ImageFolderDataModule)}
+    known = {
+        kind: {name for c in classes for name in inspect.signature(c).parameters} for kind, classes in kinds.items()
+    }
+    files = [*DOCUMENTS, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "configs").glob("*.yaml")]
+    for file in files:
+        for kind, option in re.findall(r"--(model|data)\.(\w+)", file.read_text()):
+            assert option in known[kind] | {"help"}, f"{file}: --{kind}.{option}"
+
+
+def test_contributing__names_every_room_in_order() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert tuple(re.findall(r"`(\w+)/?`", " ".join(rows))) == ROOMS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
