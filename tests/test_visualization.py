@@ -230,7 +230,7 @@ def test_draw_detections__wrong_input(boxes: list, names: list[str], scores: lis
 
 
 def test_draw_detections__wrong_tensor() -> None:
-    with pytest.raises(TypeError, match=r"\[300, 300, 3\] of torch.uint8; expected \[3, height, width\]"):
+    with pytest.raises(TypeError, match=r"\[300, 300, 3\] of torch.uint8; expected \[1, 3 or 4, height, width\]"):
         draw_detections(torch.zeros(300, 300, 3, dtype=torch.uint8), [[1, 2, 3, 4]], ["a"])
 
 

@@ -39,7 +39,8 @@ def draw_detections(
     beside each other where there is room; what has the higher score is drawn later, so it lies on top.
 
     Args:
-        image: an image, turned upright by its EXIF orientation, or a tensor [3, H, W], uint8 or float in 0..1.
+        image: an image, turned upright by its EXIF orientation, or a tensor [1, 3 or 4, H, W], uint8 or float in
+            0..1; the fourth channel, alpha, is dropped.
         boxes: corners (x1, y1, x2, y2) in pixels of the upright image, [N, 4].
         names: the label of each box.
         scores: confidences [N]; None draws names alone, the last box on top.
@@ -201,14 +202,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_pil(image: Tensor) -> Image.Image:
-    if image.dim() != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+    if (
+        image.dim() != 3
+        or image.shape[0] not in (1, 3, 4)
+        or not (image.dtype == torch.uint8 or image.is_floating_point())
+    ):
         raise TypeError(
-            f"the image is a tensor {list(image.shape)} of {image.dtype}; expected [3, height, width], "
-            "uint8 or floats in 0..1"
+            f"the image is a tensor {list(image.shape)} of {image.dtype}; expected [1, 3 or 4, height, "
+            "width], uint8 or floats in 0..1"
         )
     if image.dtype != torch.uint8:
         image = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+    colours = image[:3].expand(3, -1, -1)  # grey, or without alpha
+    return Image.fromarray(colours.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
 def _checked_boxes(

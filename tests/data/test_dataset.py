@@ -1,3 +1,4 @@
+import logging
 import pickle
 from pathlib import Path
 
@@ -142,3 +143,24 @@ def test_find_images__each_once_in_the_order_given(tmp_path: Path) -> None:
 def test_find_images__none(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         find_images([tmp_path / name])
+
+
+def test_find_images__files_passed_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_annotations(tmp_path, IMAGES)
+    for name in ("a.heic", "b.HEIC", "c.psd", "notes.txt", "labels.json", ".hidden.heic"):
+        (tmp_path / name).write_bytes(b"")
+    for source in (tmp_path, tmp_path / "*"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert [file.name for file in find_images([source])] == ["00.png", "01.png", "02.png"]
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "LCD-P003" in message
+        assert "3 files are skipped" in message
+        assert all(str(tmp_path / name) in message for name in ("a.heic", "b.HEIC", "c.psd"))
+        assert "pip install pillow-heif" in message
+
+
+def test_find_images__only_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"LCD-P001.*holds no image that can be read, only .*a\.heic \(for HEIC"):
+        find_images([tmp_path])

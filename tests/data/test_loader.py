@@ -8,8 +8,8 @@ import torch
 
 from lightning_convnext_det.data.batch import pack
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
-from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader
-from lightning_convnext_det.data.sampler import TrainingBatchSampler
+from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
+from lightning_convnext_det.data.sampler import EvaluationSampler, TrainingBatchSampler
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 from tests.data.builders import Box, TinyImage, make_annotations
@@ -142,3 +142,29 @@ def test_training_loader__two_ranks_share_an_epoch(tmp_path: Path) -> None:
         assert len(ids) == len(loader) == 3
         seen += [one for batch in ids for one in batch]
     assert sorted(seen) == list(range(100, 110))
+
+
+def test_image_loader__nothing_can_be_read_on_one_of_two_ranks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for file in files:
+        file.write_bytes(b"no image")
+    for rank in (0, 1):
+        caplog.clear()
+        sampler = EvaluationSampler(4, 2, rank)
+        loader = ImageLoader(ImageDataset(files), batch_size=2, sampler=sampler, collate_fn=pack)
+        with caplog.at_level(logging.WARNING):
+            assert list(loader) == []
+        assert "[LCD-P002] none of the 2 images of this rank can be read" in caplog.text
+        assert loader.counts == {"read": 0, "failed": 2}
+
+
+def test_report_unreadable__an_error_only_if_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        report_unreadable(3, 0)
+        assert caplog.text == ""
+        report_unreadable(3, 1)
+    assert "1 of 4 images could not be read" in caplog.text
+    with pytest.raises(DataError, match=r"LCD-P002.*none of 4 images"):
+        report_unreadable(0, 4)

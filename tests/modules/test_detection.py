@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_convnext_det.errors import CheckpointError, DataError
+from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError
 from lightning_convnext_det.metrics.coco_map import METRICS
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module, start_module
 from lightning_convnext_det.modules.detection import Batch
@@ -198,6 +198,11 @@ def test_detection_module__wrong_arguments() -> None:
         create_module(fpn_chanels=3)
     with pytest.raises(NotImplementedError, match="use a subclass"):
         DetectionModule(2)
+
+
+def test_init__refuses_class_names_that_are_not_unique() -> None:
+    with pytest.raises(ArgumentError, match=r"class_names is \['a', 'a'\]; each class needs one of its own"):
+        create_module(2, class_names=["a", "a"])
 
 
 class _Data:

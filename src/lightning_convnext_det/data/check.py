@@ -25,6 +25,8 @@ from lightning_convnext_det.data.formats.discovery import compare_classes, find_
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.records import LISTED, InvalidAnnotations
 from lightning_convnext_det.data.io.decode import ImageHeader, read_header, read_image
+from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, ValueRange
+from lightning_convnext_det.data.io.reader import find_value_range
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's limits of small, medium and large objects, in square pixels
 _STYLES: dict[Action, str] = {"refused": "red", "dropped": "yellow", "clipped": "cyan", "noted": "dim"}
@@ -214,25 +216,29 @@ def _inspect_images(
     """Count colour modes by split, and find unusual images."""
     modes: dict[str, Counter[str]] = {}
     problems = []
+    found = find_value_range(list(_paths(tables)))
+    value_range = WHOLE_RANGE if found is None else found[0]
     for name, table in tables.items():
         modes[name] = Counter()
         for index in range(len(table)):
             path = Path(os.path.normpath(table.path(index)))
             header = read_header(path)
             modes[name][header.mode] += 1
-            for code, reason in _peculiarities(header, path, bool(table.upright[index])):
+            for code, reason in _peculiarities(header, path, bool(table.upright[index]), value_range):
                 problems.append(Problem(code, os.path.relpath(path, root), "", reason, "noted"))
     return modes, problems
 
 
-def _peculiarities(header: ImageHeader, path: Path, upright: bool) -> Iterator[tuple[str, str]]:
+def _peculiarities(
+    header: ImageHeader, path: Path, upright: bool, value_range: ValueRange
+) -> Iterator[tuple[str, str]]:
     """Yield code and text for each unusual property of an image."""
     if not header.suits(path.suffix):
         yield "LCD-I012", f"holds {header.format}, though it is named {path.suffix}"
     if header.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         yield "LCD-I013", "has transparency, which is dropped"
     if header.mode.startswith("I"):
-        yield "LCD-I010", "16-bit grey is scaled to 8 bits by 1/257"
+        yield "LCD-I010", f"16-bit grey; {list(value_range)} becomes 0 to 255 (data.value_range sets another range)"
     if header.animated:
         yield "LCD-I014", "has several frames; the first is used"
     if header.size.orientation != 1:

@@ -248,7 +248,7 @@ def as_corners(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:
     """Boxes of any torchvision format as corners (x1, y1, x2, y2); plain tensors are corners already."""
     if isinstance(boxes, tv_tensors.BoundingBoxes):
         return F.convert_bounding_box_format(boxes, new_format="XYXY")
-    return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
+    return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=image.shape[-2:])
 
 
 def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:

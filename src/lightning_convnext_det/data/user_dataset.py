@@ -16,7 +16,7 @@ from lightning_convnext_det.data.sampler import Key
 from lightning_convnext_det.data.seeding import SeededDataset, seeded
 from lightning_convnext_det.data.splits import STAGES, Stage
 from lightning_convnext_det.data.transforms import SampleTransform, as_corners, transform_sample
-from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.errors import ArgumentError, DataError
 from lightning_convnext_det.types import Target, image_id_of
 
 
@@ -53,9 +53,7 @@ class UserDataset(SeededDataset):
         seed: int = 0,
     ) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise TypeError(
-                f"datasets['{name}'] is a {type(dataset).__name__}; give a dataset with an index and a length"
-            )
+            raise ArgumentError(f"datasets['{name}'] is a {type(dataset).__name__}; it needs an index and a length")
         self.dataset = dataset
         self.transforms = transforms
         self.name = name
@@ -111,12 +109,11 @@ class UserDataset(SeededDataset):
 
     def _target(self, given: Mapping[str, object], image: Tensor, name: str, index: int) -> Target:
         boxes = as_corners(torch.as_tensor(given["boxes"]), image).as_subclass(Tensor)
-        count = len(boxes)
-        fields = {"boxes": boxes.to(torch.float32).reshape(-1, 4)}  # torch.tensor([]) has the shape [0]
+        fields = {"boxes": boxes.to(torch.float32)}
         for key, dtype in (("labels", torch.int64), ("iscrowd", torch.bool), ("area", torch.float32)):
             if key in given:
                 values = torch.as_tensor(given[key])
-                if key == "labels" and count and values.is_floating_point():
+                if key == "labels" and len(boxes) and values.is_floating_point():
                     raise DataError(f"[LCD-D150] the labels of {name} are {values.dtype}; expected integers from 0")
                 fields[key] = values.as_subclass(Tensor).to(dtype).reshape(-1)
         if wrong := [key for key, values in fields.items() if len(values) != len(fields["boxes"])]:
@@ -138,14 +135,12 @@ class UserSplits:
         class_names: in order of label; None for the attribute ``class_names`` or ``classes`` of a dataset.
 
     Raises:
-        ValueError: if a stage is not one of train, val and test.
+        ArgumentError: if a stage is not one of train, val and test.
     """
 
     def __init__(self, datasets: Mapping[Stage, Dataset[Sample]], class_names: Sequence[str] | None) -> None:
-        if not datasets or (unknown := [stage for stage in datasets if stage not in STAGES]):
-            raise ValueError(
-                f"datasets has {', '.join(unknown) if datasets else 'no entries'}; use train, val and test"
-            )
+        if unknown := [stage for stage in datasets if stage not in STAGES]:
+            raise ArgumentError(f"datasets has '{unknown[0]}'; its keys are {', '.join(STAGES)}")
         self.datasets = datasets
         self._class_names = class_names
 
@@ -179,7 +174,7 @@ class UserSplits:
         if stage not in self.datasets:
             if stage == "val":
                 return None
-            raise DataError(f"[LCD-D131] data.datasets has no '{stage}', only {', '.join(self.datasets)}")
+            raise DataError(f"[LCD-D131] data.datasets has no '{stage}'")
         dataset = UserDataset(self.datasets[stage], transforms, name=stage, training=training, seed=seed)
         if not len(dataset):
             raise DataError(f"[LCD-D150] data.datasets: '{stage}' is empty")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, Factor, NonNegative, NonNegativeInt, check_arguments
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.data.batch import Batch, split_batch
-from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
+from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.metrics.coco_map import METRICS, DetectionEvaluator
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
@@ -77,6 +77,8 @@ class DetectionModule(TrainableModule):
         for name, values in (("class_names", class_names), ("category_ids", category_ids)):
             if values is not None and len(values) != num_classes:
                 raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
+            if values is not None and len(set(values)) < len(values):
+                raise ArgumentError(f"{name} is {values}; each class needs one of its own")
         check_rates(self.hparams)
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
@@ -114,7 +116,8 @@ class DetectionModule(TrainableModule):
             )
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        if stage != "predict" and data is not None and hasattr(data, "class_names"):
+        annotated = stage != "predict" or getattr(data, "predict_split", None) is not None
+        if annotated and data is not None and hasattr(data, "class_names"):
             names, ids = list(data.class_names), list(data.category_ids)
             if self.hparams.get("class_names") is None and len(names) == self.num_classes:
                 self.set_classes(names, ids)
