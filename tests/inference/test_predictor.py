@@ -12,7 +12,7 @@ from torchvision.tv_tensors import Image as ImageTensor
 
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.errors import CheckpointError, DataError, DivergenceError
-from lightning_convnext_det.inference.predictor import Predictor
+from lightning_convnext_det.inference.predictor import Predictor, _borrowed
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.modules import FasterRCNNModule
 from lightning_convnext_det.types import Detection
@@ -134,12 +134,51 @@ def test_predictor__bfloat16_computes_in_it_and_returns_float32(detector: Faster
     assert (found["boxes"] % 1 != 0).any()
 
 
-def test_predictor__sets_the_detector_to_evaluation_also_later(detector: FasterRCNN) -> None:
-    predictor = Predictor(detector.train(), NAMES)
-    assert not detector.training
+def test_predictor__gives_modes_and_nms_back(detector: FasterRCNN) -> None:
+    before = detector.nms
     detector.train()
+    detector.backbone.eval()  # as frozen layers are
+    modes = {name: module.training for name, module in detector.named_modules()}
+    seen = []
+    handle = detector.register_forward_pre_hook(lambda module, given: seen.append((module.training, module.nms)))
+    predictor = Predictor(detector, NAMES, nms="soft")
+    assert {name: module.training for name, module in detector.named_modules()} == modes
     predictor(torch.rand(3, 64, 64))
-    assert not detector.training
+    handle.remove()
+    assert seen == [(False, "soft")]
+    assert {name: module.training for name, module in detector.named_modules()} == modes
+    assert detector.nms == before
+    detector.eval()
+
+
+def test_predictor__gives_them_back_after_an_error(detector: FasterRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(images: list[Tensor]) -> list[Detection]:
+        raise RuntimeError("out of memory")
+
+    detector.train()
+    monkeypatch.setattr(detector, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Predictor(detector, NAMES, nms="none")(torch.rand(3, 64, 64))
+    assert detector.training
+    assert detector.nms == "hard"
+    detector.eval()
+
+
+def test_predictor__moves_a_detector_for_the_call_only() -> None:
+    class Far(Foretold):
+        """Notes where it is moved; computes on the CPU."""
+
+        def to(self, device: torch.device) -> "Far":
+            moves.append(str(device))
+            return self
+
+    moves: list[str] = []
+    detector = Far()
+    Predictor(detector, NAMES)(torch.zeros(3, 40, 50))
+    assert moves == []
+    with _borrowed(detector, torch.device("meta"), None):
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
 
 
 # ---- what goes in
@@ -282,11 +321,9 @@ def test_predictor__files_that_cannot_be_read_are_named(predictor: Predictor, tm
         pytest.param({"category_ids": [1]}, "category_ids has 1 entries, but class_names has 3", id="ids"),
         pytest.param({"score_threshold": 50}, "it must be at least 0 and at most 1", id="percent"),
         pytest.param({"batch_size": 0}, "batch_size is 0", id="batch size"),
-        pytest.param(
-            {"precision": "bf16"}, "precision is 'bf16'; it must be '32-true' or 'bf16-mixed'", id="precision"
-        ),
+        pytest.param({"precision": "bf16"}, "precision is 'bf16'; choose 32-true or bf16-mixed", id="precision"),
         pytest.param({"classes": ["dgo"]}, "no class 'dgo'; did you mean 'dog'", id="class"),
-        pytest.param({"nms": "sfot"}, "nms is 'sfot'; choose one of hard, soft, none", id="nms"),
+        pytest.param({"nms": "sfot"}, "nms is 'sfot'; choose hard, soft or none", id="nms"),
         pytest.param({"device": "gpu"}, "device 'gpu' cannot be used .*'auto' takes what there is", id="device"),
     ],
 )
@@ -352,7 +389,7 @@ def test_from_checkpoint__nms_is_the_checkpoints_unless_chosen(checkpoint: Path)
         Predictor.from_checkpoint(checkpoint, device="cpu", nms=nms) for nms in (None, "hard", "none")
     )
     assert_same(hard(image), chosen(image), tolerance=0)
-    assert none.detector.nms == "none"
+    assert none.nms == "none"
     assert box_iou(none(image)["boxes"], none(image)["boxes"]).fill_diagonal_(0).max() > 0.5
 
 

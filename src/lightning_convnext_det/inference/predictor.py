@@ -1,6 +1,7 @@
-"""Finding objects in images from anywhere: files, Pillow, numpy, torch."""
+"""Inference on single images and lists: files, Pillow images, NumPy arrays and tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -26,7 +27,11 @@ _OVERSHOOT = 0.25  # what resizing with bicubic or Lanczos weights may add beyon
 
 
 class Prediction(Detection):
-    """What was found in one image, by descending score; on the CPU."""
+    """The detections of one image by descending score, on the CPU.
+
+    A `Detection`, ``boxes`` float32 [N, 4], ``labels`` int64 [N] and ``scores`` float32 [N], with names and ids of the
+    classes.
+    """
 
     names: list[str]
     """Names of the classes [N]."""
@@ -35,18 +40,32 @@ class Prediction(Detection):
 
 
 class Predictor:
-    """Finds objects in images, singly or in batches.
+    """Finds objects in an image or a list of images.
+
+    An image is a path, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W], uint8 or floats in 0..1; the
+    result is a `Prediction` whose boxes are corners (x1, y1, x2, y2) in pixels of that image.
+
+    >>> import torch
+    >>> from lightning_convnext_det import FasterRCNN, Predictor
+    >>> detector = FasterRCNN(2, backbone="test_convnext", min_size=64, max_size=96)
+    >>> predictor = Predictor(detector, ["cat", "dog"], score_threshold=0.5)
+    >>> found = predictor(torch.zeros(3, 60, 80, dtype=torch.uint8))
+    >>> sorted(found)
+    ['boxes', 'category_ids', 'labels', 'names', 'scores']
+    >>> len(predictor([torch.rand(3, 60, 80), torch.rand(3, 90, 70)]))
+    2
 
     Args:
-        detector: the network; it is set to evaluation mode and stays on its device.
+        detector: the network; each call leaves its mode, device and ``nms`` as they were.
         class_names: in order of label.
         category_ids: the dataset's own ids, in order of label (default: the labels).
-        device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU (default: where it is).
+        device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU (default: the detector's
+            own). Another device than the detector's costs a move of the weights at each call.
         score_threshold: leave out boxes with a lower score; the detector's own threshold applies before.
         classes: names of the classes to keep (default: all).
         batch_size: images that go through the network at once.
         precision: ``bf16-mixed`` is faster where the device computes in bfloat16; boxes and scores stay float32.
-        nms: what becomes of overlapping detections, ``hard``, ``soft`` or ``none`` (default: its own).
+        nms: non-maximum suppression: ``hard``, ``soft`` or ``none`` (default: the detector's own).
 
     Raises:
         ValueError: if names and ids do not fit the detector or each other, or a number is out of range.
@@ -72,9 +91,8 @@ class Predictor:
         _check_lengths(detector, self.class_names, self.category_ids)
         _check_weights(detector)
         self.device = _device_of(detector) if device is None else _device(device)
-        self.detector = detector.to(self.device).eval()
-        if nms is not None:
-            self.detector.nms = nms  # type: ignore[assignment]  # every detector has the choice
+        self.detector = detector
+        self.nms = nms
         self.score_threshold = score_threshold
         self.classes = list(self.class_names if classes is None else classes)
         self._kept = torch.tensor([self._label(name) for name in self.classes], dtype=torch.int64)
@@ -101,7 +119,7 @@ class Predictor:
             classes: names of the classes to keep (default: all).
             batch_size: images that go through the network at once.
             precision: ``32-true`` or ``bf16-mixed``.
-            nms: ``hard``, ``soft`` or ``none`` (default: as the checkpoint says).
+            nms: non-maximum suppression: ``hard``, ``soft`` or ``none`` (default: as in the checkpoint).
 
         Raises:
             CheckpointError: if the file is missing, damaged or not of this package.
@@ -109,11 +127,12 @@ class Predictor:
             DivergenceError: if a weight is not finite.
         """
         module = load_module(path)
+        place = _device(device)
         return cls(
-            module.detector,
+            module.detector.to(place),
             module.class_names,
             module.category_ids,
-            device=device,
+            device=place,
             score_threshold=score_threshold,
             classes=classes,
             batch_size=batch_size,
@@ -154,11 +173,11 @@ class Predictor:
         font: str | None = None,
         score_threshold: float | None = None,
     ) -> Image.Image:
-        """Draw what was found in an image on a copy of it.
+        """Draw the detections of an image on a copy of it.
 
         Args:
             image: the image, as in a call.
-            prediction: what was found in it (default: found now).
+            prediction: its detections (default: found now).
             font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
             score_threshold: boxes with a lower score are not drawn (default: the predictor's own, or 0.3 if it has
                 none; a Deformable DETR always finds a hundred boxes, most of them with scores near 0).
@@ -172,9 +191,8 @@ class Predictor:
         return draw_detections(pixels, found["boxes"][drawn], names, found["scores"][drawn], colors, font)
 
     def _predict(self, images: list[Tensor]) -> list[Prediction]:
-        self.detector.eval()  # someone may have trained it since the last call
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
-        with torch.inference_mode(), amp:
+        with _borrowed(self.detector, self.device, self.nms), torch.inference_mode(), amp:
             detections: list[Detection] = self.detector([image.to(self.device) for image in images])
         return [self._prediction(detection) for detection in detections]
 
@@ -195,6 +213,27 @@ class Predictor:
         if name not in self.class_names:
             raise ValueError(f"classes: the detector has no class '{name}'; {suggest(name, self.class_names)}")
         return self.class_names.index(name)
+
+
+@contextmanager
+def _borrowed(detector: nn.Module, device: torch.device, nms: NMSMethod | None) -> Iterator[None]:
+    """Set a detector up for inference, and give its modes, device and ``nms`` back: a training may go on with it."""
+    training = {module: module.training for module in detector.modules()}
+    home, own_nms = _device_of(detector), getattr(detector, "nms", None)
+    try:
+        detector.eval()
+        if home != device:
+            detector.to(device)
+        if nms is not None:
+            detector.nms = nms  # type: ignore[assignment]  # every detector has the choice
+        yield
+    finally:
+        if nms is not None:
+            detector.nms = own_nms  # type: ignore[assignment]
+        if home != device:
+            detector.to(home)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _check_lengths(detector: nn.Module, class_names: list[str], category_ids: list[int]) -> None:
