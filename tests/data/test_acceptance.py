@@ -174,7 +174,7 @@ BOXES = [
     Row("13", "null", lambda f: f.annotation(bbox=None), "D002 refused"),
     Row("14", "3 numbers", lambda f: f.box(1, 2, 3), "D002 refused"),
     Row("15", "5 numbers", lambda f: f.box(1, 2, 3, 4, 5), "D002 refused"),
-    Row("16", "strings", lambda f: f.box("1", "1", "9", "9"), "D002 refused"),
+    Row("16", "strings", lambda f: f.box("1", "1", "9", "9"), "D150 noted"),
     Row("17", "repeated", lambda f: f.twice("annotations", id=999), "D107 dropped"),
     Row("18", "2000 in an image", lambda f: f.members("annotations", *(coco_annotation([i % 50, i // 50, 2, 2 + i / 999], i) for i in range(2000))), ""),
     Row("19", "none in an image", lambda f: f.members("annotations", coco_annotation([1, 1, 5, 5])), ""),
@@ -201,14 +201,15 @@ JSON = [
     Row("38", "annotations an object", lambda f: (f.content.update(annotations={}), f.write()), "D001 refused"),  # type: ignore[call-overload]
     Row("39", "unknown image", lambda f: f.annotation(image_id=99), "D117 dropped"),
     Row("40", "image id twice", lambda f: f.twice("images"), "D003 refused"),
-    Row("41", "annotation id twice", lambda f: f.annotation(id=2), "D003 refused"),
+    Row("41", "annotation id twice", lambda f: f.annotation(id=2), ""),
     Row("42", "ids as strings", lambda f: f.annotation(id="1", image_id="2", category_id="1"), ""),
     Row("43", "iscrowd 2", lambda f: f.annotation(iscrowd=2), "D002 refused"),
     Row("44", "polygon of 1e9", lambda f: f.annotation(segmentation=[[1e9] * 8]), ""),
     Row("45", "malformed RLE", lambda f: f.annotation(iscrowd=1, segmentation={"size": [1e5, 1e5], "counts": "\0~"}), ""),
     Row("46", "no area", lambda f: (f.content["annotations"][0].pop("area"), f.write()), "D116 noted"),
     Row("47a", "area 0", lambda f: f.annotation(area=0), "D116 noted"),
-    Row("47b", "area below 0", lambda f: f.annotation(area=-1), "D002 refused"),
+    Row("47b", "area -1", lambda f: f.annotation(area=-1), "D150 noted, D116 noted"),
+    Row("47d", "area below 0", lambda f: f.annotation(area=-7), "D002 refused"),
     Row("47c", "area NaN", lambda f: f.annotation(area=float("nan")), "D002 refused"),
 ]  # fmt: skip
 XML = [

@@ -387,9 +387,7 @@ def test_setup__other_classes_in_validation(coco: Path, tmp_path: Path) -> None:
 def test_setup__other_category_ids_in_validation(coco: Path, tmp_path: Path) -> None:
     categories = [{"id": 5 - index, "name": name} for index, name in enumerate(CLASS_NAMES)]
     root = change_annotations(coco, tmp_path / "set", "val", categories=categories)
-    message = (
-        r"LCD-D120.*split 'val': the classes differ from those of split 'train': label 0 is \(5, 'disc'\), not \(1"
-    )
+    message = r"LCD-D120.*split 'val': the classes differ from those of split 'train': class .* of id"
     with pytest.raises(DataError, match=message):
         data_module(root).setup("fit")
 

@@ -20,7 +20,7 @@ def check(arguments: Sequence[str], run: Command) -> int:
     """List every invalid annotation of a dataset."""
     from lightning_convnext_det.data.check import check_dataset, print_report
     from lightning_convnext_det.data.formats.exif_frames import Exif
-    from lightning_convnext_det.data.formats.records import InvalidAnnotations
+    from lightning_convnext_det.data.formats.problems import InvalidAnnotations
 
     parser = _create_parser("check")
     parser.add_argument("root", help="folder with a COCO, VOC or YOLO dataset")

@@ -1,10 +1,10 @@
-"""One split of a dataset as a few numpy arrays, whatever format it came from.
+"""Annotations of a split as numpy arrays, in the same form for every format.
 
-Arrays, not lists of objects: worker processes share their pages, checks are vectorised, and a new format is one file
-with two functions.
+Arrays, not lists of objects: worker processes share their pages, and checks are vectorised.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_convnext_det.errors import DataError
 
-Format = Literal["coco", "voc", "yolo"]
+Format = Literal["coco", "voc", "yolo", "cvat"]
 Action = Literal["refused", "dropped", "clipped", "noted"]
 
 
@@ -34,6 +34,8 @@ class Split(NamedTuple):
     """Files that list the images; empty where the annotations or the folder do."""
     classes: tuple[Path, ...] = ()
     """Files or folders that the class names are taken from; empty where the annotations name them."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the layout, on a line each."""
 
 
 def canonical_split(name: str) -> str:
@@ -84,7 +86,10 @@ class UnreadableError(DataError):
 
 @dataclass(frozen=True, eq=False)
 class DetectionAnnotations:
-    """A split on disk. The objects of image ``i`` are rows ``offsets[i]:offsets[i + 1]``.
+    """Images and boxes of a split. The objects of image ``i`` are rows ``offsets[i]:offsets[i + 1]``.
+
+    A reader fills it with boxes as annotated, float64 and YOLO's still relative to the image; ``validate_annotations``
+    checks them, clips them and gives the form below.
 
     Attributes:
         image_root: folder that ``file_names`` are relative to.
@@ -100,7 +105,7 @@ class DetectionAnnotations:
         offsets: int64 [N + 1].
         class_names: in order of label.
         category_ids: the dataset's own ids of the classes, in order of label.
-        problems: what was found wrong while reading.
+        problems: of the annotation files, found while reading.
     """
 
     image_root: Path
@@ -108,10 +113,10 @@ class DetectionAnnotations:
     image_ids: NDArray[np.int64]
     sizes: NDArray[np.int32]
     upright: NDArray[np.bool_]
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.floating]
     labels: NDArray[np.int64]
     crowd: NDArray[np.bool_]
-    area: NDArray[np.float32]
+    area: NDArray[np.floating]
     annotation_ids: NDArray[np.int64]
     offsets: NDArray[np.int64]
     class_names: tuple[str, ...]
@@ -129,3 +134,14 @@ class DetectionAnnotations:
     def rows(self, index: int) -> slice:
         """The rows of ``boxes``, ``labels`` ... that belong to an image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    @property
+    def image_index(self) -> NDArray[np.int64]:
+        """The image of each row, int64 [M]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+
+def count_offsets(image_index: Sequence[int] | NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
+    """The ``offsets`` of rows whose images are given in ascending order, int64 [N + 1]."""
+    counts = np.bincount(np.asarray(image_index, np.int64), minlength=num_images)
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -23,8 +23,8 @@ from rich.text import Text
 from lightning_convnext_det.data.annotations import Action, DetectionAnnotations, Format, Problem, UnreadableError
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import LISTED, InvalidAnnotations
-from lightning_convnext_det.data.io.decode import ImageHeader, read_header, read_image
+from lightning_convnext_det.data.formats.problems import LISTED, InvalidAnnotations
+from lightning_convnext_det.data.io.decode import ImageHeader, read_header, read_image, verify_image
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, ValueRange
 from lightning_convnext_det.data.io.reader import find_value_range
 
@@ -75,7 +75,7 @@ class Report:
 
 def check_dataset(
     root: str | Path,
-    format: Literal["auto", "coco", "voc", "yolo"] = "auto",
+    format: Literal["auto"] | Format = "auto",
     *,
     class_names: Sequence[str] | None = None,
     invalid_annotations: InvalidAnnotations = "auto",
@@ -281,6 +281,7 @@ def _undecodable(tables: dict[str, DetectionAnnotations], root: Path) -> list[Pr
 
     def problem_of(path: Path) -> Problem | None:
         try:
+            verify_image(path)
             read_image(path)
         except UnreadableError as error:
             return error.problem_of(os.path.relpath(path, root))

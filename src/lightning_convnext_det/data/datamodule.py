@@ -15,7 +15,7 @@ from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch, Sample
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import InvalidAnnotations
+from lightning_convnext_det.data.formats.problems import InvalidAnnotations
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange
 from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader, find_value_range

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format, Split, canonical_split
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, make_split, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import InvalidAnnotations, summarize_problems
+from lightning_convnext_det.data.formats.problems import InvalidAnnotations, summarize_problems
 from lightning_convnext_det.data.io.listing import list_names
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_images
 from lightning_convnext_det.errors import DataError

@@ -32,9 +32,9 @@ def select_classes(table: DetectionAnnotations, class_names: Sequence[str]) -> D
     """
     for name in class_names:
         if name not in table.class_names:
-            raise DataError(f"[LCD-D121] classes: '{name}' is not a class of the data; it has {_listed(table)}")
+            raise DataError(f"[LCD-D135] classes: '{name}' is not a class of the data; it has {_listed(table)}")
     if not class_names or len(set(class_names)) < len(class_names):
-        raise DataError(f"[LCD-D121] classes: {list(class_names)} must name one or more classes, each once")
+        raise DataError(f"[LCD-D135] classes: {list(class_names)} must name one or more classes, each once")
     if tuple(class_names) == table.class_names:
         return table
     old_labels = [table.class_names.index(name) for name in class_names]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_convnext_det.data.formats.coco import find_coco, read_coco
+from lightning_convnext_det.data.formats.coco import read_coco
+from lightning_convnext_det.data.formats.coco_layout import find_coco
 from lightning_convnext_det.data.formats.discovery import find_splits, make_split, read_split
 from tests.data.reading import WriteCoco, WriteImage
 
@@ -33,7 +34,7 @@ LAYOUTS = [
         ["train", "test"],
     ),
     ("roboflow", {"train/_annotations.coco.json": "train", "valid/_annotations.coco.json": "valid"}, ["train", "val"]),
-    ("beside", {"labels.json": "."}, ["labels"]),
+    ("beside", {"labels.json": "."}, ["train"]),
     ("beside_roboflow", {"_annotations.coco.json": "."}, ["train"]),
     (
         "two_years",

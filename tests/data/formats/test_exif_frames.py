@@ -112,13 +112,14 @@ def test_resolve_frames__exif_of_real_images(shared_data: Path, frame: str) -> N
 
 
 EXIF = [
-    ("stored_size", (64, 48), 6, "auto", False, []),
+    ("stored_size", (64, 48), 6, "auto", False, ["LCD-I026"]),  # no box tells that it is not the upright image
+    ("stored_size_raw", (64, 48), 6, "raw", False, []),
     ("upright_size", (48, 64), 6, "auto", True, []),
     ("no_size", None, 6, "auto", None, ["LCD-I024"]),
     ("no_size_upright", None, 6, "upright", True, []),
     ("no_size_raw", None, 6, "raw", False, []),
     ("other_size", (50, 50), 6, "auto", None, ["LCD-I020"]),
-    ("upright_against_stored_size", (64, 48), 6, "upright", None, ["LCD-I020"]),
+    ("upright_with_stored_size", (64, 48), 6, "upright", True, []),
     ("raw_against_upright_size", (48, 64), 6, "raw", None, ["LCD-I020"]),
     ("half_turn", (64, 48), 3, "auto", False, ["LCD-I025"]),
     ("half_turn_upright", (64, 48), 3, "upright", True, []),

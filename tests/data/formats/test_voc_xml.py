@@ -61,7 +61,7 @@ def test_read_xml__unusable_file(
     ("change", "reason"),
     [
         (("<xmax>3</xmax>", ""), "<bndbox>/<xmax> missing"),
-        (("bndbox", "robndbox"), "<bndbox>/<xmin> missing"),
+        (("bndbox", "box"), "<bndbox>/<xmin> missing"),
         (("<name>cat</name>", ""), "<name> missing"),
         (("cat", " "), "<name> missing"),
         ((">4<", ">four<"), "<bndbox>/<ymax> is 'four'; expected a number"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lightning_convnext_det.data.formats.discovery import find_splits, read_split
-from lightning_convnext_det.data.formats.yolo import find_yolo
 from lightning_convnext_det.data.formats.yolo_labels import label_files
+from lightning_convnext_det.data.formats.yolo_layout import find_yolo
 from lightning_convnext_det.errors import DataError
 from tests.data.reading import WriteImage, found
 from tests.data.reading import read_root as read
@@ -199,14 +199,17 @@ def test_find_yolo__data_yaml(image_folders: Path, content: str, by_file: bool) 
 
 
 def test_find_yolo__test_folder_that_does_not_exist(image_folders: Path) -> None:
-    """Roboflow's files name one even if it was not exported; it matters when it is read."""
+    """Roboflow's files name one even if it was not exported."""
     (image_folders / "data.yaml").write_text(
         "train: images/train\nval: images/val\ntest: ../test/images\nnames: [a, b]"
     )
 
-    assert len(read(image_folders, "train", collect=False)) == 2
-    with pytest.raises(DataError, match=r"\[LCD-D122\].*split 'test': there is no such folder"):
-        read(image_folders, "test")
+    table = read(image_folders, "train", collect=False)
+    assert len(table) == 2
+    assert str(table.problems[0]) == (
+        "[LCD-D122] data.yaml: test: ../test/images does not exist; there is no split 'test' (noted)"
+    )
+    assert list(find_splits(image_folders)) == ["train", "val"]
 
 
 def test_read_yolo__nothing_outside_the_root(image_folders: Path, write_image: WriteImage) -> None:
@@ -281,7 +284,7 @@ def test_find_yolo__several_yaml_files(image_folders: Path) -> None:
     for name in ("a.yaml", "b.yaml"):
         (image_folders / name).write_text("train: images/train\nnames: [cat, dog]")
 
-    with pytest.raises(DataError, match=r"\[LCD-L003\].*several files state splits: a.yaml, b.yaml; give one"):
+    with pytest.raises(DataError, match=r"\[LCD-L003\].*several files name splits: a.yaml, b.yaml; give one"):
         find_splits(image_folders)
     assert list(find_splits(image_folders / "b.yaml")) == ["train"]
 

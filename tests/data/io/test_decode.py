@@ -16,7 +16,14 @@ from PIL import Image, ImageOps
 
 from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.data.io import decode as images
-from lightning_convnext_det.data.io.decode import MAX_PIXELS, read_header, read_image, read_size, to_rgb_tensor
+from lightning_convnext_det.data.io.decode import (
+    MAX_PIXELS,
+    read_header,
+    read_image,
+    read_size,
+    to_rgb_tensor,
+    verify_image,
+)
 from lightning_convnext_det.errors import DataError
 
 QUIRKS = Path(__file__).parents[3] / ".." / "shared" / "data" / "quirks"
@@ -172,10 +179,12 @@ def test_read_size__png_with_exif_behind_the_pixels(tmp_path: Path, write_image:
 
 
 @given(st.binary(max_size=60))
-def test_exif_orientation__any_bytes(noise: bytes) -> None:
-    for block in (noise, b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + noise, b"MM\x00*" + noise):
-        value = images._exif_orientation(block)
-        assert value is None or value >= 0
+def test_to_rgb_tensor__any_exif(noise: bytes) -> None:
+    """A damaged block leaves the image as it is stored, or turns it; it is no error."""
+    for block in (noise, b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + noise, b"Exif\x00\x00MM\x00*" + noise):
+        image = Image.new("RGB", (5, 3))
+        image.info["exif"] = block
+        assert set(to_rgb_tensor(image).shape[1:]) == {3, 5}
 
 
 def bomb(path: Path, side: int) -> None:
@@ -293,3 +302,30 @@ def test_read_header__format_named_wrongly(tmp_path: Path, write_image: Callable
     assert (header.format, header.mode, header.animated) == ("PNG", "RGB", False)
     assert header.suits(".PNG")
     assert not header.suits(".jpg")
+
+
+def test_verify_image__every_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
+    """Decoding finds some of them only: Pillow stops reading when it has enough pixels, before the checksums."""
+    path = tmp_path / "a.png"
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(path)
+    verify_image(path)
+    good = path.read_bytes()
+    for place in range(8, good.index(b"IEND") - 4):  # of the last chunk, its own length and checksum go unread
+        path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+        with pytest.raises(DataError, match=r"\[LCD-I0[0-9]{2}\] .*a\.png: "):
+            verify_image(path)
+
+
+@pytest.mark.parametrize("length", [8, 20, 100, -13])
+def test_verify_image__png_cut_short(write_image: Callable[..., Path], tmp_path: Path, length: int) -> None:
+    path = write_image(tmp_path / "a.png")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DataError, match=r"\[LCD-I00[12]\] .*a\.png: "):
+        verify_image(path)
+
+
+def test_verify_image__real_files() -> None:
+    files = [path for path in sorted(QUIRKS.rglob("*.png")) if path.name not in REFUSED]
+    for path in files:
+        verify_image(path)
+    assert len(files) > 3 or not MANIFEST

@@ -79,9 +79,9 @@ def test_check_dataset__what_is_no_file(tmp_path: Path, name: str, kind: str) ->
 
 def test_read_image__pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"LCD-I003.*a.png.*is no regular file"):
+    with pytest.raises(DataError, match=r"LCD-I003.*a.png.*is not a regular file"):
         read_image(tmp_path / "a.png")
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         read_text(tmp_path / "a.png")
 
 

@@ -1,12 +1,14 @@
-"""Finding the splits of a dataset by looking at its folder, and reading them whatever their format is."""
+"""Find the splits of a dataset by looking at its folder, and read them in any format."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from lightning_convnext_det.data.annotations import (
+    Action,
     DetectionAnnotations,
     Format,
     Problem,
@@ -14,24 +16,34 @@ from lightning_convnext_det.data.annotations import (
     UnreadableError,
     canonical_split,
 )
-from lightning_convnext_det.data.formats.coco import find_coco, image_folders, read_coco
+from lightning_convnext_det.data.formats.coco import read_coco
+from lightning_convnext_det.data.formats.coco_layout import find_coco, image_folders, split_words
+from lightning_convnext_det.data.formats.cvat import find_cvat, looks_like_cvat, read_cvat
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import InvalidAnnotations, refuse_problems
-from lightning_convnext_det.data.formats.voc import find_voc, image_folder_of, read_voc
-from lightning_convnext_det.data.formats.yolo import find_yolo, read_yolo
-from lightning_convnext_det.data.formats.yolo_yaml import yaml_splits
+from lightning_convnext_det.data.formats.problems import InvalidAnnotations, refuse_problems
+from lightning_convnext_det.data.formats.voc import read_voc
+from lightning_convnext_det.data.formats.voc_layout import find_voc, image_folder_of
+from lightning_convnext_det.data.formats.yolo import read_yolo
+from lightning_convnext_det.data.formats.yolo_layout import find_yolo
+from lightning_convnext_det.data.formats.yolo_yaml import root_of_yaml, yaml_splits
 from lightning_convnext_det.data.io.listing import list_names
 
-_FINDERS: dict[Format, Callable[[Path], dict[str, Split]]] = {"coco": find_coco, "voc": find_voc, "yolo": find_yolo}
+_FINDERS: dict[Format, Callable[[Path], dict[str, Split]]] = {
+    "coco": find_coco,
+    "voc": find_voc,
+    "yolo": find_yolo,
+    "cvat": find_cvat,
+}
 _LOOKED_FOR: dict[Format, str] = {
     "coco": "COCO: annotations/instances_*.json, */_annotations.coco.json, *.json beside images",
     "voc": "VOC: ImageSets/Main/*.txt with Annotations/*.xml, *.xml beside images or in a folder next to theirs",
-    "yolo": "YOLO: data.yaml, images with label files *.txt beside them or in labels/",
+    "yolo": "YOLO: data.yaml, obj.data, images with label files *.txt beside them or in labels/",
+    "cvat": "CVAT for images: annotations.xml",
 }
 _ORDER = ("train", "trainval", "val", "test")
 
 
-def find_splits(root: str | Path, format: Literal["auto", "coco", "voc", "yolo"] = "auto") -> dict[str, Split]:
+def find_splits(root: str | Path, format: Literal["auto"] | Format = "auto") -> dict[str, Split]:
     """Find the splits of a dataset by name: ``train``, ``val``, ``trainval``, ``test`` or what its files call them.
 
     Args:
@@ -46,7 +58,7 @@ def find_splits(root: str | Path, format: Literal["auto", "coco", "voc", "yolo"]
         ValueError: if ``format`` is not one of its values.
     """
     if format not in ("auto", *_FINDERS):
-        raise ValueError(f"format is {format!r}; it can be 'auto', 'coco', 'voc' or 'yolo'")
+        raise ValueError(f"format is {format!r}; it can be 'auto', {', '.join(map(repr, _FINDERS))}")
     root = Path(os.path.abspath(root))
     if root.is_file():
         return _splits_of_file(root)
@@ -88,12 +100,17 @@ def make_split(annotations: str | Path, images: str | Path | None = None, name: 
         if folder is not None:
             return Split(name, "coco", folder, (path,), (folder,))
         root = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
-        return Split(name, "coco", root, (path,), image_folders(root, path, (path.stem.rpartition("_")[2], name)))
+        return Split(name, "coco", root, (path,), image_folders(root, path, (split_words(path.stem), name)))
+    if path.is_file() and looks_like_cvat(path):
+        root = path.parent if folder is None else Path(os.path.commonpath([path.parent, folder]))
+        return Split(name, "cvat", root, (path,), (folder,) if folder else image_folders(root, path, (name,)))
     if path.is_dir() and any(entry.lower().endswith(".xml") for entry in list_names(path)):
         folder = folder or image_folder_of(path)
         root = Path(os.path.commonpath([path, folder]))
         return Split(name, "voc", root, (path,), (folder,), (), (path,))
-    raise UnreadableError.of("LCD-L002", path, "expected a COCO file *.json or a folder of VOC's *.xml")
+    raise UnreadableError.of(
+        "LCD-L002", path, "expected a COCO file *.json, a folder of VOC's *.xml, or CVAT's annotations.xml"
+    )
 
 
 def read_split(
@@ -116,11 +133,11 @@ def read_split(
             doubtful ones (not finite, unknown category, missing image); ``drop`` leaves out both, ``refuse`` refuses
             both.
         train_on_difficult: treat VOC's ``difficult`` objects like the others, instead of as crowd.
-        exif: ``auto`` lets the annotated size of an image decide whether its boxes refer to the upright or the stored
-            image; ``upright`` and ``raw`` say it.
+        exif: ``auto`` lets the annotated size of an image, or its boxes, decide whether they refer to the upright or
+            the stored image; ``upright`` and ``raw`` say it.
         check_images: open every image's header. Without it images are taken as they are annotated.
         follow_symlinks: accept images that are links out of the root.
-        collect: keep what is refused in the table's ``problems`` and raise nothing for it.
+        collect: keep what is refused in ``problems`` and raise nothing for it.
 
     Raises:
         DataError: if a file as a whole cannot be used, or, without ``collect``, if a record is refused or no image is
@@ -131,49 +148,74 @@ def read_split(
         reader = partial(read_coco, check_images=check_images)
     elif split.format == "voc":
         reader = partial(read_voc, check_images=check_images, train_on_difficult=train_on_difficult)
-    table = reader(
+    elif split.format == "cvat":
+        reader = partial(read_cvat, check_images=check_images)
+    annotations = reader(
         split,
         class_names=class_names,
         invalid_annotations=invalid_annotations,
         exif=exif,
         follow_symlinks=follow_symlinks,
     )
+    annotations = replace(annotations, problems=(*annotations.problems, *_similar_classes(annotations, split)))
     if not collect:
-        refuse_problems(table)
-        if not len(table):
-            left_out = f"; the first of {len(table.problems)} problems: {table.problems[0]}" if table.problems else ""
-            raise UnreadableError.of("LCD-L004", split.root, f"split {split.name!r} has no images{left_out}")
-    return table
+        refuse_problems(annotations)
+        if not len(annotations):
+            count = len(annotations.problems)
+            first = f"; the first of {count} problems: {annotations.problems[0]}" if count else ""
+            raise UnreadableError.of("LCD-L004", split.root, f"split {split.name!r} has no images{first}")
+    return annotations
 
 
-def compare_classes(tables: Mapping[str, DetectionAnnotations]) -> list[Problem]:
-    """The splits whose class names or category ids differ from the first one's, as problems to refuse."""
+def _similar_classes(annotations: DetectionAnnotations, split: Split) -> list[Problem]:
+    """Notes on classes whose names differ in case or blanks only."""
+    groups: dict[str, list[str]] = {}
+    for name in annotations.class_names:
+        groups.setdefault("".join(name.split()).casefold(), []).append(name)
+    return [
+        Problem("LCD-D159", str(split.root), "", f"classes {names} differ in case or blanks only", "noted")
+        for names in groups.values()
+        if len(names) > 1
+    ]
+
+
+def compare_classes(splits: Mapping[str, DetectionAnnotations]) -> list[Problem]:
+    """Problems of splits whose class names or category ids are not those of the first one.
+
+    A split that lacks classes of the first one is noted, any other difference is refused.
+    """
     problems = []
-    names = list(tables)
+    names = list(splits)
     for name in names[1:]:
-        first, other = tables[names[0]], tables[name]
-        ours = list(zip(first.category_ids, first.class_names, strict=True))
-        theirs = list(zip(other.category_ids, other.class_names, strict=True))
-        if ours != theirs:
-            position = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            if position is None:
-                detail = f"{len(theirs)} classes, not {len(ours)}"
-            else:
-                detail = f"label {position} is {theirs[position]}, not {ours[position]} (category id, name)"
-            reason = f"the classes differ from those of split {names[0]!r}: {detail}"
-            problems.append(Problem("LCD-D120", str(other.image_root), f"split {name!r}", reason, "refused"))
+        first, other = splits[names[0]], splits[name]
+        ours = dict(zip(first.class_names, first.category_ids, strict=True))
+        theirs = dict(zip(other.class_names, other.category_ids, strict=True))
+        # a negative id stands for a class that the file does not declare
+        wrong = [c for c in theirs if c not in ours or (ours[c] != theirs[c] and min(ours[c], theirs[c]) >= 0)]
+        action: Action = "refused"
+        if wrong:
+            where = f"id {ours[wrong[0]]}" if wrong[0] in ours else "nowhere"
+            detail = f"class {wrong[0]!r} of id {theirs[wrong[0]]} is {where} there"
+        elif len(theirs) < len(ours):
+            action, detail = "noted", f"it has {len(theirs)} of the {len(ours)} classes, which are those of training"
+        elif [c for c in ours if c in theirs] != list(theirs):
+            detail = "their order is another"
+        else:
+            continue
+        reason = f"the classes differ from those of split {names[0]!r}: {detail}"
+        problems.append(Problem("LCD-D120", str(other.image_root), f"split {name!r}", reason, action))
     return problems
 
 
 def _splits_of_file(path: Path) -> dict[str, Split]:
-    """The splits of a data.yaml, or the one of a COCO file."""
+    """The splits of a data.yaml, or the one of a COCO or CVAT file."""
     if path.suffix.lower() in (".yaml", ".yml"):
-        splits = yaml_splits(path.parent, path)
+        splits = yaml_splits(root_of_yaml(path), path)
         if not splits:
             raise UnreadableError.of("LCD-L002", path, "expected the keys names and train, val or test")
         return splits
     split = make_split(path)
-    name = canonical_split(path.stem.rpartition("_")[2])
+    name = canonical_split(split_words(path.stem))
     return {name: split._replace(name=name)}
 
 

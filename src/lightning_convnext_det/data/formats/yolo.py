@@ -1,8 +1,8 @@
-"""YOLO: a text file for each image, with a line for each box: class, centre, width, height, relative to the image.
+"""Reader of YOLO: a text file per image with a line per box: class, centre, width, height, relative to the image.
 
 The text file of ``images/train/a.jpg`` is ``labels/train/a.txt``, else ``a.txt`` beside the image. An image without
-one has no objects. Lines with more numbers are outlines, of which the bounding box is taken. Nothing states the size of
-an image, so one with an EXIF orientation is refused until the user says what its boxes were drawn on.
+one has no objects. Lines with more numbers are outlines, of which the bounding box is taken, or boxes with key points.
+No file has the size of an image, so one with an EXIF orientation is refused until the user says what boxes refer to.
 
 In a :class:`Split`, ``images`` are folders, searched with all below them, ``members`` files that list images, and
 ``classes`` the file of the class names, ``data.yaml`` or ``classes.txt``.
@@ -17,16 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_convnext_det.data.annotations import DetectionAnnotations, Split, UnreadableError, canonical_split
-from lightning_convnext_det.data.formats.assembly import build_annotations
+from lightning_convnext_det.data.annotations import DetectionAnnotations, Split, UnreadableError, count_offsets
 from lightning_convnext_det.data.formats.exif_frames import Exif
-from lightning_convnext_det.data.formats.records import AnnotationProblems, InvalidAnnotations, Records
-from lightning_convnext_det.data.formats.yolo_labels import looks_like_yolo, read_labels
-from lightning_convnext_det.data.formats.yolo_yaml import class_file, read_class_names, yaml_splits
+from lightning_convnext_det.data.formats.file_names import encode_names, find_variant
+from lightning_convnext_det.data.formats.problems import AnnotationProblems, InvalidAnnotations, Source
+from lightning_convnext_det.data.formats.validation import validate_annotations
+from lightning_convnext_det.data.formats.yolo_labels import read_labels
+from lightning_convnext_det.data.formats.yolo_yaml import read_class_names, read_key_points
 from lightning_convnext_det.data.io.files import read_text
-from lightning_convnext_det.data.io.listing import image_names, list_names, walk_images
-
-_SPLITS = ("train", "val", "trainval", "test")
+from lightning_convnext_det.data.io.listing import walk_images
 
 
 def read_yolo(
@@ -37,57 +36,67 @@ def read_yolo(
     exif: Exif = "auto",
     follow_symlinks: bool = True,
 ) -> DetectionAnnotations:
-    """Read a split; records that it refuses are left out of the table and listed in its ``problems``.
+    """Read a split; refused records are left out and listed in ``problems``.
 
     Args:
         split: what :func:`find_yolo` finds.
-        class_names: the names of the classes in order of label; those of ``data.yaml`` or ``classes.txt`` if not given.
-        invalid_annotations: see ``records.py``.
-        exif: see ``images.py``.
-        follow_symlinks: see ``images.py``.
+        class_names: names of the classes in order of label (default: those of ``data.yaml`` or ``classes.txt``).
+        invalid_annotations: see ``problems.py``.
+        exif: see ``exif_frames.py``.
+        follow_symlinks: see ``exif_frames.py``.
 
     Raises:
         UnreadableError: a DataError, if a list or the file of class names cannot be used.
     """
-    findings = AnnotationProblems(invalid_annotations)
+    problems = AnnotationProblems(invalid_annotations)
     names = tuple(class_names) if class_names is not None else read_class_names(split.classes)
     images = _images(split)
-    where = os.path.relpath((split.images + split.members)[0], split.root)
+    place = (os.path.relpath((split.images + split.members)[0], split.root), "")
+    for note in split.notes:
+        problems.note("LCD-D122", (os.path.relpath(split.classes[0], split.root) if split.classes else "", ""), note)
     num_classes = None if names is None else len(names)
-    lines, labels = read_labels(split.root, images, num_classes, findings, (where, ""))
+    lines, labels = read_labels(
+        split.root, images, num_classes, read_key_points(split.classes), problems, place, not split.members
+    )
     if names is None:
         names = tuple(map(str, range(1 + max((line.label for line in lines), default=0))))
         reason = "no class names: expected data.yaml, or classes.txt beside the labels; else give class_names"
-        findings.suspect("LCD-D008", (str(split.root), ""), f"{reason} (labels run to {len(names) - 1})")
-    records = Records(
-        format="yolo",
-        root=split.root,
+        problems.suspect("LCD-D008", (str(split.root), ""), f"{reason} (labels run to {len(names) - 1})")
+    boxes = np.array([line.box for line in lines], np.float64).reshape(-1, 4)
+    with np.errstate(invalid="ignore"):
+        start, half = boxes[:, :2], boxes[:, 2:] / 2
+    annotations = DetectionAnnotations(
         image_root=split.root,
-        file_names=images,
+        file_names=encode_names(images),
         image_ids=np.arange(1, len(images) + 1),
         sizes=np.zeros((len(images), 2), np.int32),
-        boxes=np.array([line.box for line in lines], np.float64).reshape(-1, 4),
-        image_index=np.array([line.image for line in lines], np.int64),
+        upright=np.zeros(len(images), np.bool_),
+        boxes=np.concatenate([start - half, start + half], axis=1),
         labels=np.array([line.label for line in lines], np.int64),
         crowd=np.zeros(len(lines), np.bool_),
         area=np.zeros(len(lines)),
         annotation_ids=np.arange(1, len(lines) + 1),
+        offsets=count_offsets([line.image for line in lines], len(images)),
         class_names=names,
         category_ids=tuple(range(len(names))),
-        image_where=lambda index: (images[index], ""),
-        box_where=lambda row: (labels[lines[row].image], f"line {lines[row].number}"),
     )
-    return build_annotations(records, findings, exif=exif, follow_symlinks=follow_symlinks)
+    source = Source(
+        format="yolo",
+        root=split.root,
+        file_names=images,
+        image_place=lambda index: (images[index], ""),
+        box_place=lambda row: (labels[lines[row].image], f"line {lines[row].number}"),
+    )
+    return validate_annotations(annotations, source, problems, exif=exif, follow_symlinks=follow_symlinks)
 
 
 def _images(split: Split) -> list[str]:
     """The images of a split relative to its root; those that a list names may lie outside and are refused later."""
     for folder in split.images:
         if not folder.is_dir() or not folder.is_relative_to(split.root):
-            where = (
-                f"below {split.root}" if folder.is_relative_to(split.root) else f"in {split.root}; make that the root"
-            )
-            raise UnreadableError.of("LCD-D122", folder, f"split {split.name!r}: there is no such folder {where}")
+            inside = folder.is_relative_to(split.root)
+            place = f"below {split.root}" if inside else f"in {split.root}; make that the root"
+            raise UnreadableError.of("LCD-D122", folder, f"split {split.name!r}: there is no such folder {place}")
     images = [os.path.relpath(image, split.root) for image in walk_images(split.images)]
     for path in split.members:
         if not path.is_relative_to(split.root):  # its lines would be shown as file names
@@ -97,7 +106,7 @@ def _images(split: Split) -> list[str]:
 
 
 def _listed(path: Path, root: Path) -> Iterator[str]:
-    """The images that a text file lists, taken from its own folder, or else from the root."""
+    """The images that a text file lists, taken from its own folder, from the root, or from another machine's."""
     try:
         lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -107,36 +116,7 @@ def _listed(path: Path, root: Path) -> Iterator[str]:
         start = root
     for line in lines:
         inside = not os.path.isabs(line) or Path(line).is_relative_to(root)
-        yield os.path.relpath(os.path.normpath(start / line), root) if inside else line
-
-
-def find_yolo(root: Path) -> dict[str, Split]:
-    """Find the splits below a folder.
-
-    Looks for ``data.yaml`` or another YAML file with ``names`` and ``train``; else for images with label files, in
-    ``images/train``, ``train/images``, ``train``, ``images`` or the folder itself.
-    """
-    if splits := yaml_splits(root):
-        return splits
-    pairs = [(canonical_split(name), name) for name in list_names(root)]
-    nested = [(canonical_split(name), root / "images" / name) for name in list_names(root / "images")]
-    groups = (
-        nested,
-        [(key, root / name / "images") for key, name in pairs],
-        [(key, root / name) for key, name in pairs if image_names(root / name)],
-    )
-    for group in groups:
-        folders = {key: folder for key, folder in group if key in _SPLITS and looks_like_yolo(folder, root)}
-        if folders:
-            return {key: _folder_split(key, root, folder) for key, folder in folders.items()}
-    for folder in (root / "images", root):
-        if image_names(folder) and looks_like_yolo(folder, root):
-            return {"train": _folder_split("train", root, folder)}
-    return {}
-
-
-def _folder_split(name: str, root: Path, folder: Path) -> Split:
-    """A split that is a folder of images."""
-    labels = Path(*("labels" if part == "images" else part for part in folder.relative_to(root).parts))
-    places = (root / labels, root / "labels", folder, folder.parent, root)
-    return Split(name, "yolo", root, (), (folder,), (), class_file(places))
+        name = os.path.relpath(os.path.normpath(start / line), root) if inside else line
+        if not os.path.isfile(root / name) or not inside or name.startswith(os.pardir):
+            name = find_variant(root, line) or name  # also refused later if two lines lead to one file
+        yield name

@@ -6,8 +6,7 @@ Pillow is changed.
 """
 
 import functools
-import re
-import struct
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_convnext_det.data.annotations import UnreadableError
-from lightning_convnext_det.data.io.files import regular
+from lightning_convnext_det.data.io.files import open_file
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange, check_mode, pixels_of
-from lightning_convnext_det.data.io.png import check_chunks, find_late_exif
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where pixels become tensors: headers are read without torch's two seconds
@@ -44,6 +42,7 @@ _SUFFIXES = {
     "AVIF": (".avif",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+_TAIL = 1 << 16  # bytes at the end of a PNG that are searched for EXIF
 _warned: set[str] = set()  # codes of warnings that this process has given
 
 # EXIF orientation -> (swap the sides, then flip these dimensions); EXIF 2.3, section 4.6.4, tag 0x0112
@@ -112,12 +111,10 @@ def read_image(
         UnreadableError: a DataError, if the file is missing, damaged, no image, too large, too narrow, or has pixels
             that are not colours, such as floats.
     """
-    with _opened(path, max_pixels) as (image, header, file):
+    with _opened(path, max_pixels) as (image, header):
         if header.animated:
             _warn_once("LCD-I014", path, "has several frames; the first is used")
         try:
-            if header.format == "PNG":
-                check_chunks(file)
             image.load()
         except MemoryError:
             raise
@@ -129,13 +126,26 @@ def read_image(
     return _oriented(pixels, header.size.orientation if upright else 1)
 
 
+def verify_image(path: str | Path) -> None:
+    """Compare the checksums of a file with its content, where the format has them: Pillow decodes PNG without.
+
+    Raises:
+        UnreadableError: a DataError, if a checksum is wrong, or the image cannot be opened.
+    """
+    with _opened(path, MAX_PIXELS) as (image, _):
+        try:
+            image.verify()
+        except Exception as error:  # what the parser of the format raises
+            raise UnreadableError.of("LCD-I002", path, f"the image is damaged ({error})") from error
+
+
 def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Read size, orientation, format and mode without decoding pixels.
 
     Raises:
         UnreadableError: a DataError, if the file is missing, no image, too large or too narrow.
     """
-    with _opened(path, max_pixels) as (_, header, _):
+    with _opened(path, max_pixels) as (_, header):
         return header
 
 
@@ -145,7 +155,7 @@ def read_peak(path: str | Path) -> int:
     Raises:
         UnreadableError: a DataError, if the image cannot be read.
     """
-    with _opened(path, MAX_PIXELS) as (image, _, _):
+    with _opened(path, MAX_PIXELS) as (image, _):
         try:
             return int(np.asarray(image).max())
         except Exception as error:  # as in read_image
@@ -184,10 +194,10 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image")
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader, BinaryIO]]:
-    """An identified image whose size is acceptable, and its file."""
+def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader]]:
+    """An identified image whose size is acceptable."""
     try:
-        file = open(path, "rb", opener=regular)  # noqa: SIM115 - closed by the with below, apart from errors of the opening itself
+        file = open_file(path)
     except FileNotFoundError as error:
         raise UnreadableError.of("LCD-I003", path, "no such file") from error
     except (OSError, ValueError) as error:
@@ -197,7 +207,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, Im
         with image:
             _check_size(header.size, path, max_pixels)
             check_mode(header.mode, path)
-            yield image, header, file
+            yield image, header
 
 
 def _identified(file: BinaryIO, path: str | Path) -> tuple[Image.Image, ImageHeader]:
@@ -261,44 +271,30 @@ def _oriented(pixels: "Tensor", orientation: int) -> "Tensor":
 
 
 def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
-    """The orientation that an image states, in EXIF or else in XMP, without Pillow's warnings about damaged blocks.
+    """The orientation in an image's EXIF, or else XMP; 1 where there is none, or one that EXIF does not define.
 
     With ``file`` also a block behind the pixels of a PNG is found.
     """
     if image.format == "TIFF":  # Pillow's decoder turns it, and gives the size after that
         return 1
-    exif = image.info.get("exif", b"")
-    if not exif and "Raw profile type exif" in image.info:  # ImageMagick's way to keep EXIF in a PNG: hexadecimal lines
-        digits = "".join(str(image.info["Raw profile type exif"]).split("\n")[3:])
-        exif = bytes.fromhex(digits) if re.fullmatch(r"(?:[0-9a-fA-F]{2}|\s)*", digits) else b""
-    if not exif and image.format == "PNG" and file is not None:
-        exif = find_late_exif(file)
-    orientation = _exif_orientation(exif) if isinstance(exif, bytes) else None
-    if orientation is None:
-        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
-        xmp = xmp if isinstance(xmp, bytes) else str(xmp).encode()
-        found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)
-        orientation = int(found[1]) if found else 1
-    return orientation if 1 <= orientation <= 8 else 1
-
-
-def _exif_orientation(exif: bytes) -> int | None:
-    """Tag 0x0112 of the first directory of an EXIF block; None where it is missing or the block is damaged."""
-    tiff = exif.removeprefix(b"Exif\x00\x00")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return None
+    # not a PNG's own getexif, which decodes all pixels to look behind them
+    read = Image.Image.getexif if file is None or not _may_have_late_exif(image, file) else type(image).getexif
     try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
-            if tag == 0x0112:
-                (value,) = struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), tiff, entry + 8)
-                return int(value)
-    except struct.error:
-        return None
-    return None
+        orientation = read(image).get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged block; Pillow's parser raises whatever it leads to
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _may_have_late_exif(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether a PNG without EXIF before its pixels may have it behind them."""
+    if image.format != "PNG" or "exif" in image.info or image.width * image.height > MAX_PIXELS:
+        return False
+    position = file.tell()
+    file.seek(max(0, file.seek(0, io.SEEK_END) - _TAIL))
+    found = b"eXIf" in file.read()
+    file.seek(position)
+    return found
 
 
 def _warn_once(code: str, name: str | Path, reason: str) -> None:

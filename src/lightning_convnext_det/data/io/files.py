@@ -1,31 +1,29 @@
-"""Opening of a dataset's files, among which may be a pipe that nobody writes to, or a device without an end."""
+"""Open files of a dataset, which may contain pipes and devices."""
 
 import errno
 import os
-import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
-def regular(path: str | Path, flags: int) -> int:
-    """What ``open`` takes as ``opener`` so that it opens nothing but regular files, and waits for nobody.
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes: a pipe would block for ever, a device like /dev/zero never end.
 
     Raises:
-        OSError: if the path leads to anything else.
+        OSError: if there is no such file, or the path is a folder, a pipe or a device.
     """
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    code = errno.EISDIR if os.path.isdir(path) else errno.EINVAL
-    raise OSError(code, "Is a directory" if code == errno.EISDIR else "is no regular file", str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        code = errno.EISDIR if os.path.isdir(path) else errno.EINVAL
+        raise OSError(code, "Is a directory" if code == errno.EISDIR else "is not a regular file", str(path))
+    return open(path, "rb")
 
 
 def read_text(path: Path) -> str:
-    """The content of a regular file, UTF-8 with or without a byte order mark.
+    """Read a regular file as UTF-8, with or without a byte order mark.
 
     Raises:
         OSError: if it cannot be read.
         UnicodeDecodeError: if it is not UTF-8.
     """
-    with open(path, encoding="utf-8-sig", opener=regular) as file:
-        return file.read()
+    with open_file(path) as file:
+        return file.read().decode("utf-8-sig")

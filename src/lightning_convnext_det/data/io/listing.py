@@ -8,7 +8,7 @@ from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a text has no halves of surrogate pairs, which JSON can state and nothing can print."""
+    """Whether a text has no halves of surrogate pairs, which JSON can hold and nothing can print."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -17,11 +17,22 @@ def is_utf8(name: str) -> bool:
 
 
 def list_names(folder: Path) -> list[str]:
-    """The sorted names of a folder's entries, none if there is no such folder."""
+    """Sorted names in a folder, without hidden ones such as macOS' ``._a.xml``; none if there is no such folder."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
     except OSError:
         return []
+
+
+def walk_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted paths of the files below a folder with one of the suffixes, relative to it; no hidden ones."""
+    found = []
+    for parent, children, names in os.walk(folder):
+        children[:] = [child for child in children if not child.startswith(".") and child != "__MACOSX"]
+        start = os.path.relpath(parent, folder)
+        chosen = [name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        found += [os.path.normpath(os.path.join(start, name)) for name in chosen]
+    return sorted(found)
 
 
 def is_image_name(name: str) -> bool:
@@ -44,6 +55,6 @@ def walk_images(folders: Iterable[Path]) -> list[Path]:
                 children.clear()
                 continue
             visited.add(real)
-            children[:] = [child for child in children if not child.startswith(".")]
+            children[:] = [child for child in children if not child.startswith(".") and child != "__MACOSX"]
             found += [Path(parent, name) for name in names if is_image_name(name)]
     return sorted(found)

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_convnext_det.data.formats.assembly import build_annotations
-from lightning_convnext_det.data.formats.records import AnnotationProblems, Records
+from lightning_convnext_det.data.annotations import DetectionAnnotations
+from lightning_convnext_det.data.formats.problems import AnnotationProblems, Source
+from lightning_convnext_det.data.formats.validation import validate_annotations
 from lightning_convnext_det.errors import DataError
 from tests.data.reading import Annotate, WriteCoco, found, read
 
@@ -31,7 +32,7 @@ BOXES = [
 
 
 @pytest.mark.parametrize(("box", "problems", "expected"), [row[1:] for row in BOXES], ids=[row[0] for row in BOXES])
-def test_build_table__boxes(
+def test_validate_annotations__boxes(
     write_coco: WriteCoco,
     annotate: Annotate,
     box: list[float],
@@ -64,7 +65,7 @@ def test_build_table__boxes(
         assert [action for _, action in found(read(path, invalid_annotations="drop"))] == ["dropped"]
 
 
-def test_build_table__large_number_literal_is_not_finite(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_validate_annotations__large_number_literal_is_not_finite(write_coco: WriteCoco, annotate: Annotate) -> None:
     path = write_coco([annotate([1, 2, 3, 4])])
     path.write_text(path.read_text().replace("[1, 2, 3, 4]", "[1, 2, 1e400, 4]"))
 
@@ -72,7 +73,7 @@ def test_build_table__large_number_literal_is_not_finite(write_coco: WriteCoco, 
         read(path, collect=False)
 
 
-def test_build_table__clipped_box_says_how_much_it_loses(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_validate_annotations__clipped_box_says_how_much_it_loses(write_coco: WriteCoco, annotate: Annotate) -> None:
     (problem,) = read(write_coco([annotate([-50, -50, 60, 70])])).problems
 
     assert (
@@ -80,31 +81,31 @@ def test_build_table__clipped_box_says_how_much_it_loses(write_coco: WriteCoco, 
     )
 
 
-def test_build_table__many_inverted_boxes_are_refused(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_validate_annotations__many_inverted_boxes_are_refused(write_coco: WriteCoco, annotate: Annotate) -> None:
     annotations = [annotate([30, 30, -5 if i < 2 else 5, 5 + i / 10], i) for i in range(100)]
 
     with pytest.raises(DataError, match=r"\[LCD-D102\] 2 records cannot be used") as error:
         read(write_coco(annotations), collect=False)
-    assert "annotation 1 of '1.png': box [30, 30, -5, 5.1] is inverted; COCO states x, y, width, height" in str(
+    assert "annotation 1 of '1.png': box [30, 30, -5, 5.1] is inverted; COCO expects x, y, width, height" in str(
         error.value
     )
 
 
-def test_build_table__corners_in_place_of_sides(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_validate_annotations__corners_in_place_of_sides(write_coco: WriteCoco, annotate: Annotate) -> None:
     annotations = [annotate([10 + i, 10, 50 + i / 2, 40], i) for i in range(20)]
 
     with pytest.raises(DataError, match=r"\[LCD-D108\] annotations/instances_train.json: .*all fit if read as corners"):
         read(write_coco(annotations), collect=False)
 
 
-def test_build_table__relative_coordinates(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_validate_annotations__relative_coordinates(write_coco: WriteCoco, annotate: Annotate) -> None:
     annotations = [annotate([0.1, 0.2, 0.3 + i / 100, 0.4], i) for i in range(20)]
 
     with pytest.raises(DataError, match=r"\[LCD-D113\].*they look relative to the image"):
         read(write_coco(annotations), collect=False)
 
 
-def test_build_table__repetitions(write_coco: WriteCoco, annotate: Annotate) -> None:
+def test_validate_annotations__repetitions(write_coco: WriteCoco, annotate: Annotate) -> None:
     """The same box of another class, another image, or as crowd is another object."""
     box = [1, 2, 3, 4]
     annotations = [
@@ -126,20 +127,23 @@ BOX = st.tuples(*[st.floats(-200, 200) | st.sampled_from([0.0, 64.0, float("nan"
 
 
 @settings(max_examples=60)
-@given(stated=st.lists(BOX, max_size=12))
-def test_build_table__every_box_is_kept_inside_or_reported(
-    stated: list[tuple[float, ...]], tmp_path_factory: pytest.TempPathFactory
+@given(annotated=st.lists(BOX, max_size=12))
+def test_validate_annotations__every_box_is_kept_inside_or_reported(
+    annotated: list[tuple[float, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever is stated, boxes end up in the image and of some area, or among the problems, and none in both."""
+    """Boxes end up in the image and of some area, or among the problems, and none in both."""
     root = tmp_path_factory.getbasetemp()
-    count = len(stated)
-    records = Records(
-        "coco", root, root, ["a.png"], np.array([1]), np.array([[48, 64]], np.int32), np.array(stated).reshape(-1, 4),
-        np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_), np.zeros(count),
-        np.arange(count), ("a",), (1,), lambda index: ("f", ""), lambda row: ("f", str(row)),
+    count = len(annotated)
+    boxes = np.array(annotated).reshape(-1, 4)
+    annotations = DetectionAnnotations(
+        root, np.array([b"a.png"]), np.array([1]), np.array([[48, 64]], np.int32), np.array([False]),
+        np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), np.zeros(count, np.int64),
+        np.zeros(count, np.bool_), np.zeros(count), np.arange(count), np.array([0, count]), ("a",), (1,),
     )  # fmt: skip
+    source = Source("coco", root, ["a.png"], lambda index: ("f", ""), lambda row: ("f", str(row)))
+    (root / "a.png").touch()
 
-    table = build_annotations(records, AnnotationProblems("drop"), check_images=False)
+    table = validate_annotations(annotations, source, AnnotationProblems("drop"), check_images=False)
 
     assert (table.boxes >= 0).all()
     assert (table.boxes <= [64, 48, 64, 48]).all()
@@ -148,5 +152,5 @@ def test_build_table__every_box_is_kept_inside_or_reported(
     assert gone | set(table.annotation_ids.tolist()) == set(range(count))
     assert not gone & set(table.annotation_ids.tolist())
     for row, box in zip(table.annotation_ids, table.boxes, strict=True):
-        x, y, width, height = stated[row]
+        x, y, width, height = annotated[row]
         np.testing.assert_allclose(box, np.clip([x, y, x + width, y + height], 0, [64, 48, 64, 48]), atol=1e-4)
