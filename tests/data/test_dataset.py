@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_convnext_det.data.batch import UnreadableImage, collate
+from lightning_convnext_det.data.batch import UnreadableImage, collate, pack, unpack
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
+from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 from tests.data.builders import Box, TinyImage, make_annotations
@@ -164,3 +165,21 @@ def test_find_images__only_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_bytes(b"")
     with pytest.raises(DataError, match=r"LCD-P001.*holds no image that can be read, only .*a\.heic \(for HEIC"):
         find_images([tmp_path])
+
+
+def test_dataset__vocs_difficult_objects_are_no_crowd_regions(tmp_path: Path) -> None:
+    """They go to evaluation as ``difficult``, also through the loader's packed batches."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg")
+    boxes = "".join(
+        f"<object><name>cat</name><difficult>{d}</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>{x}</xmax>"
+        "<ymax>30</ymax></bndbox></object>"
+        for d, x in ((0, 20), (1, 40))
+    )
+    size = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+    (tmp_path / "a.xml").write_text(f"<annotation><filename>a.jpg</filename>{size}{boxes}</annotation>")
+    annotations = read_split(next(iter(find_splits(tmp_path).values())))
+    sample = DetectionDataset(annotations, training=False)[0]
+    for target in (sample[1], unpack(pack([sample]))[1][0]):
+        assert target["difficult"].tolist() == [False, True]
+        assert "iscrowd" not in target
+    assert len(DetectionDataset(annotations, training=True)[0][1]["boxes"]) == 1

@@ -66,15 +66,15 @@ def test_evaluator__equals_pycocotools_on_published_pairs(shared_data: Path, pai
     detections, targets, ids = read_pair(truth, found)
     evaluator = DetectionEvaluator([str(i) for i in ids])
     evaluator.update(detections, targets)
-    figures = evaluator.compute()
+    metrics = evaluator.compute()
     for name, value in zip(METRICS, expected["pycocotools_stats"].values(), strict=True):
         if value == -1:
-            assert math.isnan(figures[name]), name
+            assert math.isnan(metrics[name]), name
         else:
-            assert figures[name] == pytest.approx(value, abs=1e-6), name
+            assert metrics[name] == pytest.approx(value, abs=1e-6), name
     for category, values in expected.get("pycocotools_per_category", {}).items():
         if values["AP"] != -1:
-            assert figures[f"map/{category}"] == pytest.approx(values["AP"], abs=1e-6)
+            assert metrics[f"map/{category}"] == pytest.approx(values["AP"], abs=1e-6)
 
 
 def as_in_torchvision(target: Target) -> Target:
@@ -109,10 +109,10 @@ def test_evaluator__equals_pycocotools_on_noisy_boxes_of_real_images(
     evaluator = DetectionEvaluator([str(i) for i in ids])
     for d, t in reversed(list(zip(detections, targets, strict=True))):  # the order of arrival must not matter
         evaluator.update([d], [form(t)])
-    figures = evaluator.compute()
-    assert 0.1 < figures["map"] < 0.9
+    metrics = evaluator.compute()
+    assert 0.1 < metrics["map"] < 0.9
     for name, value in zip(METRICS, reference.stats, strict=True):
-        assert figures[name] == pytest.approx(value, abs=1e-6), name
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
     assert capsys.readouterr().out == ""
 
 
@@ -127,8 +127,8 @@ def test_evaluator__truth_as_prediction_is_exactly_one(shared_data: Path) -> Non
     ]
     evaluator = DetectionEvaluator([str(i) for i in ids])
     evaluator.update(perfect, targets)
-    figures = evaluator.compute()
-    assert figures["map"] == figures["map_50"] == figures["map_75"] == figures["mar_100"] == 1.0
+    metrics = evaluator.compute()
+    assert metrics["map"] == metrics["map_50"] == metrics["map_75"] == metrics["mar_100"] == 1.0
 
 
 def test_evaluator__a_image_counts_once_and_reset_forgets() -> None:
@@ -137,12 +137,12 @@ def test_evaluator__a_image_counts_once_and_reset_forgets() -> None:
     for _ in range(3):
         evaluator.update([detection(box, [0.9], [0])], [target(1, box, [0])])
     evaluator.update([detection([], [], [])], [target(2, box, [0])])
-    figures = evaluator.compute()
-    assert figures["map_50"] == pytest.approx(
+    metrics = evaluator.compute()
+    assert metrics["map_50"] == pytest.approx(
         51 / 101
     )  # one of two found: recall thresholds 0 ... 0.5 have precision 1
-    assert figures["map/cat"] == pytest.approx(51 / 101)
-    assert math.isnan(figures["map/dog"])
+    assert metrics["map/cat"] == pytest.approx(51 / 101)
+    assert math.isnan(metrics["map/dog"])
     evaluator.reset()
     assert math.isnan(evaluator.compute()["map"])
 
@@ -199,3 +199,73 @@ def test_evaluator__a_hundred_detections_per_image_count() -> None:
         [target(1, [[0.0, 0.0, 10.0, 10.0]], [0])],
     )
     assert evaluator.compute()["map"] == 0.0
+
+
+def test_evaluator__max_detections_and_a_warning_once(caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(300, 2, generator=generator) * 2000
+    boxes = torch.cat([corner, corner + 20], 1).tolist()
+    found = detection(boxes, torch.linspace(0, 1, 300).tolist(), [0] * 300)
+    for limit, expected in ((100, 100 / 300), (300, 1.0)):
+        evaluator = DetectionEvaluator(["cat"], limit)
+        caplog.clear()
+        for image_id in (1, 2):
+            evaluator.update([found], [target(image_id, boxes, [0] * 300)])
+        metrics = evaluator.compute()
+        assert metrics[f"mar_{limit}"] == pytest.approx(expected)
+        assert list(metrics) == [*evaluator.names, "map/cat"]
+        assert metrics["map"] == pytest.approx(34 / 101 if limit == 100 else 1.0, rel=1e-6)
+        assert [record.message.partition(" but")[0] for record in caplog.records] == (
+            ["[LCD-E002] 'image 1' has 300 objects,"] if limit == 100 else []
+        )
+    with pytest.raises(ValueError, match="max_detections is 10; it must be at least 11"):
+        DetectionEvaluator(["cat"], 10)
+
+
+def voc_average_precision(
+    found: list[tuple[list[float], float]], objects: list[tuple[list[float], bool]], threshold: float
+) -> float:
+    """AP of one image by the rule of VOC's development kit for difficult objects, with COCO's 101 recall thresholds."""
+    hits, taken = [], set()
+    for box, _ in sorted(found, key=lambda x: -x[1]):
+        overlaps = [iou(box, other) for other, _ in objects]
+        best = max(range(len(objects)), key=lambda i: overlaps[i])
+        if overlaps[best] >= threshold and objects[best][1]:
+            continue  # neither right nor wrong
+        hits.append(overlaps[best] >= threshold and best not in taken)
+        taken.add(best) if hits[-1] else None
+    count = sum(not difficult for _, difficult in objects)
+    right = np.cumsum(hits)
+    precision, recall = right / np.arange(1, len(hits) + 1), right / count
+    return float(np.mean([max(precision[recall >= r - 1e-12], default=0.0) for r in np.linspace(0, 1, 101)]))
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inner = max(0.0, width) * max(0.0, height)
+    return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([([50.0, 50, 70, 70], 0.9), ([300.0, 300, 400, 400], 0.5)], 0.5),  # IoU 0.01 with the difficult: wrong
+        ([([0.0, 0, 200, 190], 0.9), ([300.0, 300, 400, 400], 0.5)], 1.0),  # IoU 0.95: neither right nor wrong
+        ([([0.0, 0, 200, 190], 0.9), ([0.0, 0, 200, 195], 0.8), ([300.0, 300, 400, 400], 0.5)], 1.0),  # nor two
+        ([([0.0, 0, 200, 190], 0.9), ([300.0, 300, 400, 400], 0.8), ([300.0, 300, 400, 399], 0.7)], 1.0),
+        ([([0.0, 0, 200, 190], 0.9), ([300.0, 300, 400, 230 + 100], 0.8)], 0.0),
+    ],
+    ids=["inside", "on", "two on", "double", "missed"],
+)
+def test_evaluator__difficult_objects_are_ignored_by_vocs_rule(
+    found: list[tuple[list[float], float]], expected: float
+) -> None:
+    objects = [([300.0, 300, 400, 400], False), ([0.0, 0, 200, 200], True)]
+    evaluator = DetectionEvaluator(["cat"])
+    flags = torch.tensor([difficult for _, difficult in objects])
+    given = target(1, [box for box, _ in objects], [0, 0], difficult=flags)
+    evaluator.update([detection([box for box, _ in found], [s for _, s in found], [0] * len(found))], [given])
+    metrics = evaluator.compute()
+    assert metrics["map_50"] == pytest.approx(voc_average_precision(found, objects, 0.5))
+    assert metrics["map_50"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["map_75"] == pytest.approx(voc_average_precision(found, objects, 0.75))

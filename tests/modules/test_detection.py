@@ -1,8 +1,10 @@
+import csv
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,7 +23,7 @@ pytestmark = [
 ]
 
 
-def test_detection_module__logs_every_loss_and_figure(loader: DataLoader[Batch], tmp_path: Path) -> None:
+def test_detection_module__logs_every_loss_and_metric(loader: DataLoader[Batch], tmp_path: Path) -> None:
     trainer = create_trainer(tmp_path, enable_checkpointing=False)
     trainer.fit(create_module(class_names=["dark", "bright"]), loader, loader)
     logged = trainer.callback_metrics
@@ -29,7 +31,26 @@ def test_detection_module__logs_every_loss_and_figure(loader: DataLoader[Batch],
     assert float(logged["train/loss"]) == pytest.approx(
         sum(float(logged[f"train/{name}"]) for name in losses), rel=1e-5
     )
-    assert {f"val/{name}" for name in (*METRICS, "map/dark", "map/bright")} <= set(logged)
+    assert {name for name in logged if name.startswith("val/")} == {f"val/{name}" for name in METRICS}
+
+
+def test_detection_module__metrics_of_each_class(loader: DataLoader[Batch], tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(300)]
+    for per_class in (False, True):
+        logger = CSVLogger(tmp_path, name=str(per_class))
+        module = create_module(300, class_names=names, log_per_class=per_class)
+        trainer = create_trainer(tmp_path, max_epochs=2, enable_checkpointing=False, logger=logger)
+        trainer.fit(module, loader, loader)
+        assert sum("class" in name for name in trainer.callback_metrics if "/map/" in name) == 300 * per_class
+        assert set(module.metric_names) == {n for n in trainer.callback_metrics if n.startswith("val/")}
+        with open(Path(logger.log_dir) / "val_per_class.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["class"] for row in rows] == names * 2
+        assert [row["epoch"] for row in rows] == ["0"] * 300 + ["1"] * 300
+        assert not math.isnan(float(rows[0]["map"]))  # classes 0 and 1 have objects
+        assert math.isnan(float(rows[2]["map"]))
+    create_trainer(tmp_path / "none", enable_checkpointing=False).fit(create_module(), loader, loader)
+    assert not list((tmp_path / "none").rglob("*.csv"))
 
 
 def test_detection_module__learns_and_tests(loader: DataLoader[Batch], tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class DetectionAnnotations:
         class_names: in order of label.
         category_ids: the dataset's own ids of the classes, in order of label.
         problems: of the annotation files, found while reading.
+        crowd_is_difficult: whether ``crowd`` marks VOC's difficult objects, not COCO's regions.
     """
 
     image_root: Path
@@ -122,6 +123,7 @@ class DetectionAnnotations:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     problems: tuple[Problem, ...] = ()
+    crowd_is_difficult: bool = False
 
     def __len__(self) -> int:
         return len(self.file_names)

@@ -155,6 +155,8 @@ def unpack(batch: PackedBatch) -> Batch:
         }
         if "iscrowd" in rows:
             target["iscrowd"] = rows["iscrowd"][index]
+        if "difficult" in rows:
+            target["difficult"] = rows["difficult"][index]
         if "area" in rows:
             target["area"] = rows["area"][index]
         targets.append(target)

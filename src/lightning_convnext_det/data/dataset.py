@@ -49,7 +49,7 @@ class DetectionDataset(SeededDataset):
     Args:
         annotations: of the split; forked workers share the arrays.
         transforms: augmentation of image and target, for training; None for none.
-        training: leave out crowd boxes. Otherwise targets also have ``iscrowd`` and ``area``.
+        training: leave out crowd boxes. Otherwise targets also have ``area`` and ``iscrowd``, or VOC's ``difficult``.
         seed: of the transforms.
         read: decodes the images.
     """
@@ -114,7 +114,7 @@ class DetectionDataset(SeededDataset):
             if crowd.any():
                 target["boxes"], target["labels"] = target["boxes"][~crowd], target["labels"][~crowd]
         else:
-            target["iscrowd"] = crowd
+            target["difficult" if table.crowd_is_difficult else "iscrowd"] = crowd
             target["area"] = torch.from_numpy(table.area[rows].copy())
         return target
 

@@ -1,7 +1,9 @@
-"""The training, evaluation and prediction of any detector, as a LightningModule."""
+"""Training, evaluation and prediction of any detector, as a LightningModule."""
 
+import csv
 import inspect
 import logging
+from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 import torch
@@ -11,7 +13,7 @@ from lightning_convnext_det.arguments import Count, Factor, NonNegative, NonNega
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
 from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError, DivergenceError
-from lightning_convnext_det.metrics.coco_map import METRICS, DetectionEvaluator
+from lightning_convnext_det.metrics.coco_map import DetectionEvaluator, MaxDetections
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
 from lightning_convnext_det.types import Detection
@@ -20,17 +22,30 @@ _logger = logging.getLogger(__name__)
 
 
 class Outcome(TypedDict):
-    """What a training step hands to the trainer and its callbacks."""
+    """What a training step returns to the trainer and its callbacks."""
 
     loss: Tensor
     losses: dict[str, Tensor]
     """Its parts by name, without gradients."""
     reason: str | None
-    """What the detector says of numbers that are not finite."""
+    """What the detector reports of numbers that are not finite."""
 
 
 class DetectionModule(TrainableModule):
-    """Trains and evaluates a detector; the subclass says which.
+    """Trains and evaluates a detector, which a subclass builds.
+
+    A batch is ``(images, targets)``: images uint8 or float in 0..1, a list of [3, H, W] or one tensor [B, 3, H, W];
+    for each image a `Target` with ``boxes`` float32 [N, 4], corners in its pixels, and ``labels`` int64 [N] from 0.
+    Training logs each weighted loss as ``train/<name>``, validation and test log COCO's metrics as ``val/map`` ...;
+    calling the module, and ``Trainer.predict``, give one `Detection` for each image.
+
+    Example:
+        >>> from lightning_convnext_det import FasterRCNNModule
+        >>> module = FasterRCNNModule(2, ["cat", "dog"], backbone="test_convnext", min_size=64, max_size=96).eval()
+        >>> with torch.no_grad():
+        ...     detections = module([torch.rand(3, 64, 80), torch.rand(3, 50, 70)])
+        >>> len(detections), detections[0]["boxes"].shape[1]
+        (2, 4)
 
     Args:
         num_classes: foreground classes; from the dataset when the command line gives one.
@@ -49,6 +64,9 @@ class DetectionModule(TrainableModule):
         milestones: epochs at which ``step`` lowers the learning rate.
         step_factor: what ``step`` multiplies it by.
         warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
+        max_detections: how many detections of an image the metrics count, the best by score; COCO's rule is 100.
+        log_per_class: log the AP of each class too; in any case it is written to ``val_per_class.csv``, or
+            ``test_per_class.csv``, in the folder of the logs.
         detector: the detector's own arguments.
     """
 
@@ -69,6 +87,8 @@ class DetectionModule(TrainableModule):
         milestones: list[NonNegativeInt] | None = None,
         step_factor: Factor = 0.1,
         warmup_steps: NonNegativeInt = 500,
+        max_detections: MaxDetections = 100,
+        log_per_class: bool = False,
         **detector: Any,  # the keywords of one callee, build_detector, which checks them
     ) -> None:
         super().__init__()
@@ -84,7 +104,7 @@ class DetectionModule(TrainableModule):
         self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
         self.category_ids = list(category_ids) if category_ids is not None else list(range(num_classes))
         self.detector = self.build_detector(num_classes, **detector)
-        self.evaluator = DetectionEvaluator(self.class_names)
+        self.evaluator = DetectionEvaluator(self.class_names, max_detections)
 
     def build_detector(self, num_classes: int) -> nn.Module:
         """Build the network; the subclass names its arguments."""
@@ -102,7 +122,7 @@ class DetectionModule(TrainableModule):
     # ---- data
 
     def setup(self, stage: str) -> None:
-        """Take the classes of the data, or check that they are those of the network.
+        """Take the classes of the data, or check that they are those of the detector.
 
         Raises:
             DataError: if the classes differ.
@@ -130,7 +150,8 @@ class DetectionModule(TrainableModule):
     @property
     def metric_names(self) -> list[str]:
         """The metrics that a validation logs."""
-        return [f"val/{name}" for name in (*METRICS, *(f"map/{c}" for c in self.class_names))]
+        per_class = [f"map/{name}" for name in self.class_names] if self.hparams.get("log_per_class") else []
+        return [f"val/{name}" for name in (*self.evaluator.names, *per_class)]
 
     def discard_validation(self) -> None:
         """Forget the images of a validation that was cut short; its metrics are then undefined, not wrong."""
@@ -140,18 +161,18 @@ class DetectionModule(TrainableModule):
         """Name the classes in order of label, and give the dataset's own ids of them."""
         self.class_names, self.category_ids = names, ids
         self.hparams.update({"class_names": names, "category_ids": ids})
-        self.evaluator = DetectionEvaluator(names)
+        self.evaluator = DetectionEvaluator(names, self.evaluator.max_detections)
 
     # ---- steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Outcome:
-        """Compute the sum of the detector's weighted losses; each is logged as ``train/<name>``."""
+        """Sum the detector's weighted losses; each is logged as ``train/<name>``."""
         images, targets = _annotated(batch)
         reason = None
         try:
             losses: dict[str, Tensor] = self.detector(images, targets)
         except DivergenceError as error:
-            # not here, where other processes would wait for this one: RunGuard ends all of them after the step
+            # not here, where other ranks would wait for this one: RunGuard ends all of them after the step
             reason = str(error)
             losses = {
                 "loss_total": torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * torch.nan
@@ -162,15 +183,15 @@ class DetectionModule(TrainableModule):
         return {"loss": loss, "losses": {name: x.detach() for name, x in losses.items()}, "reason": reason}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the images of the epoch before, or of the sanity check."""
+        """Forget the images of the last epoch, or of the sanity check."""
         self.evaluator.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect detections; nothing is communicated between processes here."""
+        """Collect detections; ranks exchange nothing here."""
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/map`` ... once for the images of all processes."""
+        """Log ``val/map`` ... once for the images of all ranks."""
         if not self.trainer.sanity_checking:
             self._log_metrics("val")
 
@@ -192,15 +213,31 @@ class DetectionModule(TrainableModule):
             self.evaluator.update(self.detector(images), targets)
 
     def _log_metrics(self, stage: str) -> None:
-        figures = self.evaluator.compute()
+        metrics = self.evaluator.compute()
         self.evaluator.reset()
         if self.evaluator.undefined and self.trainer.is_global_zero:
             _logger.warning("[LCD-E001] %s/map is undefined: %s", stage, self.evaluator.undefined)
-        # every process holds the same numbers already; they are no means over batches
-        shown = {f"{stage}/{name}": figures.pop(name) for name in METRICS}
+        # all ranks hold the same numbers already; they are not means over batches
+        shown = {f"{stage}/{name}": metrics.pop(name) for name in self.evaluator.names}
         self.log_dict({k: v for k, v in shown.items() if k.endswith(("/map", "/map_50"))}, prog_bar=True, batch_size=1)
         self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))}, batch_size=1)
-        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, batch_size=1)
+        if self.hparams.get("log_per_class"):
+            self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1)
+        self._write_per_class(stage, [metrics[f"map/{name}"] for name in self.class_names])
+
+    def _write_per_class(self, stage: str, values: list[float]) -> None:
+        """Append the AP of each class to a table in the folder of the logs, if there are logs."""
+        folder = self.trainer.log_dir if self.trainer.loggers else None  # asked on all ranks, which agree on it
+        if folder is None or not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False):
+            return
+        path = Path(folder, f"{stage}_per_class.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begins = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerows([("epoch", "step", "class", "map")] * begins)
+            where = self.current_epoch, self.global_step
+            table.writerows((*where, name, value) for name, value in zip(self.class_names, values, strict=True))
 
     def predict_step(self, batch: Batch | list[Tensor] | Tensor, batch_idx: int) -> list[Detection]:
         """Detect objects in a batch of images, with or without targets; boxes are in pixels of the images given."""
@@ -236,8 +273,8 @@ class DetectionModule(TrainableModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that were trained on other classes, or belong to another network."""
-        stated = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
-        names = stated.get("class_names")
+        declared = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
+        names = declared.get("class_names")
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)

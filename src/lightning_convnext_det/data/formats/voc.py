@@ -89,6 +89,7 @@ def read_voc(
         offsets=count_offsets([index for index, _ in rows], len(members)),
         class_names=names,
         category_ids=tuple(range(1, len(names) + 1)),
+        crowd_is_difficult=True,
     )
     source = Source(
         format="voc",
