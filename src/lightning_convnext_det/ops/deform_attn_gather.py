@@ -8,11 +8,12 @@ Below, a bag is one (query, head), and its samples are its levels x points posit
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_convnext_det.ops.attention_operator import attention_operator, contiguous_like
 from lightning_convnext_det.ops.weighted_gather import dot_rows, gather_rows, scatter_rows
 
 _SAMPLES_PER_CHUNK = 2**16  # buffers of a quarter megabyte each, which stay in a core's second-level cache
@@ -74,7 +75,7 @@ def _backward(
     grad = grad.to(dtype).view(batch, queries, heads, value.shape[3])
     step = 1 if _has_many_samples(queries * levels * points, value.shape[1]) else heads
     lattice = _build_lattice(sizes, queries, step, points, dtype)
-    grads = torch.empty_like(value), torch.empty_like(sampling_locations), torch.empty_like(attention_weights)
+    grads = contiguous_like(value), contiguous_like(sampling_locations), contiguous_like(attention_weights)
     for image in range(batch):
         for head in range(0, heads, step):
             here = image, slice(None), slice(head, head + step)
@@ -238,33 +239,4 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor], output: Tensor) -> None:  # Any: torch's
-    value, ctx.sizes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-
-
-def _differentiate_op(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:  # Any: torch's untyped context
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    grads = _backward_op(grad.contiguous(), value, ctx.sizes, sampling_locations, attention_weights)
-    return grads[0], None, grads[1], grads[2]
-
-
-def _fake_forward(value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
-
-
-def _fake_backward(
-    grad: Tensor, value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(value), torch.empty_like(sampling_locations), torch.empty_like(attention_weights)
-
-
-_forward_op = torch.library.custom_op(
-    "lightning_convnext_det::deformable_attention_gather", _forward, mutates_args=(), device_types="cpu"
-)
-_backward_op = torch.library.custom_op(
-    "lightning_convnext_det::deformable_attention_gather_backward", _backward, mutates_args=(), device_types="cpu"
-)
-_forward_op.register_fake(_fake_forward)
-_backward_op.register_fake(_fake_backward)
-_forward_op.register_autograd(_differentiate_op, setup_context=_setup_context)
+_forward_op = attention_operator("deformable_attention_gather", _forward, _backward, device_types="cpu")

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_convnext_det.ops.attention_operator import attention_operator, contiguous_like
+
 _TILE = 512  # bags x channels of a program: four warps of one 16-byte load per thread and pixel, 64 registers backward
 
 
@@ -36,6 +38,20 @@ def _corner(image, x, y, width, height, stride, channels):  # type: ignore[no-un
     """Pointers to the pixels (x, y), whole numbers [bags], and whether they are inside; NaN is outside."""
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return image + ((y * width + x).to(tl.int64) * stride)[:, None], inside[:, None] & channels
+
+
+@triton.jit
+def _load_level(levels, level):  # type: ignore[no-untyped-def]
+    """Height, width and first position of a level."""
+    return tl.load(levels + level * 3), tl.load(levels + level * 3 + 1), tl.load(levels + level * 3 + 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _locate(locations, length, in_range, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pixel before each location along one axis, and the distance from its centre."""
+    position = tl.load(locations, mask=in_range, other=0).to(DTYPE) * length - 0.5
+    before = tl.floor(position)
+    return before, position - before
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -63,17 +79,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     image = bag // heads // queries * positions * heads + bag % heads  # row of the table of this head's first pixel
     total = tl.zeros((BAGS, CHANNELS), dtype=DTYPE)
     for level in range(LEVELS):
-        height = tl.load(levels + level * 3)
-        width = tl.load(levels + level * 3 + 1)
-        start = tl.load(levels + level * 3 + 2)
+        height, width, start = _load_level(levels, level)
         level_map = value + ((image + start * heads) * head_dim)[:, None] + channel
         for point in range(POINTS):
             sample = bag * (LEVELS * POINTS) + level * POINTS + point
             weight = tl.load(attention + sample, mask=in_range, other=0).to(DTYPE)
-            x = tl.load(locations + sample * 2, mask=in_range, other=0).to(DTYPE) * width - 0.5
-            y = tl.load(locations + sample * 2 + 1, mask=in_range, other=0).to(DTYPE) * height - 0.5
-            left, top = tl.floor(x), tl.floor(y)
-            x_part, y_part = x - left, y - top
+            left, x_part = _locate(locations + sample * 2, width, in_range, DTYPE)
+            top, y_part = _locate(locations + sample * 2 + 1, height, in_range, DTYPE)
             stride = heads * head_dim
             at, there = _corner(level_map, left, top, width, height, stride, mask)
             total += (weight * (1 - x_part) * (1 - y_part))[:, None] * tl.load(at, mask=there, other=0).to(DTYPE)
@@ -114,17 +126,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     image = bag // heads // queries * positions * heads + bag % heads
     grad = tl.load(grad_output + bag[:, None] * head_dim + channel, mask=mask, other=0).to(DTYPE)
     for level in range(LEVELS):
-        height = tl.load(levels + level * 3)
-        width = tl.load(levels + level * 3 + 1)
-        start = tl.load(levels + level * 3 + 2)
+        height, width, start = _load_level(levels, level)
         level_map = ((image + start * heads) * head_dim)[:, None] + channel
         for point in range(POINTS):
             sample = bag * (LEVELS * POINTS) + level * POINTS + point
             weight = tl.load(attention + sample, mask=in_range, other=0).to(DTYPE)
-            x = tl.load(locations + sample * 2, mask=in_range, other=0).to(DTYPE) * width - 0.5
-            y = tl.load(locations + sample * 2 + 1, mask=in_range, other=0).to(DTYPE) * height - 0.5
-            left, top = tl.floor(x), tl.floor(y)
-            x_part, y_part = x - left, y - top
+            left, x_part = _locate(locations + sample * 2, width, in_range, DTYPE)
+            top, y_part = _locate(locations + sample * 2 + 1, height, in_range, DTYPE)
             stride = heads * head_dim
             at, there = _corner(level_map, left, top, width, height, stride, mask)
             upper_left = tl.load(value + at, mask=there, other=0).to(DTYPE)
@@ -142,7 +150,6 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             lower_right = tl.load(value + at, mask=there, other=0).to(DTYPE)
             share = (weight * x_part * y_part)[:, None] * grad
             tl.atomic_add(grad_value + at, share, mask=there, sem="relaxed")
-
             above = upper_left + x_part[:, None] * (upper_right - upper_left)
             below = lower_left + x_part[:, None] * (lower_right - lower_left)
             across = (1 - y_part)[:, None] * (upper_right - upper_left) + y_part[:, None] * (lower_right - lower_left)
@@ -155,7 +162,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _forward(value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    output = _fake_forward(value, sizes, sampling_locations, attention_weights)
+    output = value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
     if output.numel() == 0:
         return output
     tensors = value, _level_table(tuple(sizes), value.device), sampling_locations, attention_weights
@@ -168,7 +175,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
-    grads = sampling_locations.new_empty(sampling_locations.shape), attention_weights.new_empty(attention_weights.shape)
+    grads = contiguous_like(sampling_locations), contiguous_like(attention_weights)
     if grad.numel() > 0:
         tensors = grad, value, _level_table(tuple(sizes), value.device), sampling_locations, attention_weights
         pointers = [tensor.contiguous() for tensor in tensors]
@@ -199,32 +206,4 @@ def _level_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat((shapes, (areas.cumsum(0) - areas)[:, None]), dim=1).to(torch.int32).to(device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor], output: Tensor) -> None:  # Any: torch's
-    value, ctx.sizes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:  # Any: torch's untyped context
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    grads = _backward_op(grad, value, ctx.sizes, sampling_locations, attention_weights)
-    return grads[0], None, grads[1], grads[2]
-
-
-def _fake_forward(value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
-
-
-def _fake_backward(
-    grad: Tensor, value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = sampling_locations.new_empty(sampling_locations.shape), attention_weights.new_empty(attention_weights.shape)
-    return value.new_empty(value.shape), *grads
-
-
-_forward_op = torch.library.custom_op("lightning_convnext_det::deformable_attention_triton", _forward, mutates_args=())
-_backward_op = torch.library.custom_op(
-    "lightning_convnext_det::deformable_attention_triton_backward", _backward, mutates_args=()
-)
-_forward_op.register_fake(_fake_forward)
-_backward_op.register_fake(_fake_backward)
-_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
+_forward_op = attention_operator("deformable_attention_triton", _forward, _backward)
