@@ -50,7 +50,7 @@ def constructors() -> Iterator[tuple[str, type]]:
 
 
 def is_own(kind: type) -> bool:
-    return kind.__init__.__module__.startswith("lightning_convnext_det")  # type: ignore[misc]
+    return str(getattr(kind.__init__, "__module__", "")).startswith("lightning_convnext_det")  # type: ignore[misc]
 
 
 def is_open(annotation: object) -> bool:

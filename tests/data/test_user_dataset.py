@@ -1,6 +1,8 @@
 """A user's own map-style datasets and transforms in the data module."""
 
+import json
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,12 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.user_dataset import UserDataset
 from lightning_convnext_det.errors import ArgumentError, DataError
 from tests.data.recorder import Recorder, SaveAndStop, make_trainer
-from tests.training import create_module, create_trainer
+from tests.training import TINY, create_module, create_trainer
 
 
 class Shapes(Dataset):
@@ -168,6 +171,25 @@ def test_landscape__by_torchvisions_method() -> None:
 
     assert UserDataset(Sized(), name="train", training=True).landscape.tolist() == [False] * 3 + [True] * 4
     assert UserDataset(Shapes(), name="train", training=True).landscape.all()
+
+
+def mirrored(image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
+    return v2.functional.horizontal_flip(image), {**target, "boxes": v2.functional.horizontal_flip(target["boxes"])}
+
+
+def test_command__own_dataset_and_transform_by_class_path(tmp_path: Path) -> None:
+    shapes = {"class_path": f"{__name__}.Shapes", "init_args": {"count": 3}}
+    small = [f"--model.{name}={json.dumps(value).strip(chr(34))}" for name, value in TINY.items()]
+    data = [
+        "--data.datasets",
+        json.dumps({"train": shapes, "val": shapes}),
+        f"--data.train_transforms={__name__}.mirrored",
+    ]
+    quiet = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    folder = [f"--trainer.default_root_dir={tmp_path}", "--data.num_workers=0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning, about the size of the run
+        assert main(["fit", *small, *data, *quiet, *folder]) == 0
 
 
 class Endless(IterableDataset):

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from lightning_convnext_det.arguments import Count, NonNegative, NonNegativeInt, Positive, Range, check_arguments
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
-from lightning_convnext_det.data.batch import Batch, Sample
+from lightning_convnext_det.data.batch import Batch
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations
@@ -119,7 +119,7 @@ class DetectionDataModule(LoadingDataModule):
         test_images: str | None = None,
         predict: str | list[str] | None = None,
         predict_split: Stage | None = None,
-        datasets: dict[Stage, Dataset[Sample]] | None = None,
+        datasets: dict[Stage, Dataset] | None = None,  # type: ignore[type-arg]  # jsonargparse builds no other
         batch_size: Count = 4,
         num_workers: NonNegativeInt | None = None,
         train_transforms: Preset | SampleTransform = "flip",

@@ -45,7 +45,7 @@ class UserDataset(SeededDataset):
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
+        dataset: Dataset,  # type: ignore[type-arg]  # jsonargparse builds no parametrised class
         transforms: SampleTransform | None = None,
         *,
         name: str,
@@ -138,7 +138,11 @@ class UserSplits:
         ArgumentError: if a stage is not one of train, val and test.
     """
 
-    def __init__(self, datasets: Mapping[Stage, Dataset[Sample]], class_names: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        datasets: Mapping[Stage, Dataset],  # type: ignore[type-arg]  # as above
+        class_names: Sequence[str] | None,
+    ) -> None:
         if unknown := [stage for stage in datasets if stage not in STAGES]:
             raise ArgumentError(f"datasets has '{unknown[0]}'; its keys are {', '.join(STAGES)}")
         self.datasets = datasets
