@@ -1,4 +1,4 @@
-"""Pages of the site that are files of the repository, and links between both that work in either place."""
+"""Pages of the site that are files of the repository, links between both that work in either place, and all codes."""
 
 import posixpath
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from lightning_convnext_det.errors import CODES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.md"))
@@ -31,6 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links to files of the repository at their pages; the text alone stays where a file is not on the site."""
     uri = page.file.src_uri
+    if uri == "error-codes.md":
+        markdown += "\n| code | meaning |\n|---|---|\n"
+        markdown += "".join(f"| `{code}` | {meaning} |\n" for code, meaning in CODES.items())
     folder = posixpath.dirname(FILES.get(uri, f"docs/{uri}"))
 
     def published(link: re.Match[str]) -> str:
