@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore")
 logging.disable(logging.INFO)
 import torch
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning_convnext_det import DetectionDataModule
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
@@ -51,27 +52,35 @@ for file in sorted((folder / "data" / "test").iterdir())[3:]:
     file.write_bytes(b"no image")  # all of the second process's share, 2 of 5
 
 class Watch(Callback):
-    def __init__(self, rank, kill=None, nan=None):
-        self.rank, self.kill, self.nan, self.ids = rank, kill, nan, []
+    def __init__(self, rank, kill, nan, number):
+        self.rank, self.kill, self.nan, self.number, self.ids = rank, kill, nan, number, []
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.ids.append([t["image_id"] for t in batch[1]])
         if self.kill and self.kill == (self.rank, trainer.global_step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
         if self.nan == (self.rank, trainer.global_step):
             inner = module.detector.forward
             module.detector.forward = lambda *a: {k: v * float("nan") for k, v in inner(*a).items()}
 
-def fit(name, module, epochs=2, checkpoint=None, kill=None, nan=None):
+def fit(name, module, epochs=2, checkpoint=None, kill=None, nan=None, slurm=False):
     def run(rank, world_size):
+        if slurm:
+            del os.environ["TORCHELASTIC_RUN_ID"]
+            numbers = {"NTASKS": world_size, "JOB_ID": 7, "LOCALID": rank, "PROCID": rank, "NODEID": 0,
+                       "NTASKS_PER_NODE": world_size, "JOB_NAME": "train", "NODELIST": "127.0.0.1"}
+            os.environ.update({f"SLURM_{key}": str(value) for key, value in numbers.items()})
+            os.environ["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
         torch.set_num_threads(1)
         torch.manual_seed(1)
         data = DetectionDataModule(str(folder / "data"), batch_size=2, num_workers=0)
         model = DETECTORS[module](5, backbone="test_convnext", min_size=64, max_size=96, **small[module])
-        watch = Watch(rank, kill, nan)
+        watch = Watch(rank, kill, nan, signal.SIGUSR1 if slurm else signal.SIGTERM)
         best = BestCheckpoint(folder / name, filename="best", monitor="val/map", mode="max", save_last=True,
                               enable_version_counter=False)
         trainer = pl.Trainer(accelerator="cpu", devices=world_size, strategy="ddp", max_epochs=epochs, logger=False,
-                             enable_progress_bar=False, enable_model_summary=False, callbacks=[watch, best])
+                             enable_progress_bar=False, enable_model_summary=False, callbacks=[watch, best],
+                             default_root_dir=folder / name,
+                             plugins=[SLURMEnvironment(auto_requeue=True)] if slurm else None)
         try:
             trainer.fit(model, data, ckpt_path=checkpoint)
         finally:
@@ -104,6 +113,14 @@ if "resume" in wanted:
         start(name, fit(name, first, kill=(rank, step)))
         start(f"{name}, resumed", fit(f"{name}, resumed", first, checkpoint=str(folder / name / "last.ckpt")))
     start("nan", fit("nan", first, nan=(1, 4)))
+if "slurm" in wanted:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "scontrol").write_text(f'#!/bin/sh\\n(echo "$@"; ls {folder}/slurm) >> {folder}/requests\\n')
+    (folder / "bin" / "scontrol").chmod(0o755)
+    start("whole", fit("whole", first))
+    start("slurm", fit("slurm", first, kill=(1, 1), slurm=True))
+    (folder / "left").write_text(" ".join(file.name for file in (folder / "slurm").iterdir()))
+    start("again", fit("slurm", first, slurm=True))
 print(json.dumps(statuses))
 """
 
@@ -190,3 +207,18 @@ def test_fit__divergence_on_one_process_ends_both(resume: tuple[Path, dict[str, 
         assert f"the last checkpoint is {folder / 'nan' / 'last.ckpt'}" in text
     state = read_checkpoint_file(folder / "nan" / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.slow
+def test_fit__slurm_requeues_once_and_the_job_goes_on(tmp_path: Path) -> None:
+    """One of two ranks gets the signal; the first rank requeues, and both continue without being told from where."""
+    statuses = run(tmp_path, "slurm")
+    assert statuses["slurm"] == [143, 143], log(tmp_path, "slurm.log")
+    assert (tmp_path / "requests").read_text().split() == ["requeue", "7", "hpc_ckpt_1.ckpt", "last.ckpt"]
+    assert sorted((tmp_path / "left").read_text().split()) == ["hpc_ckpt_1.ckpt", "last.ckpt"]
+    assert statuses["again"] == [0, 0], log(tmp_path, "again.log")
+    for rank in (0, 1):
+        whole, again = (report(tmp_path, name, rank)["ids"] for name in ("whole", "slurm"))
+        assert again == whole[2:]
+        assert equal_weights(tmp_path / f"slurm.{rank}.pt", tmp_path / f"whole.{rank}.pt")
+    assert not (tmp_path / "slurm" / "hpc_ckpt_1.ckpt").is_symlink()

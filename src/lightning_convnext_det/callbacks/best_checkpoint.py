@@ -1,4 +1,4 @@
-"""The callback that keeps the best and the last checkpoint of a training."""
+"""Callback that keeps the best and the last checkpoint of a training."""
 
 import difflib
 import logging
@@ -17,23 +17,30 @@ _KNOWN = ("lightning", __name__.partition(".")[0])  # packages whose modules and
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint for trainings that are interrupted, and figures that may be undefined.
+    """Lightning's ModelCheckpoint for trainings that are interrupted and metrics that may be undefined.
 
-    An undefined figure never counts as the best. With ``save_last`` the last checkpoint is that of the last epoch; of
-    Lightning 2.6 it is that of the last epoch that was among the best. A training that is resumed in another folder
-    takes the best checkpoints of the first one along. A ``monitor`` that is never logged is refused at the start.
+    Takes ModelCheckpoint's arguments.
+
+    >>> from tempfile import mkdtemp
+    >>> best = BestCheckpoint(mkdtemp(), filename="best", monitor="val/map", mode="max", save_last=True)
+    >>> trainer = pl.Trainer(callbacks=[best], logger=False, accelerator="cpu")
+
+    An undefined metric (nan) never counts as the best. With ``save_last`` the last checkpoint is that of the last
+    epoch; of Lightning 2.6 it is that of the last epoch that was among the best. A training that is resumed in another
+    folder takes the best checkpoints of the first one along. A ``monitor`` that is never logged is refused at the
+    start.
     """
 
     _earlier: dict[str, Any] | None = None  # the state of the training that is resumed, from another folder
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Say whether a figure is among the best; nan is not."""
+        """Whether a value of the metric is among the best; nan is not."""
         if current is not None and bool(torch.isnan(current)):
             return False
         return super().check_monitor_top_k(trainer, current)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the figure to go by, and take along the best checkpoints of the training that is resumed.
+        """Check the metric to monitor, and take along the best checkpoints of the training that is resumed.
 
         Raises:
             ValueError: if nothing can log the metric: module and callbacks are Lightning's and this package's.
@@ -91,7 +98,7 @@ def _check_monitor(monitor: str, known: list[str]) -> None:
     if monitor not in known and not monitor.startswith("train/"):
         close = difflib.get_close_matches(monitor, known, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"logged are {', '.join(known[:12])} and train/..."
-        raise ValueError(f"[LCD-C020] nothing logs '{monitor}', which the best checkpoint is to go by; {hint}")
+        raise ValueError(f"[LCD-C020] nothing logs '{monitor}', by which the best checkpoint is chosen; {hint}")
 
 
 def _copy(models: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Callbacks for the trainer: the writer of predictions."""
+"""Callback that writes the predictions of a detector: COCO results, and images with boxes drawn."""
 
 import heapq
 import itertools
@@ -28,9 +28,21 @@ _LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the nois
 class PredictionWriter(Callback):
     """Writes predictions while they are made: a file of COCO results, and the images with boxes drawn.
 
-    ``predictions.json`` is a list of ``{image_id, category_id, bbox, score, category_name, file_name}`` with the data
-    set's own category ids and boxes (x, y, width, height) in pixels of the upright image: all that the detector
-    returns. pycocotools reads it. It appears when the prediction is complete, with the images of all processes.
+    ``predictions.json`` is a list of ``{image_id, category_id, bbox, score, category_name, file_name}`` with the
+    dataset's own category ids and boxes (x, y, width, height) in pixels of the upright image: all that the detector
+    returns. pycocotools reads it. It appears when the prediction is complete, with the images of all ranks.
+
+    >>> import torch
+    >>> from tempfile import mkdtemp
+    >>> from torch.utils.data import DataLoader
+    >>> from lightning_convnext_det import FasterRCNNModule
+    >>> module = FasterRCNNModule(1, ["cat"], backbone="test_convnext", min_size=64, max_size=96)
+    >>> images = [torch.rand(3, 64, 80)]
+    >>> writer = PredictionWriter(mkdtemp())
+    >>> trainer = pl.Trainer(callbacks=[writer], logger=False, accelerator="cpu", enable_progress_bar=False)
+    >>> _ = trainer.predict(module, DataLoader([images], batch_size=None, num_workers=0))
+    >>> sorted(path.name for path in writer.folder.glob("*.json"))
+    ['predictions.json']
 
     A drawing has the name of its image; where that is taken, the image id is added. What an earlier prediction wrote
     into the folder is replaced; other files are left alone.
@@ -62,7 +74,7 @@ class PredictionWriter(Callback):
         self._num_images = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Clear away the results of an earlier prediction; all processes wait for the first to do so.
+        """Clear away the results of an earlier prediction; all ranks wait for the first to do so.
 
         Raises:
             ValueError: if the folder cannot be written to.
@@ -79,11 +91,11 @@ class PredictionWriter(Callback):
             raise ValueError(f"cannot write predictions to folder '{self.folder}' ({error}); choose another") from error
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open this process's files.
+        """Open the files of this rank.
 
         Raises:
             TypeError: if the module has no ``class_names`` and ``category_ids``.
-            ValueError: if the folder is not the one that the first process has prepared.
+            ValueError: if the folder is not the one that rank 0 has prepared.
         """
         names, ids = (getattr(pl_module, name, None) for name in ("class_names", "category_ids"))
         if names is None or ids is None:
@@ -92,7 +104,7 @@ class PredictionWriter(Callback):
             )
         rank = trainer.global_rank
         if not _hidden(self.folder, 0, "part").exists():
-            raise ValueError(f"process {rank} does not see the '{self.folder}' of process 0; choose a shared folder")
+            raise ValueError(f"rank {rank} does not see the '{self.folder}' of rank 0; choose a shared folder")
         self._part = _Part(self.folder, rank, list(names), list(ids))
         self._num_images = 0
         limit = self.draw_limit if self.draw else 0
@@ -131,11 +143,11 @@ class PredictionWriter(Callback):
                 self._part.draw(image, found, image_id, file_name, self.score_threshold, self.font)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Merge the parts of all processes into ``predictions.json``."""
+        """Merge the parts of all ranks into ``predictions.json``."""
         if stage != "predict":
             return
         self._close()
-        # not at the end of the epoch: a process without images has none
+        # not at the end of the epoch: a rank without images has none
         trainer.strategy.barrier("PredictionWriter: parts complete")
         if trainer.is_global_zero:
             parts = [_hidden(self.folder, rank, "part") for rank in range(trainer.world_size)]
@@ -146,7 +158,7 @@ class PredictionWriter(Callback):
             rank_zero_info(f"predictions are in '{self.folder / _RESULTS}'")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove this process's part of the results, which will not be completed; drawings stay until the next run."""
+        """Remove this rank's part of the results, which will not be completed; drawings stay until the next run."""
         self._close()
         with suppress(OSError):  # the exception may be that the folder cannot be used
             _hidden(self.folder, trainer.global_rank, "part").unlink()
@@ -157,7 +169,7 @@ class PredictionWriter(Callback):
 
 
 class _Part:
-    """What one process has written: a line of records for each image, its drawings, and a list of their names.
+    """What one rank has written: a line of records for each image, its drawings, and a list of their names.
 
     Both files are JSON in ASCII, so that they hold any file name.
     """
@@ -227,7 +239,7 @@ def _listed(path: Path) -> Iterator[str]:
 
 
 def _reserve(folder: Path, image: Path, image_id: int) -> Path:
-    """Create an empty file for the drawing of an image, under a name that neither process nor user has taken."""
+    """Create an empty file for the drawing of an image, under a name that neither a rank nor the user has taken."""
     suffix = ".png" if image.suffix.lower() in _LOSSLESS else ".jpg"
     for name in _names(image.stem, image_id):
         path = folder / f"{name}{suffix}"

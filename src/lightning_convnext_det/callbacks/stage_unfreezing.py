@@ -1,4 +1,4 @@
-"""A callback that unfreezes a detector's backbone stage by stage.
+"""Callback that unfreezes a detector's backbone stage by stage.
 
 Lightning's own ``BackboneFinetuning`` adds a parameter group to the optimizer while it runs, which torch's schedulers
 no longer accept (2.15: one base rate for each group), and unfreezes the whole backbone at once. Here the groups are
@@ -16,7 +16,10 @@ from lightning_convnext_det.models.backbone import TimmPyramid
 class StageUnfreezing(Callback):
     """Freezes the backbone and lets its stages learn one after the other, the deepest first.
 
-    Under several processes the strategy must be ``ddp_find_unused_parameters_true``.
+    >>> callback = StageUnfreezing([2, 4])  # the last stage learns from epoch 2 on, the one before it from epoch 4
+    >>> trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_checkpointing=False)
+
+    On several ranks the strategy must be ``ddp_find_unused_parameters_true``.
 
     Args:
         epochs: epoch at which each stage begins to learn, the deepest first, rising; stages that are not listed stay
@@ -34,7 +37,7 @@ class StageUnfreezing(Callback):
         self._frozen = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what learns in the end.
+        """Note the parameters that may learn.
 
         Raises:
             ValueError: if the network has no backbone with as many stages.
@@ -46,11 +49,11 @@ class StageUnfreezing(Callback):
         self._frozen = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze stages also where a training goes on inside of an epoch, which then does not start."""
+        """Freeze stages also where a training is resumed within an epoch."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze the stages whose time has not come."""
+        """Freeze the stages that do not learn yet."""
         pyramid = _find_pyramid(pl_module)
         frozen = len(pyramid.strides) - sum(trainer.current_epoch >= epoch for epoch in self.epochs)
         if frozen == self._frozen:

@@ -1,4 +1,4 @@
-"""From a checkpoint file to the module that it describes: the file is hashed once, the network built once."""
+"""Build the module that a checkpoint describes: the file is hashed once, the network built once."""
 
 import logging
 from collections.abc import Mapping

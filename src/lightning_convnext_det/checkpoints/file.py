@@ -145,7 +145,7 @@ def find_damage(path: Path) -> str | None:
     """Say how a file differs from the one that was written; None if it does not.
 
     A file without this package's SHA-256, written by a trainer without `AtomicCheckpointIO`, is held to the CRC-32 that
-    torch has stored of each record. What is no zip archive at all is left to torch to judge.
+    torch has stored of each record. A file that is not a zip archive is left to torch to judge.
     """
     try:
         with open(path, "rb") as file:
@@ -171,7 +171,7 @@ def _damage(file: BinaryIO) -> str | None:
 
 
 def newest_intact(folder: Path, but: Path | None = None) -> Path | None:
-    """The checkpoint of a folder that was written last and is intact; None if there is none."""
+    """The newest intact checkpoint of a folder; None if there is none."""
     files = [file for file in folder.glob("*.ckpt") if file != but and file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         if zipfile.is_zipfile(file) and find_damage(file) is None:

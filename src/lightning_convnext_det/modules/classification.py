@@ -1,4 +1,4 @@
-"""The training and evaluation of a classifier, as a LightningModule."""
+"""Training, evaluation and prediction of an image classifier, as a LightningModule."""
 
 import inspect
 import logging
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ClassificationBatch(TypedDict):
-    """Images of one size, and what they show."""
+    """Images of one size and their labels."""
 
     images: Tensor
     """uint8 [B, 3, H, W]."""
@@ -39,7 +39,7 @@ class ClassificationBatch(TypedDict):
 
 
 class ClassificationResult(TypedDict):
-    """What an image shows."""
+    """The class of an image."""
 
     file_name: str
     class_name: str
@@ -50,10 +50,21 @@ class ClassificationResult(TypedDict):
 class ClassifierModule(TrainableModule):
     """Trains and evaluates a timm classifier, whose weights a detector can take as ``backbone_weights``.
 
+    A batch is a `ClassificationBatch`: ``images`` uint8 [B, 3, H, W], ``labels`` int64 [B] from 0, ``file_names``.
+    Training logs ``train/loss``, validation and test ``val/loss``, ``val/top1``, ``val/top5``; calling the module gives
+    logits float [B, num_classes], ``Trainer.predict`` a `ClassificationResult` for each image.
+
+    Example:
+        >>> module = ClassifierModule(2, ["cat", "dog"], backbone="test_convnext").eval()
+        >>> with torch.no_grad():
+        ...     logits = module(torch.rand(4, 3, 64, 64))
+        >>> logits.shape
+        torch.Size([4, 2])
+
     Args:
         num_classes: classes; from the dataset when the command line trains.
         class_names: their names in order of label; from the dataset when there is one.
-        category_ids: not used; for the sake of detectors' datasets.
+        category_ids: not used; datasets of detectors give them.
         backbone: timm name of the network, e.g. ``convnext_tiny`` or ``convnext_tiny.in12k_ft_in1k``.
         pretrained_backbone: start from timm's pretrained weights.
         backbone_weights: start from a local weight file instead.
@@ -61,10 +72,10 @@ class ClassifierModule(TrainableModule):
         drop_rate: dropout before the last layer.
         drop_path_rate: stochastic depth; 0 leaves the network's own default.
         label_smoothing: share of the target that is spread over all classes.
-        mixup: alpha of mixup, 0 for none (arXiv:1710.09412); timm's.
-        cutmix: alpha of cutmix, 0 for none (arXiv:1905.04899); timm's.
+        mixup: alpha of timm's mixup, 0 for none (arXiv:1710.09412).
+        cutmix: alpha of timm's CutMix, 0 for none (arXiv:1905.04899).
         mix_probability: share of the batches that are mixed.
-        random_erasing: share of the images of which a part is replaced by noise (arXiv:1708.04896); timm's.
+        random_erasing: share of the images in which timm replaces a part by noise (arXiv:1708.04896).
         optimizer: ``adamw`` or ``sgd`` (with momentum 0.9).
         lr: learning rate after the warm-up.
         weight_decay: not applied to norms, biases, layer scale and other one-dimensional parameters.
@@ -212,7 +223,7 @@ class ClassifierModule(TrainableModule):
             self.log(f"{stage}/{top}", accuracy, prog_bar=True, **options)
 
     def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> list[ClassificationResult]:
-        """Name what each image shows."""
+        """Classify each image."""
         scores, labels = self.classifier(batch["images"]).float().softmax(-1).max(-1)
         return [
             ClassificationResult(file_name=file, class_name=self.class_names[label], score=score)
@@ -231,8 +242,8 @@ class ClassifierModule(TrainableModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that were trained on other classes."""
-        stated = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
-        names = stated.get("class_names")
+        declared = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
+        names = declared.get("class_names")
         if names is not None and len(names) != self.num_classes:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)

@@ -11,7 +11,15 @@ _SLOW = ("sampling_offsets", "reference_points")
 
 
 class DeformableDETRModule(DetectionModule):
-    """Trains and evaluates `DeformableDETR`, by default with the learning rates and the clipping of its paper."""
+    """Trains and evaluates `DeformableDETR`, by default with the learning rates and the clipping of its paper.
+
+    Batches, losses and metrics are those of `DetectionModule`.
+
+    >>> small = {"hidden_dim": 32, "num_heads": 2, "num_queries": 8, "encoder_layers": 1, "decoder_layers": 1}
+    >>> module = DeformableDETRModule(2, ["cat", "dog"], backbone="test_convnext", min_size=64, max_size=96, **small)
+    >>> module.learning_rate_factor("backbone.body.net.stem_0.weight")
+    0.1
+    """
 
     default_backbone_lr_factor = 0.1
     default_gradient_clip = 0.1

@@ -1,4 +1,4 @@
-"""Which layer of a backbone a parameter belongs to, for learning rates that fall from the heads to the stem.
+"""Layers of a backbone for layer-wise learning-rate decay, from the heads down to the stem.
 
 For ConvNeXt the layers are those of the authors' detectors (facebookresearch/ConvNeXt,
 ``object_detection/mmcv_custom/layer_decay_optimizer_constructor.py``), for other networks timm's own ``group_matcher``.

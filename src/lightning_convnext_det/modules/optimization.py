@@ -1,4 +1,4 @@
-"""Optimizer, parameter groups and schedule, the same for detectors and classifiers."""
+"""Optimizer, parameter groups and learning-rate schedule of detectors and classifiers."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _EXEMPT = re.compile(r"(\.bias|pos_embed|relative_position_bias_table|\.gamma|la
 
 
 class Backbone(NamedTuple):
-    """The timm network inside of another one."""
+    """The timm network inside a detector or classifier."""
 
     architecture: str
     """Its timm name."""
@@ -28,11 +28,11 @@ class Backbone(NamedTuple):
 
 
 class TrainableModule(ReliableModule):
-    """A LightningModule whose hyper-parameters say how its network learns; the subclass says what network."""
+    """A LightningModule that builds optimizer and schedule from its hyper-parameters; a subclass gives the network."""
 
     default_backbone_lr_factor = 1.0
     default_gradient_clip: float | None = None
-    monitor = "val/map"  # the figure that makes a checkpoint the best one
+    monitor = "val/map"  # the metric by which the best checkpoint is chosen
     _layers: Layers | None = None
 
     @property
@@ -127,7 +127,7 @@ class TrainableModule(ReliableModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _batch_scale(self) -> float:
-        """What the learning rate is multiplied by for the total batch; it is printed."""
+        """The factor of the learning rate for the total batch; it is printed."""
         reference = self.hparams["base_batch_size"]
         if reference is None:
             return 1.0

@@ -26,10 +26,17 @@ MODULES: dict[str, type[DetectionModule | ClassifierModule]] = {
 
 
 def load_module(path: str | Path, **options: Any) -> DetectionModule:
-    """Build the detector's module that a checkpoint describes, in evaluation mode, without network or dataset.
+    """Load a detector's module from a checkpoint, in evaluation mode; it needs no internet and no dataset.
+
+    >>> from tempfile import mkdtemp
+    >>> module = FasterRCNNModule(2, ["cat", "dog"], backbone="test_convnext", min_size=64, max_size=96)
+    >>> path = mkdtemp() + "/a.ckpt"
+    >>> save_module(module, path)  # or Trainer.save_checkpoint
+    >>> load_module(path, score_threshold=0.3).class_names
+    ['cat', 'dog']
 
     Args:
-        path: a local file.
+        path: a local file or an fsspec address.
         options: arguments of the module that win over the checkpoint's.
 
     Raises:
@@ -43,7 +50,7 @@ def load_module(path: str | Path, **options: Any) -> DetectionModule:
 
 
 def load_classifier(path: str | Path) -> ClassifierModule:
-    """Build the classifier's module that a checkpoint describes, in evaluation mode, without network or dataset.
+    """Load a classifier's module from a checkpoint, in evaluation mode; it needs no internet and no dataset.
 
     Raises:
         CheckpointError: as for `load_module`.
@@ -61,14 +68,23 @@ def start_module(
     category_ids: list[int] | None = None,
     **changes: Any,  # the keywords of the module that the checkpoint holds
 ) -> DetectionModule:
-    """Build the module that a checkpoint describes for training on other data, and start it from the weights.
+    """Load a detector's module from a checkpoint for training on another dataset.
+
+    All weights are taken but for those of the layers whose shape depends on the number of classes.
+
+    >>> from tempfile import mkdtemp
+    >>> path = mkdtemp() + "/a.ckpt"
+    >>> save_module(FasterRCNNModule(2, ["cat", "dog"], backbone="test_convnext", min_size=64, max_size=96), path)
+    >>> module = start_module(path, 3, ["cat", "dog", "bird"], lr=5e-5)
+    >>> module.num_classes, module.training
+    (3, True)
 
     Args:
         path: a checkpoint of this package, e.g. of imported weights.
         num_classes: foreground classes of the new data.
         class_names: their names in order of label.
         category_ids: the dataset's own ids of the classes.
-        changes: arguments of the module that shall not be as in the checkpoint.
+        changes: arguments of the module that replace the checkpoint's.
 
     Raises:
         CheckpointError: if the file is not a checkpoint of this package or its weights do not fit.

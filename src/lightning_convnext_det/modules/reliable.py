@@ -107,7 +107,7 @@ class ReliableModule(pl.LightningModule):
                 that depend on it begin with random weights, and a warning says so.
 
         Raises:
-            CheckpointError: if the file is no checkpoint of this package, or of another module than this.
+            CheckpointError: if the file is not a checkpoint of this package, or of another module.
         """
         if hparams_file is not None or weights_only is False:
             raise CheckpointError(
