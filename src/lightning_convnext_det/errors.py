@@ -49,6 +49,10 @@ CODES: dict[str, str] = {
     "LCD-D134": "training images have no boxes to learn from",
     "LCD-D135": "a class to select is unknown or named twice",
     "LCD-D140": "a folder of images for classification is missing, empty or unlike its classes",
+    # data: datasets of the user's own
+    "LCD-D160": "an item of an own dataset is not an image and a target, or a dataset is empty",
+    "LCD-D161": "the classes of own datasets are not named",
+    "LCD-D162": "images of one batch differ in channels or dtype",
     # data: what exporters write otherwise
     "LCD-D150": "COCO values of another type are read as they are meant",
     "LCD-D151": "COCO image ids are text or too large, and are numbered anew",
@@ -114,6 +118,7 @@ CODES: dict[str, str] = {
     # training and evaluation
     "LCD-C020": "nothing logs the metric that the best checkpoint goes by",
     "LCD-E001": "mAP is undefined",
+    "LCD-E002": "an image has more objects than detections that count",
     "LCD-E010": "predictions are not finite",
     "LCD-M201": "images have more objects than the detector can match",
     "LCD-N001": "a loss or an output is not finite",

@@ -119,7 +119,7 @@ def test_datamodule__classes_from_the_dataset_or_an_argument() -> None:
     assert (data.class_names, data.category_ids, data.num_classes) == (["cat", "dog"], [0, 1], 2)
     assert data_module(class_names=["a", "b"]).class_names == ["a", "b"]
     nameless = [Shapes()[0]]
-    with pytest.raises(DataError, match=r"LCD-D151.*give data\.class_names"):
+    with pytest.raises(DataError, match=r"LCD-D161.*give data\.class_names"):
         data_module(datasets={"train": nameless}).class_names  # noqa: B018
 
 

@@ -118,7 +118,7 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
     kinds = {(image.shape[0], image.dtype): index for index, image in enumerate(images)}
     if len(kinds) > 1:
         found = ", ".join(f"{targets[i]['file_name']}: {kind[0]} channels {kind[1]}" for kind, i in kinds.items())
-        raise DataError(f"[LCD-D152] images of one batch differ in channels or dtype: {found}; make them all alike")
+        raise DataError(f"[LCD-D162] images of one batch differ in channels or dtype: {found}; make them all alike")
     innermost = [image.permute(1, 2, 0).is_contiguous() for image in images]
     flat = [
         (image.permute(1, 2, 0) if last else image).reshape(-1) for image, last in zip(images, innermost, strict=True)

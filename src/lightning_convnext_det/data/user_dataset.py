@@ -96,15 +96,15 @@ class UserDataset(SeededDataset):
     def _converted(self, sample: object, index: int) -> Sample:
         name = f"{self.name}[{index}]"
         if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[1], Mapping)):
-            raise DataError(f"[LCD-D150] {name} is a {type(sample).__name__}; expected (image, target)")
+            raise DataError(f"[LCD-D160] {name} is a {type(sample).__name__}; expected (image, target)")
         image, given = sample
         if isinstance(image, Image.Image):
             image = F.pil_to_tensor(image)
         if not isinstance(image, Tensor) or image.dim() != 3:
             what = list(image.shape) if isinstance(image, Tensor) else f"a {type(image).__name__}"
-            raise DataError(f"[LCD-D150] the image of {name} is {what}; expected a tensor [C, H, W] or a Pillow image")
+            raise DataError(f"[LCD-D160] the image of {name} is {what}; expected a tensor [C, H, W] or a Pillow image")
         if missing := {"boxes", "labels"} - given.keys():
-            raise DataError(f"[LCD-D150] the target of {name} has no {' and no '.join(sorted(missing))}")
+            raise DataError(f"[LCD-D160] the target of {name} has no {' and no '.join(sorted(missing))}")
         return image.as_subclass(Tensor), self._target(given, image, name, index)
 
     def _target(self, given: Mapping[str, object], image: Tensor, name: str, index: int) -> Target:
@@ -114,11 +114,11 @@ class UserDataset(SeededDataset):
             if key in given:
                 values = torch.as_tensor(given[key])
                 if key == "labels" and len(boxes) and values.is_floating_point():
-                    raise DataError(f"[LCD-D150] the labels of {name} are {values.dtype}; expected integers from 0")
+                    raise DataError(f"[LCD-D160] the labels of {name} are {values.dtype}; expected integers from 0")
                 fields[key] = values.as_subclass(Tensor).to(dtype).reshape(-1)
         if wrong := [key for key, values in fields.items() if len(values) != len(fields["boxes"])]:
             counts = f"{len(fields['boxes'])} boxes but {len(fields[wrong[0]])} {wrong[0]}"
-            raise DataError(f"[LCD-D150] the target of {name} has {counts}")
+            raise DataError(f"[LCD-D160] the target of {name} has {counts}")
         if self.training:
             kept = ~fields.get("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
             fields = {key: fields[key][kept] for key in ("boxes", "labels")}
@@ -160,7 +160,7 @@ class UserSplits:
             names = names or getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
         if not names:
             raise DataError(
-                "[LCD-D151] the classes of data.datasets are not known: give data.class_names in order of label, "
+                "[LCD-D161] the classes of data.datasets are not known: give data.class_names in order of label, "
                 "or the dataset an attribute class_names"
             )
         return tuple(map(str, names)), tuple(range(len(names)))
@@ -181,5 +181,5 @@ class UserSplits:
             raise DataError(f"[LCD-D131] data.datasets has no '{stage}'")
         dataset = UserDataset(self.datasets[stage], transforms, name=stage, training=training, seed=seed)
         if not len(dataset):
-            raise DataError(f"[LCD-D150] data.datasets: '{stage}' is empty")
+            raise DataError(f"[LCD-D160] data.datasets: '{stage}' is empty")
         return dataset
