@@ -22,6 +22,25 @@ def test_image_transform__equals_torchvision(min_size: int, max_size: int) -> No
         torch.testing.assert_close(ours["boxes"], theirs["boxes"])
 
 
+@pytest.mark.parametrize(
+    ("channels", "mean"),
+    [(1, (0.449,)), (2, (0.485, 0.456)), (3, (0.485, 0.456, 0.406)), (4, (0.485, 0.456, 0.406, 0.485))],
+)
+def test_image_transform__statistics_of_other_numbers_of_channels(channels: int, mean: tuple[float, ...]) -> None:
+    transform = ImageTransform(64, in_chans=channels).eval()
+    assert transform.image_mean == pytest.approx(mean, abs=1e-3)
+    white = torch.full((channels, 64, 64), 255, dtype=torch.uint8)
+    expected = torch.tensor([(1 - m) / s for m, s in zip(transform.image_mean, transform.image_std, strict=True)])
+    torch.testing.assert_close(transform([white])[0][0, :, 5, 5], expected)
+
+
+def test_image_transform__statistics_given_for_each_channel_or_one_for_all() -> None:
+    assert ImageTransform(64, image_mean=[0.5], image_std=[0.2], in_chans=4).image_mean == (0.5,) * 4
+    assert ImageTransform(64, image_mean=[0.1, 0.2], image_std=[0.2, 0.3], in_chans=2).image_std == (0.2, 0.3)
+    with pytest.raises(ValueError, match="image_mean and image_std have 2 values, but in_chans is 4"):
+        ImageTransform(64, image_mean=[0.1, 0.2], image_std=[0.2, 0.3], in_chans=4)
+
+
 def test_image_transform__uint8_equals_float(photos: list[Tensor]) -> None:
     transform = ImageTransform(200, 333).eval()
     assert torch.equal(transform(photos)[0], transform([p / 255 for p in photos])[0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.errors import DataError, DivergenceError
+from lightning_convnext_det.models.image_transform import OVERSHOOT
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.suggestions import suggest
@@ -22,8 +23,6 @@ from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, 
 
 ImageSource = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.float64] | Tensor
 """A file, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
-
-_OVERSHOOT = 0.25  # what resizing with bicubic or Lanczos weights may add beyond 0 and 1
 
 
 class Prediction(Detection):
@@ -332,7 +331,7 @@ def _checked(pixels: Tensor, name: str) -> Tensor:
     low, high = (x.item() for x in pixels.aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):  # aminmax passes nan on
         raise DataError(f"[LCD-I031] {name} holds pixels that are not finite")
-    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         raise DataError(
             f"[LCD-I030] {name} holds floats from {low:.3g} to {high:.3g}; give uint8, or floats in 0..1 that are not "
             "normalised: the detector does that"

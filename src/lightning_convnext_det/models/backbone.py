@@ -93,7 +93,7 @@ class TimmPyramid(nn.Module):
         if batch_norm == "frozen":
             self.net = freeze_batch_norm_2d(self.net)
         self.in_chans = in_chans
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         self.net.to(memory_format=self.memory_format)
         if frozen_stages:
             self.freeze(frozen_stages)
@@ -132,6 +132,12 @@ class TimmPyramid(nn.Module):
             pyramid.freeze(stages)
 
         hook = self.register_load_state_dict_post_hook(freeze)  # type: ignore[no-untyped-call]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of the convolutions."""
+        # not kept as an attribute: torch.save cannot pickle one (torch 2.14, protocol 2)
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps, finest first, of normalised images [B, in_chans, H, W]."""

@@ -21,6 +21,7 @@ from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.pixels import Channels, pixels_of
 from lightning_convnext_det.models.backbone import check_name
 from lightning_convnext_det.models.backbone_weights import fetching, load_classifier_weights
+from lightning_convnext_det.models.image_transform import channel_statistics
 
 
 class Classification(NamedTuple):
@@ -58,7 +59,8 @@ class Classifier(nn.Module):
         weights: start from a local weight file instead: a checkpoint of this package or of timm, a state dict or
             safetensors. The last layer is loaded if it has as many classes.
         class_names: names in order of label (default: ImageNet's if the number of classes is that of an ImageNet).
-        in_chans: channels of the images; other than three are all normalised by the mean of the RGB statistics.
+        in_chans: channels of the images; one channel is normalised by the mean of the RGB statistics, four and more
+            by repeating them.
         drop_rate: dropout before the last layer.
         drop_path_rate: stochastic depth; 0 keeps the default of the network.
         image_size: side in pixels of the square crop in evaluation (default: as the weights were tested).
@@ -101,7 +103,7 @@ class Classifier(nn.Module):
             raise ValueError(f"{len(self.class_names)} class_names, but '{name}' has {self.num_classes} classes")
         config = resolve_data_config({"img_size": image_size} if image_size else {}, model=self.net, use_test_size=True)
         self.image_size: int = int(config["input_size"][-1])
-        self.image_mean, self.image_std = (_per_channel(config[key], in_chans) for key in ("mean", "std"))
+        self.image_mean, self.image_std = (channel_statistics(config[key], in_chans) for key in ("mean", "std"))
         self._prepare = create_transform(**config, normalize=False)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
@@ -148,11 +150,6 @@ def _create(name: str, pretrained: bool, options: dict[str, float]) -> nn.Module
         if option := next((key for key in options if f"'{key}'" in str(error)), None):
             raise ValueError(f"classifier '{name}' has no {option}; leave it at its default") from None
         raise
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Values of red, green and blue; for another number of channels their mean in each."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def list_classifiers(pattern: str = "*", pretrained: bool = False) -> list[str]:

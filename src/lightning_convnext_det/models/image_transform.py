@@ -1,4 +1,4 @@
-"""Images of any size to one normalised batch, and boxes back to the images.
+"""Image transform of every detector: images of any size to one normalised batch, and boxes back to the images.
 
 Every detector holds one `ImageTransform`, so the resize rule and the normalisation travel with the weights. Resizing
 is bilinear without antialiasing, with zeros at the right and the bottom, and follows torchvision's
@@ -13,28 +13,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.ops.resize import resize_like_opencv
+from lightning_convnext_det.ops.tracing import is_recording
 from lightning_convnext_det.types import Detection, Target
 
 Resize = Literal["torchvision", "opencv"]
 # the statistics that almost every timm backbone is trained with (timm.data.IMAGENET_DEFAULT_MEAN and _STD)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+OVERSHOOT = 0.25  # what resizing with bicubic or Lanczos weights may add beyond 0 and 1
 
 
 class ImageTransform(nn.Module):
-    """Resize, normalise and pad images to a batch; scale boxes there and back.
+    """Resizes, normalises and pads images to a batch, and scales boxes to the resized images and back.
+
+    >>> transform = ImageTransform(min_size=64, max_size=96)
+    >>> images = [torch.rand(3, 32, 40), torch.zeros(3, 64, 64, dtype=torch.uint8)]
+    >>> batch, sizes, _ = transform(images)
+    >>> batch.shape, batch.dtype, sizes
+    (torch.Size([2, 3, 64, 96]), torch.float32, [(64, 80), (64, 64)])
+    >>> found = {"boxes": torch.tensor([[0.0, 0.0, 80.0, 64.0]]), "labels": torch.tensor([0]), "scores": torch.ones(1)}
+    >>> transform.restore([found], sizes[:1], [(32, 40)])[0]["boxes"]
+    tensor([[ 0.,  0., 40., 32.]])
 
     Args:
         min_size: length of the shorter side after resizing, in pixels; of several, one is drawn per image in training
             and the last is used in evaluation.
         max_size: limit of the longer side, in pixels.
-        image_mean: mean of each channel of images in 0..1.
+        image_mean: mean of each channel of images in 0..1; of red, green and blue for any number of channels, see
+            `channel_statistics`.
         image_std: standard deviation of each channel.
+        in_chans: channels of the images.
         size_divisible: pad both sides to a multiple of this.
+        fixed_size: (height, width) that every batch is padded to, after images are resized to fit into it.
         resize: ``torchvision`` interpolates normalised images, ``opencv`` 8-bit ones to the same bits as OpenCV;
             floating point images are then rounded to 8 bits first.
-        fixed_size: (height, width) that every batch is padded to, after images are resized to fit into it.
 
     Attributes:
         resize_in_training: False when the data loader has chosen the sizes already (multi-scale crops, jitter).
@@ -46,9 +60,10 @@ class ImageTransform(nn.Module):
         max_size: int = 1333,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
+        in_chans: int = 3,
         size_divisible: int = 32,
-        resize: Resize = "torchvision",
         fixed_size: Sequence[int] | None = None,
+        resize: Resize = "torchvision",
     ) -> None:
         super().__init__()
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -62,19 +77,19 @@ class ImageTransform(nn.Module):
                 f"fixed_size is {list(fixed_size)}; expected (height, width), multiples of {size_divisible}"
             )
         self.fixed_size = tuple(fixed_size) if fixed_size else None
-        self.image_mean = tuple(image_mean)
-        self.image_std = tuple(image_std)
+        self.image_mean = channel_statistics(image_mean, in_chans)
+        self.image_std = channel_statistics(image_std, in_chans)
         self.size_divisible = size_divisible
         self.resize = resize
         self.resize_in_training = True
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
     ) -> tuple[Tensor, list[tuple[int, int]], list[Target] | None]:
         """Make a batch.
 
         Args:
-            images: uint8 or float in 0..1, each [C, H, W] of its own size.
+            images: uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W].
             targets: their objects, boxes in pixels of these images; not modified.
 
         Returns:
@@ -83,10 +98,12 @@ class ImageTransform(nn.Module):
 
         Raises:
             TypeError: if an image is neither uint8 nor floating point.
+            DataError: if floating point pixels are not in 0..1.
             ValueError: if an image is not [C, H, W] with as many channels as the normalisation.
         """
-        if not images:
+        if not len(images):
             raise ValueError("images is empty; give at least one image")
+        check_range(images)
         resized = [self._prepare(image, i) for i, image in enumerate(images)]
         sizes = [(x.shape[-2], x.shape[-1]) for x in resized]
         if targets is None:
@@ -110,7 +127,8 @@ class ImageTransform(nn.Module):
         """Check, resize and normalise one image, float32 [C, H', W']."""
         if image.dim() != 3 or image.shape[0] != len(self.image_mean):
             raise ValueError(
-                f"images[{index}] has shape {list(image.shape)}; expected [{len(self.image_mean)}, height, width]"
+                f"images[{index}] has shape {list(image.shape)}; expected [{len(self.image_mean)}, height, width], "
+                "in a list or stacked"
             )
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise TypeError(f"images[{index}] is {image.dtype}; expected uint8 or floating point in 0..1")
@@ -156,6 +174,53 @@ class ImageTransform(nn.Module):
         for slot, image in zip(batch, images, strict=True):
             slot[:, : image.shape[-2], : image.shape[-1]] = image
         return batch
+
+
+def channel_statistics(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Adapt means or standard deviations of red, green and blue to images of another number of channels.
+
+    As timm does with the first convolution of pretrained weights (``adapt_input_conv``): one channel stands for all
+    three, more repeat them.
+
+    >>> channel_statistics((0.5, 0.4, 0.3), 4)
+    (0.5, 0.4, 0.3, 0.5)
+
+    Args:
+        values: one for each channel, one for all of them, or three for red, green and blue.
+        channels: of the images.
+
+    Raises:
+        ValueError: if there is another number of values.
+    """
+    if len(values) == channels:
+        return tuple(values)
+    if len(values) not in (1, 3):
+        raise ValueError(f"image_mean and image_std have {len(values)} values, but in_chans is {channels}")
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[i % len(values)] for i in range(channels))
+
+
+def check_range(images: Sequence[Tensor] | Tensor) -> None:
+    """Refuse floating point images in 0..255 and normalised ones, whose objects a detector would not recognise.
+
+    One transfer from the device for the whole batch, none if all images are uint8.
+
+    Raises:
+        DataError: naming the image and what to do.
+    """
+    floats = [(i, image) for i, image in enumerate(images) if image.is_floating_point() and image.numel()]
+    if not floats or torch.compiler.is_compiling() or is_recording():
+        return
+    extremes = torch.stack([torch.stack(image.detach().aminmax()).float() for _, image in floats]).tolist()
+    for (i, _), (low, high) in zip(floats, extremes, strict=True):
+        if low < -OVERSHOOT:
+            remedy = "give it in 0..1 and not normalised: the detector does that"
+        elif high > 1 + OVERSHOOT:
+            remedy = "give it in 0..1, divided by 255, or as uint8"
+        else:
+            continue
+        raise DataError(f"[LCD-I030] images[{i}] holds floats from {low:.3g} to {high:.3g}; {remedy}")
 
 
 def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:

@@ -1,12 +1,11 @@
 """Score threshold, NMS and number of detections: which of a detector's boxes are its detections."""
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from lightning_convnext_det.arguments import Count, Fraction, Positive, check_arguments
 from lightning_convnext_det.ops.nms import NMSMethod, Separation, apply_nms
 from lightning_convnext_det.types import Detection
 
@@ -20,7 +19,7 @@ class Selection:
     >>> selection = Selection(score_threshold=0.5)
     >>> selection.nms_threshold = 5
     Traceback (most recent call last):
-    ValueError: nms_threshold is 5; it must be between 0 and 1
+    lightning_convnext_det.errors.ArgumentError: nms_threshold is 5; it must be at least 0 and at most 1
 
     Args:
         score_threshold: detections with a score that is not higher are dropped.
@@ -34,14 +33,14 @@ class Selection:
         ValueError: if a value is out of range, also when it is set later.
     """
 
-    score_threshold: float = 0.05
+    score_threshold: Fraction = 0.05
     nms: NMSMethod = "hard"
-    nms_threshold: float = 0.5
-    soft_nms_sigma: float = 0.5
-    detections_per_image: int = 100
+    nms_threshold: Fraction = 0.5
+    soft_nms_sigma: Positive = 0.5
+    detections_per_image: Count = 100
 
     def __setattr__(self, name: str, value: Any) -> None:  # checked here, by name
-        _check(name, value)
+        check_arguments(Selection.__init__, {name: value})
         super().__setattr__(name, value)
 
     def __call__(
@@ -64,21 +63,6 @@ class Selection:
         high = scores > self.score_threshold  # soft NMS lowers scores
         boxes, scores, labels = (values[high][: self.detections_per_image] for values in (boxes, scores, labels))
         return Detection(boxes=boxes, labels=labels, scores=scores)
-
-
-def _check(name: str, value: Any) -> None:
-    if name == "nms":
-        if value not in get_args(NMSMethod):
-            raise ValueError(f"nms is '{value}'; choose one of {', '.join(get_args(NMSMethod))}")
-    elif name == "detections_per_image":
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"detections_per_image is {value!r}; it must be a whole number of at least 1")
-    elif not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a number")
-    elif name == "soft_nms_sigma" and float(value) <= 0:
-        raise ValueError(f"soft_nms_sigma is {value}; it must be above 0, as the paper's 0.5")
-    elif name in ("score_threshold", "nms_threshold") and not 0 <= float(value) <= 1:
-        raise ValueError(f"{name} is {value}; it must be between 0 and 1")
 
 
 class _Setting(Generic[T]):

@@ -1,40 +1,99 @@
-"""The check that every detector makes of its targets before they reach code that trusts them."""
+"""Targets of every detector: read by torchvision's conventions, and checked before they reach code that trusts them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import convert_bounding_box_format
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
 
+_CONVERTIBLE = (BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH)
 
-def check_targets(images: Sequence[Tensor], targets: Sequence[Target], num_classes: int) -> None:
-    """Refuse boxes and labels that would crash the process or train on nonsense, with the image's name.
 
+def check_num_classes(num_classes: int) -> int:
+    """Return the number of foreground classes, which must be at least 1."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
+    return num_classes
+
+
+def prepare_targets(
+    images: Sequence[Tensor] | Tensor, targets: Sequence[Target], num_classes: int, device: torch.device
+) -> list[Target]:
+    """Read the targets of a training step, as a user of torchvision writes them, and check them.
+
+    Boxes may be of any dtype and ``torch.tensor([])`` where there are none; crowd regions (``iscrowd``) are left out.
     One transfer from the device for the whole batch when all is well.
+
+    >>> target = {"boxes": torch.tensor([[0, 0, 8, 8], [4, 4, 9, 9]]), "labels": torch.tensor([1, 0]),
+    ...           "iscrowd": torch.tensor([0, 1])}
+    >>> prepare_targets([torch.zeros(3, 10, 10)], [target], 2, torch.device("cpu"))
+    [{'boxes': tensor([[0., 0., 8., 8.]]), 'labels': tensor([1])}]
+
+    Args:
+        images: as many as there are targets; their pixels are not read.
+        targets: the objects of each image, boxes in pixels of the image.
+        num_classes: labels must run from 0 to ``num_classes - 1``.
+        device: where boxes and labels are to be.
+
+    Returns:
+        For each image boxes float32 [N, 4], labels int64 [N] and the name of its file if it has one.
 
     Raises:
         DataError: if a box is not finite (roi_align ends in a segmentation fault on it) or has no area, a label is not
-            in 0 ... num_classes - 1, or the numbers of boxes and labels differ.
+            in 0 ... num_classes - 1, or boxes, labels and ``iscrowd`` do not belong together.
+        ValueError: if there is not one target for each image.
     """
-    if len(images) != len(targets):
-        raise ValueError(f"got {len(images)} images and {len(targets)} targets; give one target per image")
-    for i, target in enumerate(targets):
-        if target["boxes"].dim() != 2 or target["boxes"].shape[1] != 4 or target["labels"].dim() != 1:
-            shapes = f"boxes {list(target['boxes'].shape)} and labels {list(target['labels'].shape)}"
-            raise DataError(f"[LCD-D112] {_name(target, i)}: got {shapes}; expected [N, 4] and [N]")
-        if len(target["boxes"]) != len(target["labels"]):
-            counts = f"{len(target['boxes'])} boxes but {len(target['labels'])} labels"
-            raise DataError(f"[LCD-D112] {_name(target, i)}: {counts}")
-    boxes = torch.cat([t["boxes"] for t in targets])
-    labels = torch.cat([t["labels"] for t in targets])
+    if isinstance(targets, Mapping) or len(images) != len(targets):
+        given = 1 if isinstance(targets, Mapping) else len(targets)
+        raise ValueError(f"got {len(images)} images and {given} targets; give a list with one target per image")
+    prepared = [_prepare(target, _name(target, i), device) for i, target in enumerate(targets)]
+    boxes = torch.cat([t["boxes"] for t in prepared])
+    labels = torch.cat([t["labels"] for t in prepared])
     good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1) & (labels >= 0) & (labels < num_classes)
     if bool(good.all()):
-        return
-    for i, target in enumerate(targets):
+        return prepared
+    for i, target in enumerate(prepared):
         for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-            _check_object(box, label, _name(target, i), num_classes)
+            _check_object(box, label, _name(targets[i], i), num_classes)
+    return prepared
+
+
+def _prepare(target: Target, name: str, device: torch.device) -> Target:
+    for key in ("boxes", "labels"):
+        if key not in target:
+            raise DataError(f"[LCD-D112] the target of {name} has no '{key}'; it has {', '.join(map(repr, target))}")
+    boxes, labels = _corners(target["boxes"]), torch.as_tensor(target["labels"])
+    if boxes.shape == (0,):  # torch.tensor([])
+        boxes = boxes.reshape(0, 4)
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.dim() != 1:
+        shapes = f"boxes {list(boxes.shape)} and labels {list(labels.shape)}"
+        raise DataError(f"[LCD-D112] {name}: got {shapes}; expected [N, 4] and [N]")
+    if len(boxes) != len(labels):
+        raise DataError(f"[LCD-D112] {name}: {len(boxes)} boxes but {len(labels)} labels")
+    if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise DataError(f"[LCD-D112] {name}: labels are {labels.dtype}; give the indices of classes, int64")
+    boxes, labels = boxes.to(device, torch.float32), labels.to(device, torch.int64)
+    crowd = target.get("iscrowd")
+    if crowd is not None:
+        crowd = torch.as_tensor(crowd).to(device, torch.bool)
+        if crowd.shape != labels.shape:
+            raise DataError(f"[LCD-D112] {name}: {len(labels)} boxes but iscrowd is {list(crowd.shape)}")
+        boxes, labels = boxes[~crowd], labels[~crowd]
+    prepared = Target(boxes=boxes, labels=labels)
+    if "file_name" in target:
+        prepared["file_name"] = target["file_name"]
+    return prepared
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """Boxes as (x1, y1, x2, y2); a plain tensor holds them already."""
+    if isinstance(boxes, BoundingBoxes) and boxes.format in _CONVERTIBLE:
+        boxes = convert_bounding_box_format(boxes, new_format=BoundingBoxFormat.XYXY)
+    return torch.as_tensor(boxes).as_subclass(Tensor)
 
 
 def _check_object(box: list[float], label: int, name: str, num_classes: int) -> None:

@@ -147,6 +147,13 @@ class DetectionModule(TrainableModule):
         if stage == "fit" and transform is not None:
             transform.resize_in_training = not getattr(data, "resizes", False)
 
+    def teardown(self, stage: str) -> None:
+        """Let the detector resize by itself again, whatever the data of the fit did."""
+        super().teardown(stage)
+        transform = getattr(self.detector, "transform", None)
+        if stage == "fit" and transform is not None:
+            transform.resize_in_training = True
+
     @property
     def metric_names(self) -> list[str]:
         """The metrics that a validation logs."""

@@ -27,10 +27,14 @@ def soft_nms(
     Among equal scores the box that comes first is taken first, and is first in the result. A box that is not finite
     overlaps nothing, and one whose score is NaN is dropped.
 
+    >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [50.0, 50.0, 60.0, 60.0]])
+    >>> soft_nms(boxes, torch.tensor([0.9, 0.8, 0.7]))  # 0.8 * exp(-0.9 ** 2 / 0.5)
+    (tensor([0, 2, 1]), tensor([0.9000, 0.7000, 0.1583]))
+
     Args:
         boxes: corners ``(x1, y1, x2, y2)`` in pixels, float [N, 4], x1 <= x2 and y1 <= y2.
         scores: confidences in [0, 1], float [N].
-        sigma: width of the Gaussian decay, ``exp(-iou ** 2 / sigma)``; smaller suppresses more.
+        sigma: width of the Gaussian decay, ``exp(-iou ** 2 / sigma)``; smaller lowers scores more.
         score_threshold: boxes whose decayed score is not above this are dropped.
         method: ``gaussian``, or ``linear``: the score is multiplied by 1 - iou from ``iou_threshold`` on.
         iou_threshold: overlap from which the linear decay applies.
@@ -57,7 +61,11 @@ def batched_soft_nms(
     method: Literal["gaussian", "linear"] = "gaussian",
     iou_threshold: float = 0.3,
 ) -> tuple[Tensor, Tensor]:
-    """Apply `soft_nms` to each class on its own, all classes at a time.
+    """Apply `soft_nms` to each class on its own, all classes at once.
+
+    >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0]])
+    >>> batched_soft_nms(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]))
+    (tensor([0, 1]), tensor([0.9000, 0.8000]))
 
     Args:
         boxes: corners ``(x1, y1, x2, y2)`` in pixels, float [N, 4], x1 <= x2 and y1 <= y2.
@@ -96,7 +104,7 @@ def batched_soft_nms(
 
 
 def _lay_out(labels: Tensor) -> tuple[Tensor, list[int]]:
-    """Give every box a place in a matrix of one class per row, the largest class first.
+    """Arrange the boxes in a matrix of one class per row, the largest class first.
 
     Returns:
         Place of each box in the flattened matrix, int64 [N], and the number of boxes in each row.
@@ -121,7 +129,7 @@ def _decay_in_rounds(
     Args:
         boxes: corners, [4, classes, N]; a row's boxes come first, and what follows is ignored.
         scores: [classes, N].
-        counts: boxes in each row, falling.
+        counts: boxes in each row, descending.
         decay: factor for an overlap.
         score_threshold: lowest score, exclusive, at which to go on.
     """

@@ -151,8 +151,8 @@ def test_faster_rcnn__wrong_use() -> None:
         tiny()([torch.rand(3, 64, 64)])
     with pytest.raises(ValueError, match="got 1 images and 0 targets"):
         tiny()([torch.rand(3, 64, 64)], [])
-    with pytest.raises(DataError, match=r"boxes \[0\]"):
-        tiny()([torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}])
+    with pytest.raises(DataError, match=r"boxes \[4\]"):
+        tiny()([torch.rand(3, 64, 64)], [{"boxes": torch.zeros(4), "labels": torch.zeros(1, dtype=torch.int64)}])
     with pytest.raises(ValueError, match="num_classes is 0"):
         tiny(0)
     with pytest.raises(ValueError, match="anchor_sizes has 2 groups"):

@@ -34,7 +34,7 @@ from lightning_convnext_det.models.deformable_detr.transformer import (
 )
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from lightning_convnext_det.models.selection import Selection, SelectsDetections
-from lightning_convnext_det.models.target_check import check_targets
+from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.types import Detection, Target
 
@@ -174,7 +174,7 @@ class DeformableDETR(SelectsDetections, nn.Module):
         _check_variant(hidden_dim, num_heads, two_stage, box_refinement)
         self.num_classes, self.num_queries, self.objects_multiple = num_classes, num_queries, objects_multiple
         self.selection = Selection(score_threshold, nms, nms_threshold, soft_nms_sigma, detections_per_image)
-        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, max(strides), fixed_size=fixed_size)
+        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, in_chans, max(strides), fixed_size)
         self.backbone = TimmPyramid(
             backbone, pretrained=pretrained_backbone, weights=backbone_weights, in_chans=in_chans, strides=strides,
             drop_path_rate=drop_path_rate, stem_eps=stem_eps, frozen_stages=frozen_stages, batch_norm=batch_norm,
@@ -220,14 +220,16 @@ class DeformableDETR(SelectsDetections, nn.Module):
             if name == "0.6.bias" and self.proposer is None:  # first boxes are 12 % of the image wide and high
                 nn.init.constant_(parameter[2:], -2.0)
 
-    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detection]:
+    def forward(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detection]:
         """Compute the losses in training mode, the detections in evaluation mode.
 
         Args:
-            images: uint8 or float in 0..1, each [C, H, W] of its own size, on any device: they are resized where they
-                are and moved to the device of the network. Leave them on the CPU for an XLA device, which would compile
-                again for each size.
-            targets: the objects of each image, in training.
+            images: uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W], on any device: they
+                are resized where they are and moved to the device of the network. Leave them on the CPU for an XLA
+                device, which would compile again for each size.
+            targets: the objects of each image, in training, on any device; those that are ``iscrowd`` are left out.
 
         Returns:
             In training the weighted losses of `SetCriterion`, float32 scalars whose sum is the objective; else one
@@ -244,8 +246,9 @@ class DeformableDETR(SelectsDetections, nn.Module):
             return self._restore(found, sizes, images)
         if targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() to predict")
-        check_targets(images, targets, self.num_classes)
-        batch, sizes, moved = self.transform(images, targets)
+        # where the images are: an XLA device would compile again for each number of objects
+        prepared = prepare_targets(images, targets, self.num_classes, images[0].device if len(images) else device)
+        batch, sizes, moved = self.transform(images, prepared)
         outputs = self.predict(batch.to(device), sizes)
         boxes = [_normalize(t["boxes"], size) for t, size in zip(moved, sizes, strict=True)]
         objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple).to(device)
@@ -303,7 +306,7 @@ class DeformableDETR(SelectsDetections, nn.Module):
         return [self.selection(b[u], s[u], x[u]) for b, s, x, u in zip(boxes, scores, labels, usable, strict=True)]
 
     def _restore(
-        self, detections: list[Detection], sizes: list[tuple[int, int]], images: list[Tensor]
+        self, detections: list[Detection], sizes: list[tuple[int, int]], images: Sequence[Tensor] | Tensor
     ) -> list[Detection]:
         originals = [(x.shape[-2], x.shape[-1]) for x in images]
         restored = self.transform.restore(detections, sizes, originals)

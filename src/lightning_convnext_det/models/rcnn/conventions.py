@@ -6,8 +6,9 @@ alone moves all of them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from lightning_convnext_det.arguments import NonNegative, NonNegativeInt, check_arguments
 from lightning_convnext_det.models.image_transform import Resize
 from lightning_convnext_det.ops.nms import Separation
 from lightning_convnext_det.suggestions import suggest
@@ -20,19 +21,9 @@ ProposalLoss = Literal["smooth_l1", "l1"]
 BoxLoss = Literal["smooth_l1", "l1", "giou"]
 
 
-def _check_value(name: str, value: object, hint: object) -> None:
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{name} is '{value}'; choose one of {', '.join(get_args(hint))}")
-    elif hint is bool:
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; expected true or false")
-    elif value is not None or type(None) not in get_args(hint):
-        kinds = int if hint is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{name} is {value!r}; expected a number")
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; it must be at least 0")
+def _check_kind(name: str, value: object, is_switch: bool) -> None:
+    if is_switch != isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected {'true or false' if is_switch else 'a number or a word'}")
 
 
 @dataclass(frozen=True)
@@ -74,24 +65,24 @@ class Convention:
     anchor_rounding: bool = True
     fixed_strides: bool = False
     roi_aligned: bool = False
-    roi_sampling_ratio: int = 2
+    roi_sampling_ratio: NonNegativeInt = 2
     roi_level_margin: LevelMargin = "level"
     box_coding: BoxCoding = "torchvision"
-    min_proposal_side: float = 1e-3
-    min_detection_side: float = 1e-2
+    min_proposal_side: NonNegative = 1e-3
+    min_detection_side: NonNegative = 1e-2
     nms_separation: Separation = "torchvision"
     matching: Matching = "torchvision"
     rpn_skip_crossing: bool = False
     rpn_box_loss: ProposalLoss = "smooth_l1"
     box_loss: BoxLoss = "smooth_l1"
-    box_smooth_l1_beta: float = 1 / 9
-    box_loss_weight: float | None = None
+    box_smooth_l1_beta: NonNegative = 1 / 9
+    box_loss_weight: NonNegative | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
-        hints = get_type_hints(Convention)
+        check_arguments(Convention.__init__, vars(self))
         for field in fields(self):
-            _check_value(field.name, getattr(self, field.name), hints[field.name])
+            _check_kind(field.name, getattr(self, field.name), isinstance(field.default, bool))
         if self.rpn_skip_crossing and self.matching == "torchvision":
             raise ValueError("rpn_skip_crossing=True needs matching='mmdetection'; torchvision trains on every anchor")
 

@@ -17,7 +17,6 @@ from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, Po
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.fpn import PyramidFPN
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
-from lightning_convnext_det.models.rcnn.anchors import create_anchors
 from lightning_convnext_det.models.rcnn.conventions import (
     CONVENTIONS,
     Convention,
@@ -29,7 +28,7 @@ from lightning_convnext_det.models.rcnn.matcher import Sampling
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeadKind, BoxHeads, StageBuilder, create_pooler
 from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwork
 from lightning_convnext_det.models.selection import Selection, SelectsDetections
-from lightning_convnext_det.models.target_check import check_targets
+from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.types import Detection, Target
 
@@ -160,48 +159,52 @@ class FasterRCNN(SelectsDetections, nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(FasterRCNN.__init__, locals())
-        details = resolve_convention(convention, self.conventions, self.default_convention)
+        rules = resolve_convention(convention, self.conventions, self.default_convention)
         self.num_classes = num_classes
         self.selection = Selection(score_threshold, nms, nms_threshold, soft_nms_sigma, detections_per_image)
-        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, resize=details.resize)
-        body = TimmPyramid(
+        self.transform = ImageTransform(min_size, max_size, image_mean, image_std, in_chans, resize=rules.resize)
+        self.backbone = PyramidFPN(TimmPyramid(
             backbone, pretrained=pretrained_backbone, weights=backbone_weights, in_chans=in_chans, out_norm=out_norm,
             drop_path_rate=drop_path_rate, frozen_stages=frozen_stages, batch_norm=batch_norm,
             gradient_checkpointing=gradient_checkpointing, channels_last=channels_last,
-        )  # fmt: skip
-        self.backbone = PyramidFPN(body, fpn_channels)
-        anchors = create_anchors(body.strides, anchor_sizes, aspect_ratios, details)
+        ), fpn_channels)  # fmt: skip
         draw = Sampling(rpn_fg_iou_threshold, rpn_bg_iou_threshold, rpn_batch_size_per_image, rpn_positive_fraction)
         keep = ProposalLimits(rpn_pre_nms_top_n, rpn_post_nms_top_n, rpn_nms_threshold, rpn_score_threshold)
-        self.rpn = ProposalNetwork(anchors, fpn_channels, details, draw, keep)
+        self.rpn = ProposalNetwork(self.backbone.strides, fpn_channels, anchor_sizes, aspect_ratios, rules, draw, keep)
         draw = Sampling(box_fg_iou_threshold, box_bg_iou_threshold, box_batch_size_per_image, box_positive_fraction)
-        pooler, kind = create_pooler(body.strides, roi_output_size, details), box_head or self.default_box_head
-        stages = StageBuilder(pooler, kind, fpn_channels, box_head_features, num_classes, details, self.selection)
+        pooler, kind = create_pooler(self.backbone.strides, roi_output_size, rules), box_head or self.default_box_head
+        stages = StageBuilder(pooler, kind, fpn_channels, box_head_features, num_classes, rules, self.selection)
         self.roi_heads = self.create_roi_heads(stages, draw)
 
     def create_roi_heads(self, stages: StageBuilder, sampling: Sampling) -> "BoxHeads | CascadeHeads":
         """Build the box heads: one stage."""
         return stages.build(sampling)
 
-    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detection]:
+    def forward(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detection]:
         """Compute the losses in training mode, the detections in evaluation mode.
 
         Args:
-            images: uint8 or float in 0..1, each [C, H, W] of its own size.
-            targets: the objects of each image, in training.
+            images: uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W]; moved to the device
+                of the detector.
+            targets: the objects of each image, in training; those that are ``iscrowd`` are left out.
 
         Returns:
             In training the weighted losses ``loss_objectness``, ``loss_rpn_box``, ``loss_classification`` and
             ``loss_box``, float32 scalars whose sum is the objective; else one `Detection` per image.
 
         Raises:
-            DataError: if a target has a box that is not finite or has no area, or a label out of range.
+            DataError: if a target has a box that is not finite or has no area, or a label out of range, or float images
+                are not in 0..1.
         """
+        device = self.rpn.head.cls_logits.weight.device
+        prepared = None
         if self.training:
             if targets is None:
                 raise ValueError("a detector in training mode needs targets; call eval() to predict")
-            check_targets(images, targets, self.num_classes)
-        batch, sizes, moved = self.transform(images, targets if self.training else None)
+            prepared = prepare_targets(images, targets, self.num_classes, device)
+        batch, sizes, moved = self.transform([image.to(device) for image in images], prepared)
         shifted = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in moved] if moved is not None else None
         features = self.backbone(batch)
         proposals, losses = self.rpn(ImageList(batch, sizes), features, shifted)

@@ -10,7 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import clip_boxes_to_image
 
-from lightning_convnext_det.models.rcnn.anchors import PyramidAnchors
+from lightning_convnext_det.models.rcnn.anchors import create_anchors
 from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_delta_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
@@ -40,8 +40,10 @@ class ProposalNetwork(RegionProposalNetwork):
     """Region proposal network: feature maps in, boxes that may hold an object out.
 
     Args:
-        anchors: the anchor generator.
+        strides: strides of the feature maps but for the pooled one on top.
         channels: channels of the feature maps.
+        anchor_sizes: side lengths of the anchors in pixels, one group for each feature map.
+        aspect_ratios: height over width of the anchors.
         convention: torchvision's or MMDetection's details.
         sampling: which anchors train.
         limits: which proposals are kept.
@@ -49,12 +51,15 @@ class ProposalNetwork(RegionProposalNetwork):
 
     def __init__(
         self,
-        anchors: PyramidAnchors,
+        strides: Sequence[int],
         channels: int,
+        anchor_sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[float],
         convention: Convention,
         sampling: Sampling,
         limits: ProposalLimits,
     ) -> None:
+        anchors = create_anchors(strides, anchor_sizes, aspect_ratios, convention)
         super().__init__(
             anchors,
             FloatRPNHead(channels, anchors.num_anchors_per_location()[0]),
