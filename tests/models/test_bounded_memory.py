@@ -66,8 +66,8 @@ sum(losses.values()).backward()
 print(f"{{time.perf_counter() - start:.1f}} s")
 """
 DETECTORS = {
-    "Faster R-CNN": 'faster_rcnn import FasterRCNN\ndetector = FasterRCNN(1, "test_convnext", min_size=640, max_size=640, fpn_channels=8, box_head_features=8)',
-    "Deformable DETR": 'deformable_detr import DeformableDETR\ndetector = DeformableDETR(1, "test_convnext", min_size=640, max_size=640, hidden_dim=32, num_heads=4, encoder_layers=1, feedforward_dim=32)',
+    "Faster R-CNN": 'rcnn.faster_rcnn import FasterRCNN\ndetector = FasterRCNN(1, "test_convnext", min_size=640, max_size=640, fpn_channels=8, box_head_features=8)',
+    "Deformable DETR": 'deformable_detr.model import DeformableDETR\ndetector = DeformableDETR(1, "test_convnext", min_size=640, max_size=640, hidden_dim=32, num_heads=4, encoder_layers=1, feedforward_dim=32)',
 }  # fmt: skip
 
 

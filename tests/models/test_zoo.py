@@ -71,7 +71,7 @@ def test_list_detectors__pattern() -> None:
 
 def test_create_detector__overrides_reach_the_constructor() -> None:
     detector = create_detector("fasterrcnn_fpn", 2, backbone="test_convnext", detections_per_image=7, fpn_channels=16)
-    assert detector.roi_heads.detections_per_img == 7
+    assert detector.detections_per_image == 7
     assert detector.backbone.out_channels == 16
 
 

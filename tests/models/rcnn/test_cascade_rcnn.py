@@ -44,7 +44,7 @@ def test_cascade_rcnn__images_without_objects() -> None:
 
 
 def test_cascade_rcnn__no_proposals() -> None:
-    detector = tiny(rpn_score_threshold=1.1)
+    detector = tiny(rpn_score_threshold=1.0)
     losses = detector([torch.rand(3, 64, 64)], [target([], [])])
     assert all(x.isfinite() for x in losses.values())
     detector([torch.rand(3, 64, 64)], [target([[5, 5, 40, 45]], [2])])["loss_box_3"].backward()
@@ -134,7 +134,7 @@ def test_cascade_rcnn__mistakes() -> None:
         tiny(stage_iou_thresholds=[0.5, 0.6])
     with pytest.raises(TypeError, match="box_fg_iou_threshold is for Faster R-CNN; give stage_iou_thresholds"):
         tiny(box_fg_iou_threshold=0.6)
-    with pytest.raises(ValueError, match="box_head is 'fc'; choose one of two_fc, four_conv"):
+    with pytest.raises(ValueError, match="box_head is 'fc'; choose two_fc or four_conv"):
         tiny(box_head="fc")
-    with pytest.raises(ValueError, match="convention is 'detectron2'; choose one of torchvision, mmdetection"):
+    with pytest.raises(ValueError, match="convention is 'detectron2'; choose torchvision or mmdetection"):
         tiny(convention="detectron2")

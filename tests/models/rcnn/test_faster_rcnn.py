@@ -183,5 +183,5 @@ def test_faster_rcnn__soft_nms_lowers_scores_instead(photos: list[Tensor]) -> No
     # a score that has been lowered below the threshold is dropped as any other
     torch.testing.assert_close(soft["scores"], torch.tensor([s for s, _ in expected if s > 0.3]), atol=1e-5, rtol=0)
     assert 0 < len(soft["scores"]) < len(expected)
-    with pytest.raises(ValueError, match="nms is 'gentle'; choose one of hard, soft, none"):
+    with pytest.raises(ValueError, match="nms is 'gentle'; choose hard, soft or none"):
         detector.nms = "gentle"
