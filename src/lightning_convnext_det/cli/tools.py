@@ -18,15 +18,18 @@ Command = Callable[[Sequence[str]], int]
 
 def check(arguments: Sequence[str], run: Command) -> int:
     """List every invalid annotation of a dataset."""
+    from lightning_convnext_det.data.annotations import Format
     from lightning_convnext_det.data.check import check_dataset, print_report
     from lightning_convnext_det.data.formats.exif_frames import Exif
     from lightning_convnext_det.data.formats.problems import InvalidAnnotations
+    from lightning_convnext_det.data.io.decode import MAX_PIXELS
 
     parser = _create_parser("check")
     parser.add_argument("root", help="folder with a COCO, VOC or YOLO dataset")
     parser.add_argument(
-        "--format", default="auto", choices=("auto", "coco", "voc", "yolo"), help="default: found from the files"
+        "--format", default="auto", choices=("auto", *get_args(Format)), help="default: found from the files"
     )
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are refused")
     parser.add_argument("--decode", action="store_true", help="decode every image, not only its header")
     parser.add_argument(
         "--exif",

@@ -24,7 +24,7 @@ from lightning_convnext_det.data.annotations import Action, DetectionAnnotations
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import LISTED, InvalidAnnotations
-from lightning_convnext_det.data.io.decode import ImageHeader, read_header, read_image, verify_image
+from lightning_convnext_det.data.io.decode import MAX_PIXELS, ImageHeader, read_header, read_image, verify_image
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, ValueRange
 from lightning_convnext_det.data.io.reader import find_value_range
 
@@ -81,6 +81,7 @@ def check_dataset(
     invalid_annotations: InvalidAnnotations = "auto",
     exif: Exif = "auto",
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
     decode: bool = False,
 ) -> Report:
     """Read all splits of a dataset and collect their problems.
@@ -92,6 +93,7 @@ def check_dataset(
         invalid_annotations: whether to drop or refuse annotations that cannot be used, see ``read_split``.
         exif: whether boxes refer to the stored or the upright image, see ``read_split``.
         follow_symlinks: accept links to images outside of the root.
+        max_pixels: larger images are refused.
         decode: decode every image, about 3 ms each; a header does not show damage in the pixels.
 
     Raises:
@@ -108,6 +110,7 @@ def check_dataset(
                 invalid_annotations=invalid_annotations,
                 exif=exif,
                 follow_symlinks=follow_symlinks,
+                max_pixels=max_pixels,
                 collect=True,
             )
         except UnreadableError as error:
@@ -119,10 +122,10 @@ def check_dataset(
             problems.append(Problem("LCD-L004", str(split.root), "", reason, "refused"))
     problems += compare_classes(tables)
     split = next(iter(splits.values()))
-    modes, images = _inspect_images(tables, split.root)
+    modes, images = _inspect_images(tables, split.root, max_pixels)
     problems += [*images, *_equal_files(tables, split.root), *_shared_images(tables, split.root)]
     if decode:
-        problems += _undecodable(tables, split.root)
+        problems += _undecodable(tables, split.root, max_pixels)
     return Report(split.root, split.format, tables, tuple(dict.fromkeys(problems)), modes)
 
 
@@ -164,6 +167,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
             if action == "noted" and count > LISTED:
                 console.print(Text(f"[{code}] {count - LISTED} more like these (noted)", style), soft_wrap=True)
     console.print(_overview(report))
+    for name, table in report.tables.items():
+        if len(table.boxes) and table.crowd.all():
+            reason = f"{name}: all {len(table.boxes)} boxes are crowds (iscrowd, difficult): nothing to learn from"
+            console.print(Text(reason, "yellow"), soft_wrap=True)
     console.print(_class_counts(report))
     counts = Counter(problem.action for problem in report.problems)
     found = ", ".join(f"{counts[action]} {action}" for action in _STYLES if counts[action]) or "nothing to report"
@@ -211,7 +218,7 @@ def _class_counts(report: Report) -> Table:
 
 
 def _inspect_images(
-    tables: dict[str, DetectionAnnotations], root: Path
+    tables: dict[str, DetectionAnnotations], root: Path, max_pixels: int
 ) -> tuple[dict[str, Counter[str]], list[Problem]]:
     """Count colour modes by split, and find unusual images."""
     modes: dict[str, Counter[str]] = {}
@@ -222,7 +229,7 @@ def _inspect_images(
         modes[name] = Counter()
         for index in range(len(table)):
             path = Path(os.path.normpath(table.path(index)))
-            header = read_header(path)
+            header = read_header(path, max_pixels)
             modes[name][header.mode] += 1
             for code, reason in _peculiarities(header, path, bool(table.upright[index]), value_range):
                 problems.append(Problem(code, os.path.relpath(path, root), "", reason, "noted"))
@@ -276,13 +283,13 @@ def _shared_images(tables: dict[str, DetectionAnnotations], root: Path) -> Itera
             yield Problem("LCD-D126", str(root), "", reason, "noted")
 
 
-def _undecodable(tables: dict[str, DetectionAnnotations], root: Path) -> list[Problem]:
+def _undecodable(tables: dict[str, DetectionAnnotations], root: Path, max_pixels: int) -> list[Problem]:
     """Find images that cannot be decoded."""
 
     def problem_of(path: Path) -> Problem | None:
         try:
-            verify_image(path)
-            read_image(path)
+            verify_image(path, max_pixels)
+            read_image(path, max_pixels=max_pixels)
         except UnreadableError as error:
             return error.problem_of(os.path.relpath(path, root))
         return None

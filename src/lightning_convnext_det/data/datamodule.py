@@ -176,6 +176,7 @@ class DetectionDataModule(LoadingDataModule):
             classes=classes,
             invalid_annotations=invalid_annotations,
             exif=exif,
+            max_pixels=max_pixels,
             train_on_difficult=train_on_difficult,
         )
 

@@ -14,6 +14,7 @@ from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, make_split, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations, summarize_problems
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.listing import list_names
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_images
 from lightning_convnext_det.errors import DataError
@@ -45,6 +46,7 @@ class SplitReader:
         invalid_annotations: whether to drop or refuse annotations that cannot be used.
         exif: whether boxes refer to images turned by their EXIF orientation.
         train_on_difficult: train on VOC's difficult objects like any other.
+        max_pixels: larger images are refused.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class SplitReader:
         invalid_annotations: InvalidAnnotations,
         exif: Exif,
         train_on_difficult: bool,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.root = root
         self.format = format
@@ -72,6 +75,7 @@ class SplitReader:
         self.invalid_annotations = invalid_annotations
         self.exif = exif
         self.train_on_difficult = train_on_difficult
+        self.max_pixels = max_pixels
         self._found: dict[str, Split] | None = None
         self._first: tuple[str, DetectionAnnotations] | None = None  # the split that names the classes, without images
         self._tables: dict[Stage, DetectionAnnotations | None] = {}
@@ -151,6 +155,7 @@ class SplitReader:
             invalid_annotations=self.invalid_annotations,
             train_on_difficult=training and self.train_on_difficult,
             exif=self.exif,
+            max_pixels=self.max_pixels,
         )
         for line in summarize_problems(table.problems):
             _warn("%s: %s", split.name, line)

@@ -30,6 +30,7 @@ from lightning_convnext_det.data.formats.file_names import choose_folder, encode
 from lightning_convnext_det.data.formats.outlines import outline_box
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, InvalidAnnotations, Source
 from lightning_convnext_det.data.formats.validation import validate_annotations
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
 
 ORPHAN_SHARE = 0.01  # of all annotations: more that belong to no image mean that files do not belong together
 _NO_ID = -(1 << 63)
@@ -70,6 +71,7 @@ def read_coco(
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionAnnotations:
     """Read a split; refused records are left out and listed in ``problems``.
 
@@ -81,6 +83,7 @@ def read_coco(
         exif: see ``exif_frames.py``.
         check_images: see ``exif_frames.py``.
         follow_symlinks: see ``exif_frames.py``.
+        max_pixels: see ``exif_frames.py``.
 
     Raises:
         UnreadableError: a DataError, if the file as a whole cannot be used.
@@ -104,7 +107,13 @@ def read_coco(
     reader.note_mended()
     annotations, source = reader.annotations(split, classes)
     return validate_annotations(
-        annotations, source, problems, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks
+        annotations,
+        source,
+        problems,
+        exif=exif,
+        check_images=check_images,
+        follow_symlinks=follow_symlinks,
+        max_pixels=max_pixels,
     )
 
 

@@ -30,6 +30,7 @@ from lightning_convnext_det.data.formats.file_names import choose_folder, encode
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, InvalidAnnotations, Source
 from lightning_convnext_det.data.formats.validation import validate_annotations
 from lightning_convnext_det.data.formats.voc_xml import parse_xml
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.files import open_file
 from lightning_convnext_det.data.io.listing import list_names
 
@@ -55,6 +56,7 @@ def read_cvat(
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionAnnotations:
     """Read a split; refused records are left out and listed in ``problems``.
 
@@ -66,6 +68,7 @@ def read_cvat(
         exif: see ``exif_frames.py``.
         check_images: see ``exif_frames.py``.
         follow_symlinks: see ``exif_frames.py``.
+        max_pixels: see ``exif_frames.py``.
 
     Raises:
         UnreadableError: a DataError, if the file as a whole cannot be used.
@@ -110,7 +113,13 @@ def read_cvat(
         first_pixel=0,
     )
     return validate_annotations(
-        annotations, source, problems, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks
+        annotations,
+        source,
+        problems,
+        exif=exif,
+        check_images=check_images,
+        follow_symlinks=follow_symlinks,
+        max_pixels=max_pixels,
     )
 
 

@@ -26,6 +26,7 @@ from lightning_convnext_det.data.formats.voc_layout import find_voc, image_folde
 from lightning_convnext_det.data.formats.yolo import read_yolo
 from lightning_convnext_det.data.formats.yolo_layout import find_yolo
 from lightning_convnext_det.data.formats.yolo_yaml import root_of_yaml, yaml_splits
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.listing import list_names
 
 _FINDERS: dict[Format, Callable[[Path], dict[str, Split]]] = {
@@ -122,6 +123,7 @@ def read_split(
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
     collect: bool = False,
 ) -> DetectionAnnotations:
     """Read a split of any format, check every record, and refuse it if one cannot be used.
@@ -137,6 +139,7 @@ def read_split(
             the stored image; ``upright`` and ``raw`` say it.
         check_images: open every image's header. Without it images are taken as they are annotated.
         follow_symlinks: accept images that are links out of the root.
+        max_pixels: larger images are refused, before they are decoded.
         collect: keep what is refused in ``problems`` and raise nothing for it.
 
     Raises:
@@ -156,6 +159,7 @@ def read_split(
         invalid_annotations=invalid_annotations,
         exif=exif,
         follow_symlinks=follow_symlinks,
+        max_pixels=max_pixels,
     )
     annotations = replace(annotations, problems=(*annotations.problems, *_similar_classes(annotations, split)))
     if not collect:

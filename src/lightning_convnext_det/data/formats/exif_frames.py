@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lightning_convnext_det.data.annotations import DetectionAnnotations, UnreadableError
 from lightning_convnext_det.data.formats.file_names import resolve_names, suggest_name
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, Place, Source
-from lightning_convnext_det.data.io.decode import read_size
+from lightning_convnext_det.data.io.decode import MAX_PIXELS, read_size
 
 Exif = Literal["auto", "upright", "raw"]
 
@@ -43,6 +43,7 @@ def resolve_frames(
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageFrames:
     """Read the header of every image, once, and find the frame of its boxes.
 
@@ -54,6 +55,7 @@ def resolve_frames(
         check_images: without it only images of unknown size are opened, and the others are taken as annotated, in the
             stored frame: for millions of images on slow storage.
         follow_symlinks: without it an image whose real path is outside the root is refused.
+        max_pixels: larger images are refused.
 
     Raises:
         ValueError: if ``exif`` is not one of its values.
@@ -61,7 +63,7 @@ def resolve_frames(
     if exif not in ("auto", "upright", "raw"):
         raise ValueError(f"exif is {exif!r}; it can be 'auto', 'upright' or 'raw'")
     resolver = _FrameResolver(annotations, source, problems)
-    resolver.measure(check_images, follow_symlinks)
+    resolver.measure(check_images, follow_symlinks, max_pixels)
     if exif == "auto":
         resolver.refuse_unsized()
         resolver.decide_by_size_and_boxes()
@@ -84,7 +86,7 @@ class _FrameResolver:
         self.usable = np.ones(len(self.names), np.bool_)
         self.upright = np.zeros(len(self.names), np.bool_)
 
-    def measure(self, check_images: bool, follow_symlinks: bool) -> None:
+    def measure(self, check_images: bool, follow_symlinks: bool, max_pixels: int) -> None:
         """Find the files and read their headers."""
         root, image_root = self.source.root, self.annotations.image_root
         self.names, outside = resolve_names(self.source.file_names, root, image_root, follow_symlinks)
@@ -96,7 +98,7 @@ class _FrameResolver:
                 self.usable[index] = False
             elif check_images or self.stored[index].min() <= 0:
                 try:
-                    size = read_size(os.path.join(image_root, name))
+                    size = read_size(os.path.join(image_root, name), max_pixels)
                 except UnreadableError as error:
                     problem = error.problem_of(name)
                     reason = problem.reason

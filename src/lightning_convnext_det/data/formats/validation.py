@@ -10,6 +10,7 @@ from lightning_convnext_det.data.annotations import DetectionAnnotations, count_
 from lightning_convnext_det.data.formats.exif_frames import Exif, ImageFrames, resolve_frames
 from lightning_convnext_det.data.formats.file_names import encode_names
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, Source
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
 
 ROUNDING = 0.05  # pixels that a box may reach out of its image unreported: COCO rounds coordinates to 0.01
 MIN_BOX_SIDE = 0.01  # pixels; a side below COCO's rounding is none. COCO has true boxes of less than one pixel.
@@ -31,6 +32,7 @@ def validate_annotations(
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionAnnotations:
     """Check images and boxes, drop what cannot be used, and clip boxes to their images.
 
@@ -41,8 +43,9 @@ def validate_annotations(
         exif: see :func:`resolve_frames`.
         check_images: see :func:`resolve_frames`.
         follow_symlinks: see :func:`resolve_frames`.
+        max_pixels: see :func:`resolve_frames`.
     """
-    frames = resolve_frames(annotations, source, problems, exif, check_images, follow_symlinks)
+    frames = resolve_frames(annotations, source, problems, exif, check_images, follow_symlinks, max_pixels)
     _note_repeated_files(annotations, source, frames, problems)
     boxes, keep = _BoxChecks(annotations, source, frames, problems).run()
     rows, usable = np.flatnonzero(keep), frames.usable

@@ -25,7 +25,7 @@ from lightning_convnext_det.data.formats.file_names import encode_names
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, InvalidAnnotations, Source
 from lightning_convnext_det.data.formats.validation import validate_annotations
 from lightning_convnext_det.data.formats.voc_xml import VocAnnotation, VocObject, read_xml
-from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES
+from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES, MAX_PIXELS
 from lightning_convnext_det.data.io.files import read_text
 from lightning_convnext_det.data.io.listing import walk_files
 
@@ -52,6 +52,7 @@ def read_voc(
     exif: Exif = "auto",
     check_images: bool = True,
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionAnnotations:
     """Read a split; refused records are left out and listed in ``problems``.
 
@@ -63,6 +64,7 @@ def read_voc(
         exif: see ``exif_frames.py``.
         check_images: see ``exif_frames.py``.
         follow_symlinks: see ``exif_frames.py``.
+        max_pixels: see ``exif_frames.py``.
     """
     problems = AnnotationProblems(invalid_annotations)
     members = _read_members(split, problems)
@@ -100,7 +102,13 @@ def read_voc(
         first_pixel=first_pixel,
     )
     return validate_annotations(
-        annotations, source, problems, exif=exif, check_images=check_images, follow_symlinks=follow_symlinks
+        annotations,
+        source,
+        problems,
+        exif=exif,
+        check_images=check_images,
+        follow_symlinks=follow_symlinks,
+        max_pixels=max_pixels,
     )
 
 

@@ -24,6 +24,7 @@ from lightning_convnext_det.data.formats.problems import AnnotationProblems, Inv
 from lightning_convnext_det.data.formats.validation import validate_annotations
 from lightning_convnext_det.data.formats.yolo_labels import read_labels
 from lightning_convnext_det.data.formats.yolo_yaml import read_class_names, read_key_points
+from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.files import read_text
 from lightning_convnext_det.data.io.listing import walk_images
 
@@ -35,6 +36,7 @@ def read_yolo(
     invalid_annotations: InvalidAnnotations = "auto",
     exif: Exif = "auto",
     follow_symlinks: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionAnnotations:
     """Read a split; refused records are left out and listed in ``problems``.
 
@@ -44,6 +46,7 @@ def read_yolo(
         invalid_annotations: see ``problems.py``.
         exif: see ``exif_frames.py``.
         follow_symlinks: see ``exif_frames.py``.
+        max_pixels: see ``exif_frames.py``.
 
     Raises:
         UnreadableError: a DataError, if a list or the file of class names cannot be used.
@@ -87,7 +90,9 @@ def read_yolo(
         image_place=lambda index: (images[index], ""),
         box_place=lambda row: (labels[lines[row].image], f"line {lines[row].number}"),
     )
-    return validate_annotations(annotations, source, problems, exif=exif, follow_symlinks=follow_symlinks)
+    return validate_annotations(
+        annotations, source, problems, exif=exif, follow_symlinks=follow_symlinks, max_pixels=max_pixels
+    )
 
 
 def _images(split: Split) -> list[str]:

@@ -126,13 +126,13 @@ def read_image(
     return _oriented(pixels, header.size.orientation if upright else 1)
 
 
-def verify_image(path: str | Path) -> None:
+def verify_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
     """Compare the checksums of a file with its content, where the format has them: Pillow decodes PNG without.
 
     Raises:
         UnreadableError: a DataError, if a checksum is wrong, or the image cannot be opened.
     """
-    with _opened(path, MAX_PIXELS) as (image, _):
+    with _opened(path, max_pixels) as (image, _):
         try:
             image.verify()
         except Exception as error:  # what the parser of the format raises
