@@ -40,8 +40,3 @@ def test_deformable_detr_module__takes_loss_weights_from_the_command_line(capsys
     with pytest.raises(SystemExit):
         main(["fit", "--model=DeformableDETRModule", "--model.num_classes=2", "--data.root=COCO", *options])
     assert "loss_weights:\n    - 1.0\n    - 4.0\n    - 0.0\n" in capsys.readouterr().out.replace("      -", "    -")
-
-
-def test_deformable_detr_module__repeated_class_names() -> None:
-    with pytest.raises(ValueError, match="class_names has 'cell' for labels 0 and 1; give each class its own name"):
-        DeformableDETRModule(2, ["cell", "cell"], **TINY)
