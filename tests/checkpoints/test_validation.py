@@ -240,20 +240,21 @@ def test_build_module__reads_once_and_builds_once(tmp_path: Path, monkeypatch: p
     assert opened == [tmp_path / "a.ckpt"]
 
 
-def test_build_module__what_no_checkpoint_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [70_000, 2_000_000], ids=["small", "larger than the file"])
+def test_build_module__what_no_checkpoint_holds(tmp_path: Path, size: int) -> None:
     """Buffers that are not saved, tensors that are no buffers, shared and frozen parameters are as constructed."""
 
     class Shared(FasterRCNNModule):
         def __init__(self, num_classes: int, **options: Any) -> None:
             super().__init__(num_classes, **options)
-            self.register_buffer("indices", torch.arange(70_000), persistent=False)
+            self.register_buffer("indices", torch.arange(size), persistent=False)
             self.first, self.second = nn.Linear(300, 300), nn.Linear(300, 300)
             self.second.weight = self.first.weight
 
     module = Shared(2, **{**TINY, "backbone": "test_resnet"}, frozen_stages=2, batch_norm="train")
     save_module(module, tmp_path / "a.ckpt")
     found = Shared.load_from_checkpoint(tmp_path / "a.ckpt")
-    assert torch.equal(found.indices, torch.arange(70_000))
+    assert torch.equal(found.indices, torch.arange(size))
     assert found.second.weight is found.first.weight
     anchors = [m.detector.rpn.anchor_generator.cell_anchors for m in (module, found)]
     assert all(torch.equal(a, b) for a, b in zip(*anchors, strict=True))
@@ -262,9 +263,6 @@ def test_build_module__what_no_checkpoint_holds(tmp_path: Path) -> None:
     ]
     assert facts[0] == facts[1]
     assert sum(not learns for learns, *_ in facts[0].values()) > 5
-    momenta = [[m.momentum for m in x.modules() if isinstance(m, nn.BatchNorm2d)] for x in (module, found)]
-    assert momenta[0] == momenta[1]
-    assert {0.0, 0.1} <= set(momenta[0])
 
 
 def test_without_weights__in_this_thread_only() -> None:
@@ -280,9 +278,9 @@ def test_without_weights__in_this_thread_only() -> None:
 
 def test_constructor__arguments_that_no_checkpoint_could_hold() -> None:
     with pytest.raises(
-        TypeError, match="argument 'lr' of FasterRCNNModule is a Tensor, which a checkpoint cannot hold"
+        TypeError, match="argument 'image_mean' of FasterRCNNModule is a Tensor, which a checkpoint cannot hold"
     ):
-        FasterRCNNModule(2, **TINY, lr=torch.tensor(0.1))
+        FasterRCNNModule(2, **TINY, image_mean=torch.full((3,), 0.5))
 
 
 def test_start_module__stated_sizes_are_not_built(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def _find_class(
 
 def _build_declared(read: _Read, options: dict[str, Any]) -> pl.LightningModule:
     module = _build_weightless(read, options)
+    if any(buffer.is_meta for buffer in module.buffers()):  # not of the file, and larger than it
+        module = read.build(**_arguments(read, options))
     allocate_weights(module)
     module.load_state_dict(read.tensors)
     return module

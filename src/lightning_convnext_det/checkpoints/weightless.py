@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 _SMALL = 2**16  # numbers in a parameter; timm copies the parameters of BatchNorms while it builds
-_TENSOR_LIMIT = 16 * 2**20  # bytes that a constructor may ask for at once, if the checkpoint is shorter than that
+_TENSOR_LIMIT = 2**20  # bytes that a constructor may ask for at once, if the checkpoint is shorter than that
 _SIZED: tuple[Callable[..., Any], ...] = (
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros,
     Tensor.repeat,
