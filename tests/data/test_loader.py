@@ -1,10 +1,14 @@
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lightning_convnext_det.data.batch import pack
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
@@ -12,6 +16,7 @@ from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, Tr
 from lightning_convnext_det.data.sampler import EvaluationSampler, TrainingBatchSampler
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
+from tests.data import unreadable
 from tests.data.builders import Box, TinyImage, make_annotations
 
 IMAGES = [TinyImage(20, 30, (Box((1, 2, 11, 12)),)), TinyImage(30, 20)] * 5
@@ -157,7 +162,7 @@ def test_image_loader__nothing_can_be_read_on_one_of_two_ranks(
         with caplog.at_level(logging.WARNING):
             assert list(loader) == []
         assert "[LCD-P002] none of the 2 images of this rank can be read" in caplog.text
-        assert loader.counts == {"read": 0, "failed": 2}
+        assert loader.dataset.counts == {"read": 0, "failed": 2}
 
 
 def test_report_unreadable__an_error_only_if_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
@@ -168,3 +173,21 @@ def test_report_unreadable__an_error_only_if_nothing_was_read(caplog: pytest.Log
     assert "1 of 4 images could not be read" in caplog.text
     with pytest.raises(DataError, match=r"LCD-P002.*none of 4 images"):
         report_unreadable(0, 4)
+
+
+@pytest.mark.parametrize(("readable", "ended"), [(0, "[LCD-P002] none of 4 images can be read"), (1, "done")])
+def test_predict__two_ranks_end_alike(readable: int, ended: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):  # rank 0 has the first two
+        (images / f"{i}.png").write_bytes(b"no image")
+    if readable:
+        Image.new("RGB", (30, 20)).save(images / "0.png")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, unreadable.__file__, str(images), str(tmp_path)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "none of the 2 images of this rank can be read" in done.stderr
+    assert all((tmp_path / f"{rank}.txt").read_text().startswith(ended) for rank in (0, 1))
+    if readable:
+        assert done.stderr.count("3 of 4 images could not be read and were skipped") == 1

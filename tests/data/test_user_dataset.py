@@ -142,7 +142,7 @@ def test_datamodule__fit_validate_test_and_predict_a_detector(tmp_path: Path) ->
     module, trainer = create_module(2), create_trainer(tmp_path, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)
     assert module.class_names == ["cat", "dog"]
-    assert "val/map/cat" in trainer.validate(module, datamodule=data, verbose=False)[0]
+    assert "val/map" in trainer.validate(module, datamodule=data, verbose=False)[0]
     assert "test/map" in trainer.test(module, datamodule=data, verbose=False)[0]  # of the validation images
     assert [len(batch) for batch in trainer.predict(module, datamodule=data)] == [2, 1]
 

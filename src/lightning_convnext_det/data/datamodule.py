@@ -271,9 +271,9 @@ class DetectionDataModule(LoadingDataModule):
             )
         files = find_images(self.predict)
         rank_zero_info(f"{len(files)} images; image_id counts from 1 (data.predict_split keeps the ids of a dataset)")
-        loader = self.evaluation_loader(ImageLoader, ImageDataset(files, self._image_reader(files)))
-        self._num_images = loader.counts
-        return loader
+        images = ImageDataset(files, self._image_reader(files))
+        self._num_images = images.counts
+        return self.evaluation_loader(ImageLoader, images)
 
     def teardown(self, stage: str) -> None:
         """Report images that could not be read, on all ranks together.

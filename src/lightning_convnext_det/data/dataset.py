@@ -142,6 +142,9 @@ class ImageDataset(SeededDataset):
     ``Target`` without boxes; its ``image_id`` counts from 1 in the order of the files. The item of an image that cannot
     be decoded is an ``UnreadableImage``, so that one damaged file does not end a prediction over many.
 
+    Attributes:
+        counts: images of this rank's last prediction that were ``read`` and that ``failed``.
+
     Args:
         files: paths of the images.
         read: decodes the images.
@@ -152,6 +155,7 @@ class ImageDataset(SeededDataset):
     def __init__(self, files: Sequence[str | Path], read: ImageReader = ImageReader()) -> None:  # noqa: B008
         self.files = [str(file) for file in files]
         self.read = read
+        self.counts = {"read": 0, "failed": 0}
 
     def __len__(self) -> int:
         return len(self.files)

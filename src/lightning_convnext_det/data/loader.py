@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from lightning_convnext_det.data.batch import Batch, PackedBatch, pack, unpack
+from lightning_convnext_det.data.dataset import ImageDataset
 from lightning_convnext_det.data.sampler import TrainingBatchSampler
 from lightning_convnext_det.data.seeding import SeededDataset
 from lightning_convnext_det.errors import DataError
@@ -110,17 +111,9 @@ class TrainingLoader(EvaluationLoader):
 class ImageLoader(EvaluationLoader):
     """Data loader for prediction that skips unreadable images, names each, and counts them at the end.
 
-    A batch without readable images is not yielded.
-
-    Attributes:
-        counts: images of this rank that were ``read`` and that ``failed``, for a report over all ranks.
+    A batch without readable images is not yielded. ``dataset`` must be an ``ImageDataset``,
+    which keeps the count: Lightning replaces the loader of a prediction by a copy.
     """
-
-    counts: dict[str, int]
-
-    def __init__(self, *args: Any, **options: Any) -> None:  # those of DataLoader
-        super().__init__(*args, **options)
-        self.counts = {"read": 0, "failed": 0}
 
     def __len__(self) -> int:
         """Number of batches; 0 on a rank without images."""
@@ -132,15 +125,16 @@ class ImageLoader(EvaluationLoader):
         Raises:
             DataError: if not one image could be read, and this rank has all.
         """
-        self.counts.update(read=0, failed=0)
+        counts = cast(ImageDataset, self.dataset).counts
+        counts.update(read=0, failed=0)
         for batch in self._packed():
-            self.counts["read"] += len(batch.sizes)
-            self.counts["failed"] += len(batch.unreadable)
+            counts["read"] += len(batch.sizes)
+            counts["failed"] += len(batch.unreadable)
             for image in batch.unreadable:
                 _logger.warning("skipped: %s", image.reason)
             if batch.sizes:
                 yield unpack(batch)
-        num_read, num_failed = self.counts["read"], self.counts["failed"]
+        num_read, num_failed = counts["read"], counts["failed"]
         if num_read + num_failed == len(cast(Sized, self.dataset)):
             report_unreadable(num_read, num_failed)
         elif num_failed and not num_read:
