@@ -13,9 +13,10 @@ from pycocotools.coco import COCO
 from lightning_convnext_det import __version__
 from lightning_convnext_det.cli.commands import TOOLS, TRAINER
 from lightning_convnext_det.cli.main import main
-from lightning_convnext_det.cli.messages import find_user_error, is_raised_here, one_line
+from lightning_convnext_det.cli.messages import find_user_error, is_raised_in, one_line
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.models import image_transform
 from lightning_convnext_det.modules import load_module
 from tests.convert.test_importer import original_state
 
@@ -168,6 +169,18 @@ def test_fit__without_validation_the_last_checkpoint_is_the_best(
         (["predict", "--data.predict", "DATA", "--ckpt_path", "none.ckpt"], 6, "none.ckpt: no such checkpoint file"),
         (["predict", "--data.predict", "DATA", "--ckpt_path", "http://host/x.ckpt"], 6, "LCD-S010"),
         (["check", "EMPTY"], 3, "LCD-L"),
+        (["fit", "--data.root", "DATA", "--trainer.precision=bf16-true"], 2, "trainer.precision is 'bf16-true'"),
+        (["fit", "--data.root", "DATA", "--trainer.strategy=nope"], 2, "invalid strategy name"),
+        (["fit", "--data.root", "DATA", "--trainer.max_epochs=-5"], 2, "must be a non-negative integer"),
+        (["fit", "--data.root", "DATA", "--trainer.devices=0"], 2, "not a valid input"),
+        (
+            ["fit", "--data.root", "DATA", "--trainer.gradient_clip_val=abc"],
+            2,
+            "gradient_clip_val is abc: expected int; expected float",
+        ),
+        (["fit", "--data.root", "DATA", "--trainer.logger=CometLogger"], 2, "comet"),
+        (["fit", "--data.root", "DATA", "--model=nowhere.Mine"], 2, "No module named 'nowhere'"),
+        (["fit", "--data.root", "DATA", "--checkpoint.monitor=val/none"], 2, "LCD-C020"),
         (["boxes"], 2, "invalid command 'boxes'"),
         (["validat"], 2, "invalid command 'validat'; did you mean 'validate'?"),
         ([], 2, "give one of fit, validate, test, predict, check"),
@@ -196,6 +209,30 @@ def test_main__a_mistake_ends_in_one_line(
     assert (found, len(lines)) == (status, 1), err
     assert message in lines[0]
     assert "Traceback" not in err
+
+
+def test_fit__early_stopping_on_an_unknown_metric_ends_in_one_line(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", *root, *SMALL, *stop, "--trainer.max_epochs=1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "metric `val_loss` which is not available" in lines[0]
+
+
+@pytest.mark.parametrize("code", ["int('oops')", "{}['x']", "(1, 2)[3]", "None.shape"])
+def test_fit__a_defect_of_this_package_keeps_its_traceback(
+    code: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def new_size(self: object, height: int, width: int) -> tuple[int, int]:
+        return eval(code, {"__name__": image_transform.__name__})
+
+    monkeypatch.setattr(image_transform.ImageTransform, "new_size", new_size)
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises((ValueError, LookupError, AttributeError)):
+        main(["fit", *root, *SMALL, "--trainer.fast_dev_run=true"])
 
 
 def test_main__check_says_clean_or_not(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,12 +303,12 @@ def test_one_line__of_a_worker_leaves_its_traceback_out() -> None:
     assert one_line(DataError("two\n  lines")) == "two lines"
 
 
-def test_is_raised_here__by_a_statement_not_by_an_expression_nor_elsewhere() -> None:
+def test_is_raised_in__by_a_statement_not_by_an_expression_nor_elsewhere() -> None:
     for code, expected in (("raise ValueError('lr is -1')", True), ("int('x')", False), ("{}['x']", False)):
         for module, is_ours in (("lightning_convnext_det.data.dataset", True), ("torch", False)):
             with pytest.raises((ValueError, KeyError)) as caught:
                 exec(compile(code, "x", "exec"), {"__name__": module})
-            assert is_raised_here(caught.value) is (expected and is_ours)
+            assert is_raised_in(caught.value, "lightning_convnext_det.") is (expected and is_ours)
 
 
 def test_main__interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_convnext_det.errors import ArgumentError
+
 _logger = logging.getLogger(__name__)
 _KNOWN = ("lightning", __name__.partition(".")[0])  # packages whose modules and callbacks log nothing of their own
 
@@ -98,7 +100,7 @@ def _check_monitor(monitor: str, known: list[str]) -> None:
     if monitor not in known and not monitor.startswith("train/"):
         close = difflib.get_close_matches(monitor, known, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"logged are {', '.join(known[:12])} and train/..."
-        raise ValueError(f"[LCD-C020] nothing logs '{monitor}', by which the best checkpoint is chosen; {hint}")
+        raise ArgumentError(f"[LCD-C020] nothing logs '{monitor}', by which the best checkpoint is chosen; {hint}")
 
 
 def _copy(models: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_convnext_det.arguments import Fraction, NonNegativeInt, check_arguments
 from lightning_convnext_det.data.batch import Batch, split_batch
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.metrics.coco_results import coco_results
 from lightning_convnext_det.types import Detection, image_id_of
 from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
@@ -88,7 +89,9 @@ class PredictionWriter(Callback):
                 rank_zero_info(f"the earlier results in '{self.folder}' are replaced")
             _hidden(self.folder, 0, "part").touch()
         except OSError as error:
-            raise ValueError(f"cannot write predictions to folder '{self.folder}' ({error}); choose another") from error
+            raise ArgumentError(
+                f"cannot write predictions to folder '{self.folder}' ({error}); choose another"
+            ) from error
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the files of this rank.
@@ -104,7 +107,7 @@ class PredictionWriter(Callback):
             )
         rank = trainer.global_rank
         if not _hidden(self.folder, 0, "part").exists():
-            raise ValueError(f"rank {rank} does not see the '{self.folder}' of rank 0; choose a shared folder")
+            raise ArgumentError(f"rank {rank} does not see the '{self.folder}' of rank 0; choose a shared folder")
         self._part = _Part(self.folder, rank, list(names), list(ids))
         self._num_images = 0
         limit = self.draw_limit if self.draw else 0

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.models.backbone import TimmPyramid
 
 
@@ -31,7 +32,7 @@ class StageUnfreezing(Callback):
 
     def __init__(self, epochs: list[int]) -> None:
         if not epochs or epochs != sorted(epochs) or epochs[0] < 0:
-            raise ValueError(f"epochs are {epochs}; give one or more, rising, the deepest stage's first")
+            raise ArgumentError(f"epochs are {epochs}; give one or more, rising, the deepest stage's first")
         self.epochs = epochs
         self._trainable: list[nn.Parameter] = []
         self._frozen = -1
@@ -44,7 +45,7 @@ class StageUnfreezing(Callback):
         """
         pyramid = _find_pyramid(pl_module)
         if len(self.epochs) > len(pyramid.strides):
-            raise ValueError(f"epochs are {self.epochs}, but the backbone has {len(pyramid.strides)} stages")
+            raise ArgumentError(f"epochs are {self.epochs}, but the backbone has {len(pyramid.strides)} stages")
         self._trainable = [p for p in pyramid.net.parameters() if p.requires_grad]
         self._frozen = -1
 
@@ -70,5 +71,5 @@ class StageUnfreezing(Callback):
 def _find_pyramid(module: pl.LightningModule) -> TimmPyramid:
     pyramid = next((part for part in module.modules() if isinstance(part, TimmPyramid)), None)
     if pyramid is None:
-        raise ValueError(f"{type(module).__name__} has no TimmPyramid to unfreeze")
+        raise ArgumentError(f"{type(module).__name__} has no TimmPyramid to unfreeze")
     return pyramid

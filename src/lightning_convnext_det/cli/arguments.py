@@ -18,6 +18,7 @@ import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_convnext_det.checkpoints.format import is_own
+from lightning_convnext_det.cli.messages import shorten_refusal
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
@@ -110,7 +111,7 @@ class Parser(LightningArgumentParser):
             text += f"; {suggest(unknown.group(1), known)}"
         elif unknown := re.search(r"Option '(\w+)' is not accepted", text):
             text = f"'{unknown.group(1)}' is not an argument of the model or the data; {_suggest(unknown.group(1))}"
-        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.write(f"error: {shorten_refusal(text)}\n")
         raise SystemExit(2)
 
 

@@ -53,9 +53,9 @@ def _run(arguments: Sequence[str]) -> int:
         reason = suggest(command, [*TRAINER, *TOOLS]) if command else f"give one of {', '.join([*TRAINER, *TOOLS])}"
         sys.stderr.write(f"error: invalid command '{command}'; {reason}\n")
         return 2
-    from lightning_convnext_det.cli.trainer import run_trainer
+    from lightning_convnext_det.cli.trainer import DetectionCLI
 
-    run_trainer(arguments)
+    DetectionCLI(arguments)
     return 0
 
 

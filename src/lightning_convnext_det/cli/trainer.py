@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,7 +25,7 @@ from lightning_convnext_det.checkpoints.build_module import read_checkpoint, tak
 from lightning_convnext_det.checkpoints.format import FORMAT
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
-from lightning_convnext_det.cli.messages import is_raised_here, one_line
+from lightning_convnext_det.cli.messages import is_raised_in, one_line
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, UserError
@@ -232,18 +231,6 @@ class DetectionCLI(LightningCLI):
         return config.get("limit_val_batches") != 0
 
 
-def run_trainer(arguments: Sequence[str]) -> None:
-    """Run one of the trainer's commands, or print the help.
-
-    Raises:
-        ArgumentError: if the trainer cannot be set up as asked.
-    """
-    try:
-        DetectionCLI(arguments)
-    except MisconfigurationException as error:
-        raise ArgumentError(one_line(error)) from error
-
-
 def _emulates_bfloat16(accelerator: str) -> bool:
     """Tell whether the device that Lightning would choose has no arithmetic of its own for bfloat16."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -292,6 +279,6 @@ def _construct(kind: type, *arguments: Any, **options: Any) -> Any:
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        if is_raised_here(error):
+        if is_raised_in(error, "lightning_convnext_det."):
             raise ArgumentError(one_line(error)) from error
         raise

@@ -319,7 +319,7 @@ class DetectionDataModule(LoadingDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         channels = cast(Channels, self.in_chans or getattr(module, "in_chans", 3))
         if channels not in get_args(Channels):
-            raise ValueError(
+            raise ArgumentError(
                 f"the model takes {channels} channels; images have 1, 3 or 4: give data.datasets of your own"
             )
         if not self._range_is_known and (found := find_value_range(paths)):

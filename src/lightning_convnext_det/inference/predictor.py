@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
-from lightning_convnext_det.errors import DataError, DivergenceError
+from lightning_convnext_det.errors import ArgumentError, DataError, DivergenceError
 from lightning_convnext_det.models.image_transform import OVERSHOOT
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.ops.nms import NMSMethod
@@ -210,7 +210,7 @@ class Predictor:
 
     def _label(self, name: str) -> int:
         if name not in self.class_names:
-            raise ValueError(f"classes: the detector has no class '{name}'; {suggest(name, self.class_names)}")
+            raise ArgumentError(f"classes: the detector has no class '{name}'; {suggest(name, self.class_names)}")
         return self.class_names.index(name)
 
 
@@ -238,9 +238,9 @@ def _borrowed(detector: nn.Module, device: torch.device, nms: NMSMethod | None) 
 def _check_lengths(detector: nn.Module, class_names: list[str], category_ids: list[int]) -> None:
     num_classes = getattr(detector, "num_classes", len(class_names))
     if len(class_names) != num_classes:
-        raise ValueError(f"class_names has {len(class_names)} entries, but the detector has {num_classes} classes")
+        raise ArgumentError(f"class_names has {len(class_names)} entries, but the detector has {num_classes} classes")
     if len(category_ids) != len(class_names):
-        raise ValueError(f"category_ids has {len(category_ids)} entries, but class_names has {len(class_names)}")
+        raise ArgumentError(f"category_ids has {len(category_ids)} entries, but class_names has {len(class_names)}")
 
 
 def _check_weights(detector: nn.Module) -> None:
@@ -261,7 +261,7 @@ def _device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device  # with its index: cuda:0
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device '{name}' cannot be used ({reason}); 'auto' takes what there is") from None
+        raise ArgumentError(f"device '{name}' cannot be used ({reason}); 'auto' takes what there is") from None
 
 
 def _read(image: object, name: str) -> Tensor:

@@ -96,7 +96,7 @@ class DetectionModule(TrainableModule):
         self.remember_arguments(inspect.currentframe())
         for name, values in (("class_names", class_names), ("category_ids", category_ids)):
             if values is not None and len(values) != num_classes:
-                raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
+                raise ArgumentError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
             if values is not None and len(set(values)) < len(values):
                 raise ArgumentError(f"{name} is {values}; each class needs one of its own")
         check_rates(self.hparams)
@@ -130,7 +130,7 @@ class DetectionModule(TrainableModule):
         """
         precision = str(getattr(self.trainer, "precision", "32-true"))
         if precision.endswith("-true") and precision != "32-true":
-            raise ValueError(
+            raise ArgumentError(
                 f"trainer.precision is '{precision}', but boxes and scores need float32; "
                 "use '32-true', 'bf16-mixed' or '16-mixed'"
             )
@@ -290,5 +290,5 @@ class DetectionModule(TrainableModule):
 def _annotated(batch: object) -> Batch:
     images, targets = split_batch(batch)
     if targets is None:
-        raise ValueError("the batch has images but no targets; give (images, targets), e.g. by collate_fn=collate")
+        raise ArgumentError("the batch has images but no targets; give (images, targets), e.g. by collate_fn=collate")
     return images, targets

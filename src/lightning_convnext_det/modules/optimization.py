@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.modules.layer_decay import Layers, find_layers
 from lightning_convnext_det.modules.reliable import ReliableModule
 
@@ -133,7 +134,7 @@ class TrainableModule(ReliableModule):
             return 1.0
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if size is None:
-            raise ValueError("base_batch_size needs a data module with a batch_size; give the learning rate itself")
+            raise ArgumentError("base_batch_size needs a data module with a batch_size; give the learning rate itself")
         ranks, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         total = size * ranks * accumulated
         lr = self.hparams["lr"]
@@ -178,7 +179,7 @@ def check_rates(options: Mapping[str, Any]) -> None:
         ValueError: naming the argument.
     """
     if options["schedule"] == "step" and not options["milestones"]:
-        raise ValueError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
+        raise ArgumentError("schedule 'step' needs milestones, the epochs at which the learning rate drops")
 
 
 def format_groups(groups: list[dict[str, Any]]) -> str:
