@@ -3,12 +3,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_convnext_det.modules.detection import Batch
 from tests.training import create_batches
+
+# by the clock, 0.2 s an example and a rate of drawing them: neither is a fact about the code on a machine that others use
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 

@@ -23,7 +23,7 @@ def all_batches(landscape: NDArray[np.bool_], batch_size: int, replicas: int, ep
     return parts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(count=st.integers(1, 90), batch_size=st.integers(1, 7), replicas=st.integers(1, 5), drop_last=st.booleans())
 def test_training_batch_sampler__covers_each_image_once(
     count: int, batch_size: int, replicas: int, drop_last: bool

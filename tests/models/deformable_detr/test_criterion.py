@@ -203,7 +203,7 @@ def test_generalized_iou__by_hand(box: list[float], other: list[float], expected
 unit = st.floats(0, 1, width=32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(unit, min_size=8, max_size=8))
 def test_generalized_iou__stays_in_range_with_finite_gradient(numbers: list[float]) -> None:
     boxes = torch.tensor(numbers).view(2, 4).requires_grad_()
