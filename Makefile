@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all test-xla lint types docs clean
+.PHONY: demo check test test-all test-oldest test-xla lint types docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,11 @@ export OMP_NUM_THREADS ?= 2
 
 demo: .venv/ready
 	$(BIN)/convnext-det demo
+
+# the inner loop, under 90 seconds on two cores; tests that take more than half a second are marked "heavy", and the
+# slowest of the others are printed: mark those that have grown, by what they take on an idle machine
+check: lint types .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal --durations=5 -m "not heavy and not slow and not gpu and not xla"
 
 test: lint types .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu and not xla"
@@ -34,6 +39,19 @@ test-all: lint types .venv/ready
 test-xla: .venv-xla/ready
 	PJRT_DEVICE=$${PJRT_DEVICE:-CPU} .venv-xla/bin/pytest -m xla -s tests/test_xla.py
 
+# the oldest release of everything, on Python 3.11 or 3.12, in an environment of its own: 7 GB
+.venv-oldest/ready: pyproject.toml tests/lower_bounds.py
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/lower_bounds.py > .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --requirement .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# old releases call what has been deprecated since in what they import, e.g. matplotlib 3.8 in pyparsing 3.3
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m "not slow and not gpu and not xla" \
+		-W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +64,4 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf site .venv .venv-xla runs demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site .venv .venv-oldest .venv-xla runs demo .pytest_cache .mypy_cache .ruff_cache
