@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_convnext_det.modules.detection import Batch
 from tests.training import create_batches
 
-# by the clock, 0.2 s an example and a rate of drawing them: neither is a fact about the code on a machine that others use
+# limits by the clock, 0.2 s an example and a rate of drawing them, fail on a machine that others use
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 

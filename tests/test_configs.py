@@ -31,6 +31,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config__trains_one_step(
     config: Path, dataset: Path, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
@@ -77,6 +78,7 @@ def test_config__backbone_and_weights_are_known(config: Path) -> None:
         assert name in timm.list_pretrained(name.split(".")[0] + ".*")
 
 
+@pytest.mark.heavy
 def test_config__printed_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["fit", f"--config={CONFIGS[0].parent / 'convnext_3x.yaml'}", "--data.root=COCO", "--print_config"])

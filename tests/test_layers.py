@@ -71,6 +71,7 @@ def test_rooms__import_only_those_below(name: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.heavy
 def test_files__import_each_other_in_no_circle() -> None:
     try:
         order = list(TopologicalSorter({name: arrows(name) for name in INNER}).static_order())

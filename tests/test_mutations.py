@@ -35,6 +35,7 @@ def check_counts(output: str, count: int) -> None:
     print(*re.findall(r"^\w+: .*$", output, re.MULTILINE), sep="\n")
 
 
+@pytest.mark.heavy
 def test_mutations__few_of_every_kind() -> None:
     check_counts(read_damaged(",".join(KINDS), FEW, seed=1), FEW)
 

@@ -7,6 +7,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # the kernel's client binds its sockets in a way that tornado and zmq warn of on some platforms
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -158,6 +158,7 @@ def resume(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     return folder, run(folder, "resume")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("module", DETECTORS)
 def test_fit__every_detector_on_two_processes(detectors: tuple[Path, dict[str, list[int]]], module: str) -> None:
     folder, statuses = detectors
@@ -170,6 +171,7 @@ def test_fit__every_detector_on_two_processes(detectors: tuple[Path, dict[str, l
     assert load_module(folder / module / "last.ckpt")
 
 
+@pytest.mark.heavy
 def test_predict__a_process_without_a_readable_image(detectors: tuple[Path, dict[str, list[int]]]) -> None:
     folder, statuses = detectors
     assert statuses["predict"] == [0, 0], log(folder, "predict.log")

@@ -98,6 +98,7 @@ def test_draw_detections__plates_of_one_box_do_not_hide_each_other() -> None:
         assert covered(drawn, color).sum() >= 0.9 * plate.sum()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("size", "scale"),
     [
@@ -166,6 +167,7 @@ def test_draw_detections__text_shrinks_in_a_crowd() -> None:
     assert 12 <= heights[1] < 0.9 * heights[0]
 
 
+@pytest.mark.heavy
 def test_draw_detections__small_box_is_not_filled_by_its_frame() -> None:
     drawn = draw_detections(Image.new("RGB", (4000, 4000), GREY), [[2000, 2000, 2012, 2012]], ["a"], None)
     assert (pixels(drawn)[2002:2010, 2002:2010] == GREY).all()
@@ -252,6 +254,7 @@ def test_draw_detections__another_font_is_used() -> None:
     assert (drawn[0] != drawn[1]).any()
 
 
+@pytest.mark.heavy
 def test_draw_detections__color_of_a_name_is_the_same_in_every_process() -> None:
     program = (
         "from PIL import Image; from lightning_convnext_det.visualization import draw_detections as d; import zlib;"

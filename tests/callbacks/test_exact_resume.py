@@ -121,6 +121,7 @@ def check(tmp_path: Path, data: Path, detector: str, num_workers: int, point: st
     assert [k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])] == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("detector", "point"), [("faster_rcnn", "in the second epoch"), ("deformable_detr", "in a validation")]
 )

@@ -269,6 +269,7 @@ def test_coco_results__figures_that_are_not_finite_are_refused(name: str) -> Non
         coco_results(detection, 1, "a.jpg", ["cat", "dog"], [1, 2])
 
 
+@pytest.mark.heavy
 def test_prediction_writer__pycocotools_reads_what_it_writes(shared_data: Path, tmp_path: Path) -> None:
     # here, for the script below imports this file in two processes
     from lightning_convnext_det.modules import FasterRCNNModule
@@ -331,6 +332,7 @@ for name, shares in (
 """
 
 
+@pytest.mark.heavy
 def test_prediction_writer__two_processes(tmp_path: Path) -> None:
     script, tests = tmp_path / "script.py", Path(__file__).parents[1]
     script.write_text(TWO_PROCESSES)

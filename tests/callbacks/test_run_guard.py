@@ -48,6 +48,7 @@ class BadStep(Callback):
             module.detector.forward = lambda *a: forward(*a) | {"loss_box": forward(*a)["loss_box"] * self.value}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_fit__a_loss_that_is_not_finite_ends_the_run(loader: DataLoader[Batch], tmp_path: Path, value: float) -> None:
     bad = BadStep(4, value)  # the second step of the second epoch

@@ -32,6 +32,7 @@ def test_write_checkpoint_file__torch_reads_it(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.ckpt"]
 
 
+@pytest.mark.heavy
 def test_find_damage__every_changed_byte_and_every_missing_end(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     write_checkpoint_file(content(size=8), path)
@@ -104,6 +105,7 @@ def test_write_checkpoint_file__what_cannot_be_saved_leaves_the_old_file(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+@pytest.mark.heavy
 def test_write_checkpoint_file__full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     # a limit on the size of files ends a write as a full disk does: with an OSError half way
     script = """
@@ -179,6 +181,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **more}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_write_checkpoint_file__killed_at_random_instants(tmp_path: Path, kills: int) -> None:
     other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path  # TMPDIR on another file system

@@ -116,6 +116,7 @@ STRINGS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("hyper_parameters", STRINGS.values(), ids=STRINGS)
 @pytest.mark.parametrize("way", ["load_module", "load_from_checkpoint", "predictor", "predict", "fit"])
 def test_checkpoint__strings_import_nothing(
@@ -196,6 +197,7 @@ YAMLS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("content", YAMLS.values(), ids=YAMLS)
 def test_yaml__tags_run_and_import_nothing(
     trap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str

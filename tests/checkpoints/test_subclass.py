@@ -109,6 +109,7 @@ MODULES: dict[str, Any] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", MODULES)
 def test_load_from_checkpoint__of_a_subclass(tmp_path: Path, name: str) -> None:
     module = MODULES[name]()
@@ -202,6 +203,7 @@ def test_load_from_checkpoint__stated_sizes_of_a_subclass_are_not_built(tmp_path
         Own.load_from_checkpoint(path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["plain", "fixed", "open"])
 def test_fit__of_a_subclass_is_continued(tmp_path: Path, name: str) -> None:
     loader = DataLoader(create_batches(3), batch_size=None)

@@ -122,6 +122,7 @@ def test_load_plain__tensors_can_be_changed_and_the_file_is_not(tmp_path: Path) 
     assert load_plain(tmp_path / "a.pth")["a"].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.heavy
 def test_load_plain__memory_is_bounded_by_the_file(tmp_path: Path) -> None:
     """A gigabyte of numbers out of a file of a kilobyte, read by torch's reader and by ours."""
     call = _Call(

@@ -164,6 +164,7 @@ def read_all(folder: Path) -> None:
         print(json.dumps([name, outcome, time.process_time() - begun, grown]), flush=True)
 
 
+@pytest.mark.heavy
 def test_build_module__stated_sizes_are_not_built(tmp_path: Path) -> None:
     script = "import sys, pathlib; from tests.checkpoints.test_validation import read_all"
     run = run_script(f"{script}; read_all(pathlib.Path(sys.argv[1]))", tmp_path, timeout=600)

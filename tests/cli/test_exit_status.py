@@ -51,6 +51,7 @@ def test_exit_status__every_error_of_the_package_is_listed() -> None:
     assert listed == own | {0, 130, TERMINATED}
 
 
+@pytest.mark.heavy
 def test_fit__divergence_is_4_and_what_is_on_disk_is_finite(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_fit__an_interrupt_is_130(dataset: Path, tmp_path: Path, monkeypatch: py
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.heavy
 def test_fit__sigterm_is_143_and_the_run_goes_on(
     run: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,6 +110,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.heavy
 def test_fit__sigterm_to_all_processes_with_workers_is_143_too(dataset: Path, tmp_path: Path) -> None:
     arguments = [*fit(dataset, tmp_path), "--data.num_workers=1", "--trainer.max_epochs=1"]
     result = run_script(SIGNALS_ITS_GROUP, *arguments)
@@ -116,6 +119,7 @@ def test_fit__sigterm_to_all_processes_with_workers_is_143_too(dataset: Path, tm
     assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.heavy
 def test_fit__a_continued_training_keeps_the_best_checkpoint(run: Path, dataset: Path, tmp_path: Path) -> None:
     earlier = run / "version_0" / "checkpoints"
     # with this learning rate nothing gets better
@@ -128,6 +132,7 @@ def test_fit__a_continued_training_keeps_the_best_checkpoint(run: Path, dataset:
     assert scores[1] >= scores[0]
 
 
+@pytest.mark.heavy
 def test_fit__the_command_line_wins_over_the_configuration_which_wins_over_the_checkpoint(
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +152,7 @@ def test_fit__the_command_line_wins_over_the_configuration_which_wins_over_the_c
     ]
 
 
+@pytest.mark.heavy
 def test_predict__predictions_are_not_kept_in_memory(
     run: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

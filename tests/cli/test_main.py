@@ -58,6 +58,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 def test_fit__writes_checkpoints_metrics_and_configuration(run: Path) -> None:
     version = run / "version_0"
     assert {p.name for p in (version / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -70,6 +71,7 @@ def test_fit__writes_checkpoints_metrics_and_configuration(run: Path) -> None:
     assert module.class_names == ["disc", "ring", "square", "triangle", "star"]
 
 
+@pytest.mark.heavy
 def test_fit__continues_from_a_checkpoint(
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +157,7 @@ def test_fit__without_validation_the_last_checkpoint_is_the_best(
     assert "the best checkpoint is 'version_0/checkpoints/best.ckpt'" in caplog.text
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -326,6 +329,7 @@ def test_main__module_is_the_command() -> None:
     assert __version__ in result.stdout
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("arguments", "left_out"),
     [

@@ -417,6 +417,7 @@ def test_convert_deformable_detr__keeps_the_objectness_of_proposals() -> None:
     assert torch.equal(converted.state_dict["class_heads.1.bias"], state["class_embed.1.bias"][[2, 5]])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("change", "message"),
     [

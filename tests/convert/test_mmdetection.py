@@ -42,6 +42,7 @@ def empty_tensors(checkpoint: str) -> tuple[dict[str, Tensor], dict[str, object]
         return {k: torch.empty(v["shape"]) for k, v in listed["keys"].items()}, listed
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("checkpoint", PUBLISHED)
 def test_convert_mmdetection__published_names_and_shapes(checkpoint: str) -> None:
     tensors, listed = empty_tensors(checkpoint)
@@ -102,6 +103,7 @@ def test_convert_mmdetection__class_names_of_the_file() -> None:
     assert [(s.name, s.category_id) for s in slots[:2]] == [("cell 0", 0), ("cell 1", 1)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("model", ["mask_rcnn_convnext_mini", "cascade_rcnn_convnext_mini"])
 def test_import_weights__from_the_published_file_to_boxes(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -137,6 +139,7 @@ def test_import_weights__from_the_published_file_to_boxes(
     assert isinstance(module.detector, CascadeRCNN) == model.startswith("cascade")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "stages"),
     [("mask_rcnn_convnext_mini", [""]), ("cascade_rcnn_convnext_mini", [".stages.0", ".stages.1", ".stages.2"])],
@@ -165,6 +168,7 @@ def test_start_module__other_classes_keep_all_but_the_two_last_layers(
     assert not torch.equal(renamed_classes[f"{layers[0]}weight"], module.state_dict()[f"{layers[0]}weight"])
 
 
+@pytest.mark.heavy
 def test_fit__starts_from_imported_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(load_state_dict("mask_rcnn_convnext_mini"), tmp_path / "published.pth")
     destination = str(tmp_path / "imported.ckpt")

@@ -27,6 +27,7 @@ def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("is_published", [False, True], ids=["names of today", "names of the published file"])
 def test_import_weights__same_boxes_as_torchvision(
     is_published: bool, photos: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -55,6 +56,7 @@ def test_import_weights__same_boxes_as_torchvision(
         assert torch.equal(ours["labels"], theirs["labels"] - 1)
 
 
+@pytest.mark.heavy
 def test_import_weights__report_and_refusals(tmp_path: Path) -> None:
     state = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4).state_dict()
     torch.save(state, tmp_path / "a.pth")

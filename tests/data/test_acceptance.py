@@ -270,6 +270,7 @@ def outcome(folder: Folder) -> str:
     return ", ".join(kinds)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.number} {row.name}".replace(" ", "_"))
 def test_check_dataset__acceptance(tmp_path: Path, write_xml: WriteXml, row: Row) -> None:
     (tmp_path / "set").mkdir()

@@ -24,6 +24,7 @@ def printed(report: Report) -> str:
     return file.getvalue()
 
 
+@pytest.mark.heavy
 def test_check_dataset__real_set_with_two_boxes_without_area(shared_data: Path) -> None:
     report = check_dataset(shared_data / "bccd" / "BCCD")
 
@@ -39,6 +40,7 @@ def test_check_dataset__real_set_with_two_boxes_without_area(shared_data: Path) 
         assert part in text
 
 
+@pytest.mark.heavy
 def test_check_dataset__real_set_with_crowds(shared_data: Path) -> None:
     report = check_dataset(shared_data / "coco_mini", decode=True)
 
@@ -64,6 +66,7 @@ QUIRKS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("folder", "clean", "codes"), QUIRKS, ids=[row[0] for row in QUIRKS])
 def test_check_dataset__oddities_of_real_sets(
     shared_data: Path, folder: str, clean: bool, codes: dict[str, int]
@@ -227,6 +230,7 @@ TOKENS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["coco", "voc", "yolo", "yaml"])
 def test_check_dataset__damaged_annotations_end_in_a_report(
     tmp_path: Path, write_coco: WriteCoco, write_xml: WriteXml, annotate: Annotate, kind: str

@@ -60,6 +60,7 @@ def test_fit__limit_train_batches_takes_the_first_of_each_epoch(coco: Path, tmp_
         assert limited.seen[epoch] == whole.seen[epoch][:2]
 
 
+@pytest.mark.heavy
 def test_fit__limit_train_batches_with_persistent_workers(coco: Path, tmp_path: Path) -> None:
     alone, helped = Recorder(), Recorder()
     make_trainer(tmp_path, limit_train_batches=2).fit(alone, datamodule=data_module(coco))
@@ -80,6 +81,7 @@ def test_fit__fast_dev_run(coco: Path, tmp_path: Path) -> None:
     assert [len(model.seen[key]) for key in ("train0", "val0")] == [1, 1]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 4, 6, 9], ids=["mid-first", "late-first", "between", "mid-second"])
 def test_fit__resumes_with_the_next_image(coco: Path, tmp_path: Path, num_workers: int, stop: int) -> None:
@@ -96,6 +98,7 @@ def test_fit__resumes_with_the_next_image(coco: Path, tmp_path: Path, num_worker
     assert sum(len(batch) for batch in joined) == 33
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
 def test_fit__resumes_with_the_next_epoch(coco: Path, tmp_path: Path, hook: str) -> None:
     whole, second = Recorder(), Recorder()
@@ -428,6 +431,7 @@ def test_train_dataloader__little_shared_memory_is_said(
     assert "LCD-R001" in caplog.text
 
 
+@pytest.mark.heavy
 def test_two_ranks__each_image_once(coco: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = [sys.executable, recorder.__file__, str(coco), str(tmp_path)]

@@ -110,6 +110,7 @@ def test_evaluation_loader__unreadable_image_is_one_line(tmp_path: Path, num_wor
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_image_loader__leaves_out_what_cannot_be_read(
     tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture

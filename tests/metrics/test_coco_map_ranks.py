@@ -92,6 +92,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[di
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("row", SHARES)
 def test_compute__the_same_to_12_digits_for_any_shares(
     figures: dict[str, list[tuple[dict[str, float], str | None]]], row: str
@@ -107,6 +108,7 @@ def test_compute__the_same_to_12_digits_for_any_shares(
             assert same, (name, value, found[name])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("row", UNDEFINED)
 def test_compute__undefined_says_why_on_every_process(
     figures: dict[str, list[tuple[dict[str, float], str | None]]], row: str

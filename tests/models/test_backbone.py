@@ -25,6 +25,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "channels"), FAMILIES, ids=[name for name, _ in FAMILIES])
 def test_timm_pyramid__strides_channels_and_odd_size(name: str, channels: list[int]) -> None:
     pyramid = TimmPyramid(name).eval()
@@ -37,6 +38,7 @@ def test_timm_pyramid__strides_channels_and_odd_size(name: str, channels: list[i
     assert all(x.isfinite().all() for x in maps)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "channels"), FAMILIES, ids=[name for name, _ in FAMILIES])
 def test_timm_pyramid__every_parameter_has_a_gradient(name: str, channels: list[int]) -> None:
     fpn = PyramidFPN(TimmPyramid(name), 32)
@@ -63,6 +65,7 @@ def test_timm_pyramid__output_norm_standardises_each_position() -> None:
         torch.testing.assert_close(x.var(1, unbiased=False), torch.ones_like(x.mean(1)), atol=1e-2, rtol=0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["test_convnext", "resnet18", "swin_tiny_patch4_window7_224"])
 def test_timm_pyramid__frozen_stages_freeze_what_the_level_depends_on(name: str) -> None:
     pyramid = TimmPyramid(name, frozen_stages=2)

@@ -95,6 +95,7 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+@pytest.mark.heavy
 def test_fit__a_silent_network_ends_within_15_seconds(silent: socket.socket, tmp_path: Path) -> None:
     write_synthetic_coco(tmp_path / "data", 2, 2)
     command = [sys.executable, "-m", "lightning_convnext_det", "fit", "--data.root", str(tmp_path / "data")]

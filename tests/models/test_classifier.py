@@ -28,6 +28,7 @@ def timm_input(net: torch.nn.Module, image: Image.Image) -> Tensor:
     return create_transform(**config)(image)[None]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto", "resnet18"])
 def test_classify_and_extract_features__equal_timm(name: str, image: Image.Image) -> None:
     model = create_classifier(name)
@@ -118,6 +119,7 @@ def test_backbone_weights__another_architecture_is_refused(tmp_path: Path) -> No
             )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
 def test_backbone_state_dict__timm_loads_it_and_so_do_we(name: str, tmp_path: Path) -> None:
     detector = create_detector("fasterrcnn_fpn", 2, backbone=name, fpn_channels=8, box_head_features=8).eval()

@@ -26,6 +26,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_measure_backbone__equals_what_is_published(name: str) -> None:
     facts, (parameters, gflops, tolerance) = measure_backbone(name), PUBLISHED[name]
@@ -39,6 +40,7 @@ def test_measure_backbone__equals_what_is_published(name: str) -> None:
     assert facts.top1 is not None
 
 
+@pytest.mark.heavy
 def test_measure_detector__counts_every_product() -> None:
     """A second count: convolutions and linear layers of the parts, from the sizes that a hook sees."""
     from lightning_convnext_det import create_detector
@@ -64,6 +66,7 @@ def test_measure_detector__counts_every_product() -> None:
     assert facts.gflops == pytest.approx(products / 1e9, rel=1e-6)
 
 
+@pytest.mark.heavy
 def test_measure_detector__every_kind() -> None:
     boxref = measure_detector("deformable_detr_boxref_convnextv2_tiny")
     assert (boxref.strides, boxref.channels) == ((4, 8, 16, 32), (96, 192, 384, 768))
@@ -74,6 +77,7 @@ def test_measure_detector__every_kind() -> None:
     assert cascade.gflops > faster.gflops
 
 
+@pytest.mark.heavy
 def test_models__prints_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "*resnext50*"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -90,6 +94,7 @@ def test_list_facts__detectors_and_backbones() -> None:
     assert [f.name for f in list_facts("resn*50*")] == ["resnet50", "resnext50_32x4d"]
 
 
+@pytest.mark.heavy
 def test_measure_backbone__tags_and_fixed_sizes() -> None:
     assert measure_backbone("convnext_tiny.fb_in1k").top1 == 82.1
     assert measure_backbone("convnext_tiny.in12k_ft_in1k").top1 is None  # not the weights that have the figure

@@ -30,6 +30,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS, ids=[name for name, _ in PARAMETERS])
 def test_create_detector__parameter_count(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -50,6 +51,7 @@ def train_one_step(name: str) -> None:
     assert [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SMALL)
 def test_create_detector__trains_one_step(name: str) -> None:
     train_one_step(name)

@@ -55,6 +55,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "version_0" / "checkpoints" / "best.ckpt"
 
 
+@pytest.mark.heavy
 def test_fit__learns_and_logs(trained: Path, folder: Path) -> None:
     with open(trained.parents[1] / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -66,6 +67,7 @@ def test_fit__learns_and_logs(trained: Path, folder: Path) -> None:
     assert classify(module.classifier, folder / "val" / "red" / "0.png")[0].name == "red"
 
 
+@pytest.mark.heavy
 def test_commands__test_and_predict_a_checkpoint(trained: Path, folder: Path, tmp_path: Path) -> None:
     root = [f"--trainer.default_root_dir={tmp_path}", "--data.image_size=32"]
     assert main(["test", f"--ckpt_path={trained}", f"--data.root={folder}", *root, *QUIET]) == 0
@@ -78,6 +80,7 @@ def test_commands__test_and_predict_a_checkpoint(trained: Path, folder: Path, tm
     assert all(1 / 3 <= r["score"] <= 1 for r in results)
 
 
+@pytest.mark.heavy
 def test_commands__a_classifier_becomes_a_detectors_backbone(trained: Path) -> None:
     from lightning_convnext_det import create_detector
 
@@ -93,6 +96,7 @@ def test_load__a_classifier_is_no_detector(trained: Path) -> None:
         load_module(trained)
 
 
+@pytest.mark.heavy
 def test_commands__released_weights_on_a_folder_of_some_imagenet_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def test_detection_module__metrics_of_each_class(loader: DataLoader[Batch], tmp_
     assert not list((tmp_path / "none").rglob("*.csv"))
 
 
+@pytest.mark.heavy
 def test_detection_module__learns_and_tests(loader: DataLoader[Batch], tmp_path: Path) -> None:
     trainer = create_trainer(tmp_path, max_epochs=60, enable_checkpointing=False, check_val_every_n_epoch=60)
     # the rate falls to 0: with a constant one, what the last step happens to do differs from processor to processor
@@ -66,6 +67,7 @@ def test_detection_module__learns_and_tests(loader: DataLoader[Batch], tmp_path:
     assert found[0][0]["boxes"].shape[1] == 4
 
 
+@pytest.mark.heavy
 def test_detection_module__sanity_check_is_not_evaluated(loader: DataLoader[Batch], tmp_path: Path) -> None:
     module, calls = create_module(), []
     compute = module.evaluator.compute
@@ -98,6 +100,7 @@ def test_parameter_groups__frozen_parameters_are_left_out() -> None:
     assert not trained & {id(p) for p in module.detector.backbone.body.net.parameters()}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -126,6 +129,7 @@ def test_schedule__warm_up_is_linear_and_at_most_a_tenth(tmp_path: Path) -> None
     assert rates[:6] == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 1])
 
 
+@pytest.mark.heavy
 def test_detection_module__sgd_has_momentum(tmp_path: Path, loader: DataLoader[Batch]) -> None:
     trainer = create_trainer(tmp_path, enable_checkpointing=False)
     trainer.fit(create_module(optimizer="sgd", lr=1e-3), loader)
@@ -141,6 +145,7 @@ def fit_and_save(tmp_path: Path, loader: DataLoader[Batch], **options: object) -
     return tmp_path / "a.ckpt", module
 
 
+@pytest.mark.heavy
 def test_checkpoint__is_self_contained(tmp_path: Path, loader: DataLoader[Batch]) -> None:
     path, module = fit_and_save(tmp_path, loader, image_mean=[0.4, 0.4, 0.4])
     for loaded in (load_module(path), FasterRCNNModule.load_from_checkpoint(path, weights_only=True)):
@@ -154,6 +159,7 @@ def test_checkpoint__is_self_contained(tmp_path: Path, loader: DataLoader[Batch]
         assert torch.equal(load_module(path)([image])[0]["boxes"], module.eval()([image])[0]["boxes"])
 
 
+@pytest.mark.heavy
 def test_checkpoint__never_asks_for_pretrained_weights(
     tmp_path: Path, loader: DataLoader[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +175,7 @@ def test_checkpoint__never_asks_for_pretrained_weights(
     FasterRCNNModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
 
 
+@pytest.mark.heavy
 def test_checkpoint__other_classes_are_refused(tmp_path: Path, loader: DataLoader[Batch]) -> None:
     path, _ = fit_and_save(tmp_path, loader)
     with pytest.raises(CheckpointError, match="class 0 is 'dark', the dataset's is 'bright'"):

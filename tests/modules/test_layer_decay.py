@@ -27,6 +27,7 @@ def authors_scale(name: str, depths: tuple[int, ...], decay: float) -> float:
     return decay ** (last + 1 - layer)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("backbone", "decay"), [("convnext_tiny", 0.95), ("convnext_base", 0.8)])
 def test_parameter_groups__equal_the_authors_rule(backbone: str, decay: float) -> None:
     with torch.device("meta"):
@@ -53,6 +54,7 @@ def test_parameter_groups__equal_the_authors_rule(backbone: str, decay: float) -
     assert stem["lr"] == pytest.approx(1e-4 * decay ** (7 if backbone == "convnext_tiny" else 13))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_small", "convnext_zepto_rms_ols"])
 def test_find_layers__any_convnext_as_pyramid_and_as_classifier(name: str) -> None:
     with torch.device("meta"):
@@ -77,6 +79,7 @@ def test_find_layers__grn_and_layer_scale_do_not_decay() -> None:
     assert all(id(p) in free for p in grn)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_find_layers__others_as_timm_groups_them(name: str) -> None:
     from timm.optim import param_groups_layer_decay
@@ -96,6 +99,7 @@ def test_find_layers__others_as_timm_groups_them(name: str) -> None:
     assert len({layers.scale(key, 0.5) for key in layers.of_parameter}) > 4
 
 
+@pytest.mark.heavy
 def test_parameter_groups__layer_decay_with_a_factor_and_in_deformable_detr() -> None:
     with torch.device("meta"):
         options = {"backbone": "convnext_atto", "layer_decay": 0.5, "lr": 1.0}
@@ -107,6 +111,7 @@ def test_parameter_groups__layer_decay_with_a_factor_and_in_deformable_detr() ->
     assert plain.learning_rate_factor("levels.embedding") == 1.0
 
 
+@pytest.mark.heavy
 def test_parameter_groups__tables_that_timm_exempts_do_not_decay() -> None:
     with torch.device("meta"):
         module = FasterRCNNModule(2, backbone="swin_tiny_patch4_window7_224", layer_decay=0.9)

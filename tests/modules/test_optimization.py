@@ -31,6 +31,7 @@ class _Recorder(Callback):
         self.in_validation.append(module.detector.roi_heads.box_head.fc7.weight.detach().clone())
 
 
+@pytest.mark.heavy
 def test_ema__evaluation_checkpoint_and_prediction_use_the_average(tmp_path: Path, loader: DataLoader[Batch]) -> None:
     module, recorder = create_module(lr=1e-2, warmup_steps=0, schedule="constant"), _Recorder()
     key = "detector.roi_heads.box_head.fc7.weight"

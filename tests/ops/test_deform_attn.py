@@ -46,6 +46,7 @@ def test_multi_scale_deformable_attention__by_hand() -> None:
     torch.testing.assert_close(output.flatten(), torch.tensor([2.0, 5.0, 1.0, 0.0]))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_multi_scale_deformable_attention__values_and_gradients_equal_the_reference(
@@ -69,6 +70,7 @@ def test_multi_scale_deformable_attention__gradients_on_pixel_centres_and_edges(
     torch.testing.assert_close(_gradients(path, arguments), _gradients(attention_by_grid_sample, arguments))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [3, 40])
 def test_multi_scale_deformable_attention__gradcheck(path: Callable[..., Tensor], queries: int) -> None:
@@ -165,6 +167,7 @@ def test_multi_scale_deformable_attention__variable_switches_the_fast_path_off(m
         multi_scale_deformable_attention(*arguments)
 
 
+@pytest.mark.heavy
 def test_multi_scale_deformable_attention__exports_as_grid_sample() -> None:
     class Attention(nn.Module):
         def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -180,6 +183,7 @@ def test_multi_scale_deformable_attention__exports_as_grid_sample() -> None:
     torch.testing.assert_close(program.module()(more[0], *more[2:]), attention_by_grid_sample(*more))
 
 
+@pytest.mark.heavy
 def test_multi_scale_deformable_attention__compiles_without_a_graph_break() -> None:
     arguments = attention_arguments([(4, 4), (2, 2)], batch=2)
     compiled = torch.compile(multi_scale_deformable_attention, backend="aot_eager", fullgraph=True)

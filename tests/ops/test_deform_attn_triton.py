@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unse
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.mark.heavy
 def test_attention_by_triton__through_the_interpreter() -> None:
     checks = Path(__file__).with_name("triton_interpreter_checks.py")
     result = subprocess.run(
@@ -30,6 +31,7 @@ def test_attention_by_triton__through_the_interpreter() -> None:
     assert "skipped" not in result.stdout
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA is built for Linux")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])

@@ -30,6 +30,7 @@ def _gather(features: Tensor, rois: Tensor, size: tuple[int, int], *options: obj
     return roi_align_by_gather(features, rois, size, *options)  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
@@ -80,6 +81,7 @@ def test_roi_align__samples_exactly_a_pixel_apart() -> None:
     torch.testing.assert_close(_gather(features, rois, (7, 7), 1.0, 0, False), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_roi_align__gradcheck(sampling_ratio: int) -> None:
     features = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)

@@ -42,6 +42,7 @@ def _crowd(count: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat((centre - half, centre + half), dim=1), torch.rand(count), torch.randint(classes, (count,))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", ["gaussian", "linear"])
 @pytest.mark.parametrize(("count", "classes"), [(1, 1), (2, 1), (60, 1), (300, 7), (1000, 80)])
 @pytest.mark.parametrize("table", [0, 2**30], ids=["row by row", "all pairs beforehand"])

@@ -24,6 +24,7 @@ SETS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("folder", "xml", "lists", "names", "difficult"), SETS, ids=[row[0] for row in SETS])
 def test_read_voc__equals_the_xml(
     shared_data: Path, folder: str, xml: str, lists: str, names: list[str], difficult: int
@@ -62,6 +63,7 @@ def test_read_voc__equals_the_xml(
     assert crowds.get("trainval", crowds["train"]) == difficult
 
 
+@pytest.mark.heavy
 def test_read_voc__boxes_without_area_of_real_set(shared_data: Path) -> None:
     table = read(shared_data / "bccd" / "BCCD", "trainval")
 

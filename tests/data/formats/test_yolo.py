@@ -237,6 +237,7 @@ def test_find_yolo__folder_of_the_same_name_outside_the_root(image_folders: Path
     assert [table.path(i).name for i in range(len(table))] == ["z.jpg"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("content", "match"),
     [

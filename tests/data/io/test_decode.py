@@ -47,6 +47,7 @@ def reference(path: Path) -> np.ndarray:
         return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not MANIFEST, reason="the real images are not here")
 @pytest.mark.parametrize("entry", MANIFEST, ids=lambda entry: entry["file"])
 def test_read_image__manifest(entry: dict[str, object]) -> None:
@@ -197,6 +198,7 @@ def bomb(path: Path, side: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("side", [10_000, 20_000], ids=["pillow_warns", "pillow_refuses"])
 @pytest.mark.parametrize("filters", ["error", "ignore"])
 def test_read_image__decompression_bomb(tmp_path: Path, side: int, filters: str) -> None:

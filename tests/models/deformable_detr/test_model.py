@@ -66,6 +66,7 @@ def test_deformable_detr__has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in detector.parameters()) == 39_992_252
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_deformable_detr__losses_reach_every_parameter(options: dict[str, object]) -> None:
     detector = tiny(**options)
@@ -286,6 +287,7 @@ def test_deformable_detr__two_stage_of_a_small_image_does_not_depend_on_its_padd
     assert alone["boxes"].max() <= 40
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("two_stage", [False, True])
 def test_deformable_detr__half_precision_keeps_boxes_and_losses_in_float32(two_stage: bool) -> None:
     detector = tiny(two_stage=two_stage)

@@ -32,6 +32,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
 
 # with torchvision's own operators the boxes are the same bits; RoIAlign by the gather adds in another order, and moves
 # a corner at 600 px by about 1e-4 px, two roundings of float32
+@pytest.mark.heavy
 @pytest.mark.parametrize(("custom_kernels", "pixels"), [(False, 1e-4), (True, 1e-3)])
 def test_faster_rcnn__equals_torchvision_on_real_photos(
     photos: list[Tensor], monkeypatch: pytest.MonkeyPatch, custom_kernels: bool, pixels: float
@@ -55,6 +56,7 @@ def test_faster_rcnn__equals_torchvision_on_real_photos(
         assert torch.equal(ours["labels"], theirs["labels"] - 1)
 
 
+@pytest.mark.heavy
 def test_faster_rcnn__training_losses_equal_torchvision(photos: list[Tensor]) -> None:
     reference = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, min_size=160, max_size=266)
     reference.backbone.eval()

@@ -90,6 +90,7 @@ def check_stage(case: Case, stage: int, features: dict[str, Tensor]) -> None:
         assert near.float().mean() > 0.99  # an argmax between near ties may fall the other way
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("model", "name"), CASES)
 @torch.no_grad()
 def test_golden__every_step(model: str, name: str) -> None:
@@ -131,6 +132,7 @@ def test_golden__detector_as_a_whole_and_from_a_image_in_0_to_1() -> None:
     check_detections(case.detector([case.image / 255])[0], case.golden, LIMITS["mask"])
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_golden__two_images_in_a_batch() -> None:
     cases = [load_case(CASCADE, name) for name in ("small_a", "degenerate")]
