@@ -159,8 +159,8 @@ write_checkpoint_file({"a": torch.zeros(size)}, path)
 began = time.perf_counter()
 write_checkpoint_file({"a": torch.zeros(size)}, path)
 lasts = time.perf_counter() - began
-half = values = 0
-for kill in range(kills):
+half = values = kill = 0
+while kill < kills or (half == 0 and kill < 100):  # on a busy machine the first few may all miss a write
     child = os.fork()
     if child == 0:
         for i in range(10_000):
@@ -173,7 +173,8 @@ for kill in range(kills):
     loaded = read_checkpoint_file(path)["a"]
     assert loaded.shape == (size,) and (loaded == loaded[0]).all(), "half a checkpoint"
     values += float(loaded[0]) >= kill * 10_000
-print(kills, half, values, round(lasts, 3))
+    kill += 1
+print(kill, half, values, round(lasts, 3))
 """
 
 
@@ -192,7 +193,7 @@ def test_write_checkpoint_file__killed_at_random_instants(tmp_path: Path, kills:
     )
     assert run.returncode == 0, run.stderr
     done, half, _, _ = run.stdout.split()
-    assert int(done) == kills
+    assert int(done) >= kills
     assert int(half) > 0  # some were killed while they wrote
     # only the last process killed may have left something behind
     assert len(list(tmp_path.glob(".*.tmp"))) <= 1
