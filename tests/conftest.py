@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from tests.training import create_batches
 # limits by the clock, 0.2 s an example and a rate of drawing them, fail on a machine that others use
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# imported before pytest 8.3 gives the root a handler, Lightning keeps its log to itself, out of caplog
+logging.getLogger("lightning.pytorch").propagate = True
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 

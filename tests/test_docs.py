@@ -95,6 +95,7 @@ def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "place"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("document", with_blocks("python"), ids=name)
 def test_docs__python_runs(document: Path, place: Path) -> None:
     for block in blocks(document, "python"):
@@ -106,6 +107,7 @@ def test_docs__python_runs(document: Path, place: Path) -> None:
         exec(compile(small, name(document), "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("document", with_blocks("shell"), ids=name)
 def test_docs__shell_runs(document: Path, place: Path) -> None:
     elsewhere = "" if document == DOCUMENTS[0] else DOCUMENTS[0].read_text()
@@ -114,6 +116,7 @@ def test_docs__shell_runs(document: Path, place: Path) -> None:
             run(shlex.split(line))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("document", with_blocks("bash"), ids=name)
 def test_docs__batch_scripts_run(document: Path, place: Path) -> None:
     for block in blocks(document, "bash"):

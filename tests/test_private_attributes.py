@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.distributed_c10d
 import torchvision.models.detection
+from fsspec import AbstractFileSystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torchvision.models.detection.rpn import RegionProposalNetwork
@@ -40,6 +41,10 @@ def _trainer() -> pl.Trainer:
     return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
 
 
+def _schedule() -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), lambda _: 1.0)
+
+
 PRIVATE = [
     *(
         Private("callbacks/best_checkpoint.py", ModelCheckpoint, name)
@@ -52,19 +57,21 @@ PRIVATE = [
         )
     ),
     Private("callbacks/exact_resume.py", lambda: _trainer().fit_loop, "_load_combined_loader_states"),
+    Private("callbacks/exact_resume.py", _schedule, "_last_lr"),
     Private("callbacks/run_guard.py", lambda: torch.distributed.distributed_c10d, "_get_default_store"),
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop, "_data_fetcher"),
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop.epoch_loop, "_should_check_val_fx"),
-    Private("cli/trainer.py", lambda: LightningCLI, "_get"),
+    Private("callbacks/slurm.py", _trainer, "_accelerator_connector"),
+    Private("checkpoints/remote.py", lambda: AbstractFileSystem, "_parent"),
+    Private("cli/arguments.py", LightningArgumentParser, "_actions"),
     Private("cli/trainer.py", lambda: LightningCLI, "_instantiate_trainer"),
     Private("cli/trainer.py", lambda: LightningCLI, "_parse_ckpt_path"),
     Private("cli/trainer.py", lambda: LightningCLI, "_prepare_subcommand_kwargs"),
-    Private("cli/trainer.py", LightningArgumentParser, "_actions"),
     Private("cli/trainer.py", lambda: torch.cpu, "_is_avx512_bf16_supported"),
     Private("data/transforms.py", lambda: v2.Transform, "_call_kernel"),
     Private("models/rcnn/box_coder.py", lambda: torchvision.models.detection, "_utils"),
+    Private("models/rcnn/box_losses.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/matcher.py", lambda: torchvision.models.detection, "_utils"),
-    Private("models/rcnn/rpn.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/rpn.py", lambda: RegionProposalNetwork, "_get_top_n_idx"),
 ]
 

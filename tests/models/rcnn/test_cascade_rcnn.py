@@ -23,6 +23,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("base", ["mmdetection", "torchvision"])
 @pytest.mark.parametrize("box_loss", ["giou", "l1", "smooth_l1"])
 def test_cascade_rcnn__every_parameter_has_a_gradient(base: str, box_loss: str) -> None:
