@@ -1,7 +1,7 @@
 """LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format, and for datasets of the user's own."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -145,19 +145,9 @@ class DetectionDataModule(LoadingDataModule):
     ) -> None:
         super().__init__(predict, batch_size, num_workers, seed, drop_last, persistent_workers, timeout)
         check_arguments(DetectionDataModule.__init__, locals())
-        if root is not None and datasets is not None:
-            raise ArgumentError("root and datasets are both given; give a folder, or datasets of your own")
-        if predict is not None and predict_split is not None:
-            raise ArgumentError("predict and predict_split are both given; give images, or a split of the dataset")
-        if repeated := [name for name, count in Counter(class_names or ()).items() if count > 1]:
-            raise ArgumentError(f"class_names has '{repeated[0]}' more than once; each label needs a name of its own")
-        if value_range is not None and value_range[0] >= value_range[1]:
-            raise ArgumentError(f"value_range is {list(value_range)}; give the lower value first")
-        self.train_transforms = train_transforms
-        self.predict_split = predict_split
-        self.in_chans = in_chans
-        self.value_range = value_range
-        self.max_pixels = max_pixels
+        _check_choices(root, datasets, predict, predict_split, class_names, value_range)
+        self.train_transforms, self.predict_split = train_transforms, predict_split
+        self.in_chans, self.value_range, self.max_pixels = in_chans, value_range, max_pixels
         self._found_range: ValueRange | None = None  # of 16-bit grey images
         self._range_is_known = value_range is not None
         self._num_images = {"read": 0, "failed": 0}  # of this rank's prediction
@@ -165,20 +155,13 @@ class DetectionDataModule(LoadingDataModule):
             train_transforms, sizes, max_size, crop_size, scale_range, vertical_flip, color_jitter
         )
         self._user = None if datasets is None else UserSplits(datasets, class_names)
+        # the seed is not the run's: `validate` must hold out the images that `fit` did
         self._reader = SplitReader(
-            root=root,
-            format=format,
-            wanted={"train": train, "val": val, "test": test},
-            images={"train": train_images, "val": val_images, "test": test_images},
-            val_fraction=val_fraction,
-            seed=seed or 0,  # not the run's: `validate` must hold out the images that `fit` did
-            class_names=class_names,
-            classes=classes,
-            invalid_annotations=invalid_annotations,
-            exif=exif,
-            max_pixels=max_pixels,
-            train_on_difficult=train_on_difficult,
-        )
+            root=root, format=format, wanted={"train": train, "val": val, "test": test},
+            images={"train": train_images, "val": val_images, "test": test_images}, val_fraction=val_fraction,
+            seed=seed or 0, class_names=class_names, classes=classes, invalid_annotations=invalid_annotations,
+            exif=exif, max_pixels=max_pixels, train_on_difficult=train_on_difficult,
+        )  # fmt: skip
 
     @property
     def class_names(self) -> list[str]:
@@ -331,3 +314,22 @@ class DetectionDataModule(LoadingDataModule):
         self._range_is_known = True
         chosen = self.value_range or self._found_range
         return ImageReader(channels, chosen or WHOLE_RANGE, self.value_range is not None, self.max_pixels)
+
+
+def _check_choices(
+    root: str | None,
+    datasets: Mapping[Stage, object] | None,
+    predict: str | list[str] | None,
+    predict_split: Stage | None,
+    class_names: Sequence[str] | None,
+    value_range: tuple[int, int] | None,
+) -> None:
+    """Refuse arguments that exclude each other."""
+    if root is not None and datasets is not None:
+        raise ArgumentError("root and datasets are both given; give a folder, or datasets of your own")
+    if predict is not None and predict_split is not None:
+        raise ArgumentError("predict and predict_split are both given; give images, or a split of the dataset")
+    if repeated := [name for name, count in Counter(class_names or ()).items() if count > 1]:
+        raise ArgumentError(f"class_names has '{repeated[0]}' more than once; each label needs a name of its own")
+    if value_range is not None and value_range[0] >= value_range[1]:
+        raise ArgumentError(f"value_range is {list(value_range)}; give the lower value first")
