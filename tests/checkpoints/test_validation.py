@@ -193,6 +193,7 @@ def test_build_module__stated_sizes_are_not_built(tmp_path: Path) -> None:
         ("detr", {"two_stage": True, "frozen_stages": 4, "gradient_checkpointing": True}),
         ("detr", {"box_refinement": False, "extra_levels": 1, "fixed_size": [64, 64], "objects_multiple": 10}),
         ("classifier", {"in_chans": 1, "mixup": 0.2, "drop_path_rate": 0.1, "random_erasing": 0.1}),
+        ("faster", {"backbone": "swinv2_tiny_window8_256"}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )

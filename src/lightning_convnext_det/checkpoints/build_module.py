@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_convnext_det.checkpoints.file import read_checkpoint_file
 from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, accepted, is_own
 from lightning_convnext_det.checkpoints.validation import bytes_held, find_contradiction, find_misfit
-from lightning_convnext_det.checkpoints.weightless import allocate_weights, without_weights
+from lightning_convnext_det.checkpoints.weightless import SMALL, allocate_weights, without_weights
 from lightning_convnext_det.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -142,8 +142,12 @@ def _build_weightless(read: _Read, options: dict[str, Any]) -> pl.LightningModul
     """Build a module that has the tensors that the checkpoint holds, without memory for its weights."""
     arguments = _arguments(read, options)
     try:
-        with without_weights(read.length):
-            module = read.build(**arguments)
+        try:
+            with without_weights(read.length):
+                module = read.build(**arguments)
+        except NotImplementedError:  # timm's Swin V2 computes buffers from its weights; none is larger than the file
+            with without_weights(read.length, small=max(SMALL, read.length)):
+                module = read.build(**arguments)
     except Exception as error:  # a constructor raises almost anything where its arguments are of other kinds
         if isinstance(error, RuntimeError) and "meta" in str(error) and not is_own(read.build):
             module = read.build(**arguments)  # a user's class may need numbers to be built

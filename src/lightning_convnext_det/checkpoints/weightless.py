@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-_SMALL = 2**16  # numbers in a parameter; timm copies the parameters of BatchNorms while it builds
+SMALL = 2**16  # numbers in a parameter; timm copies the parameters of BatchNorms while it builds
 _TENSOR_LIMIT = 2**20  # bytes that a constructor may ask for at once, if the checkpoint is shorter than that
 _SIZED: tuple[Callable[..., Any], ...] = (
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros,
@@ -25,16 +25,17 @@ _SIZED: tuple[Callable[..., Any], ...] = (
 
 
 @contextmanager
-def without_weights(length: int) -> Iterator[None]:
+def without_weights(length: int, small: int = SMALL) -> Iterator[None]:
     """Build networks whose large parameters have no memory, in this thread only.
 
     Args:
         length: bytes of the checkpoint; what a constructor makes is no longer than that, or else has no memory either.
+        small: numbers from which a parameter has no memory.
     """
     thread = threading.get_ident()
 
     def leave_out(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if thread != threading.get_ident() or parameter.numel() < _SMALL or parameter.is_meta:
+        if thread != threading.get_ident() or parameter.numel() < small or parameter.is_meta:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
