@@ -127,7 +127,7 @@ YOLO = [
     Case("perhaps key points", {"classes.txt": "a", "images/a.jpg": "", "labels/a.txt": LINE + " 0.2 0.4 0.3 0.6"}, "D156 refused", [19.2, 32.0, 28.8, 48.0], 1),
     Case("outlines", {"classes.txt": "a", "images/a.jpg": "", "labels/a.txt": "0 0.125 0.25 0.375 0.25 0.375 0.75"}, "D123 noted", LINE_BOX, 1),
     Case("oriented corners", {"classes.txt": "a", "images/a.jpg": "", "labels/a.txt": "0 0.125 0.25 0.375 0.25 0.375 0.75 0.125 0.75"}, "D123 noted", LINE_BOX, 1),
-    Case("labels without image", {"classes.txt": "a", "images/a.jpg": "", "images/b.heic": "", "labels/a.txt": LINE, "labels/b.txt": LINE, "labels/c.txt": LINE}, "D157 dropped", LINE_BOX, 1),
+    Case("labels without image", {"classes.txt": "a", "images/a.jpg": "", "images/b.cr2": "", "labels/a.txt": LINE, "labels/b.txt": LINE, "labels/c.txt": LINE}, "D157 dropped", LINE_BOX, 1),
     Case("two images, one label", {"classes.txt": "a", "images/a.jpg": "", "images/a.png": "", "labels/a.txt": LINE}, "D158 noted", LINE_BOX),
     Case("upper case", {"classes.txt": "a", "Images/train/a.jpg": "", "Labels/train/a.txt": LINE}, "", LINE_BOX, 1),
     Case("JPEGImages", {"classes.txt": "a", "JPEGImages/a.jpg": "", "labels/a.txt": LINE}, "", LINE_BOX, 1),

@@ -148,7 +148,7 @@ def test_find_images__none(tmp_path: Path, name: str, message: str) -> None:
 
 def test_find_images__files_passed_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_annotations(tmp_path, IMAGES)
-    for name in ("a.heic", "b.HEIC", "c.psd", "notes.txt", "labels.json", ".hidden.heic"):
+    for name in ("a.cr2", "b.CR2", "c.psd", "notes.txt", "labels.json", ".hidden.cr2"):
         (tmp_path / name).write_bytes(b"")
     for source in (tmp_path, tmp_path / "*"):
         caplog.clear()
@@ -157,13 +157,19 @@ def test_find_images__files_passed_over_are_named(tmp_path: Path, caplog: pytest
         (message,) = [record.getMessage() for record in caplog.records]
         assert "LCD-P003" in message
         assert "3 files are skipped" in message
-        assert all(str(tmp_path / name) in message for name in ("a.heic", "b.HEIC", "c.psd"))
-        assert "pip install pillow-heif" in message
+        assert all(str(tmp_path / name) in message for name in ("a.cr2", "b.CR2", "c.psd"))
+
+
+def test_find_images__heic_needs_pillow_heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_convnext_det.data.dataset.is_image_name", lambda name: name.endswith(".png"))
+    (tmp_path / "b.HEIC").write_bytes(b"")
+    with pytest.raises(DataError, match=r"only .*b\.HEIC \(for HEIC and HEIF: pip install pillow-heif\)"):
+        find_images([tmp_path])
 
 
 def test_find_images__only_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "a.heic").write_bytes(b"")
-    with pytest.raises(DataError, match=r"LCD-P001.*holds no image that can be read, only .*a\.heic \(for HEIC"):
+    (tmp_path / "a.cr2").write_bytes(b"")
+    with pytest.raises(DataError, match=r"LCD-P001.*holds no image that can be read, only .*a\.cr2"):
         find_images([tmp_path])
 
 

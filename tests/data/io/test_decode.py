@@ -331,3 +331,15 @@ def test_verify_image__real_files() -> None:
     for path in files:
         verify_image(path)
     assert len(files) > 3 or not MANIFEST
+
+
+def test_read_image__heic(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32, 0] = 255
+    heif.from_bytes("RGB", (64, 48), pixels.tobytes()).save(str(tmp_path / "a.heic"), quality=-1)
+    found = images.read_image(tmp_path / "a.heic")
+    assert images.read_size(tmp_path / "a.heic")[:2] == (48, 64)
+    assert found.shape == (3, 48, 64)
+    assert (found.permute(1, 2, 0).numpy().astype(int) - pixels).__abs__().max() <= 2  # its colours are YCbCr
+    assert ".heic" in images.IMAGE_SUFFIXES

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -28,7 +29,7 @@ MAX_ASPECT = 200.0  # longer images shrink to nothing on one side when resized
 MIN_SIDE = 2  # pixels; a 1-pixel image has no content for a detector
 
 # What a dataset may hold. Others are not tried: Pillow would start Ghostscript for an EPS file named .jpg.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "MPO": (".mpo", ".jpg", ".jpeg"),
@@ -41,6 +42,8 @@ _SUFFIXES = {
     "JPEG2000": (".jp2", ".j2k"),
     "AVIF": (".avif",),
 }
+if find_spec("pillow_heif"):  # optional; without it these files are counted and named, not read
+    _SUFFIXES["HEIF"] = (".heic", ".heif", ".hif")
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 _TAIL = 1 << 16  # bytes at the end of a PNG that are searched for EXIF
 _warned: set[str] = set()  # codes of warnings that this process has given
@@ -245,6 +248,10 @@ def _open(file: BinaryIO) -> Image.Image:
 def _formats() -> tuple[str, ...]:
     """The formats that this build of Pillow can open."""
     Image.init()
+    if "HEIF" in _SUFFIXES:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()  # turns images upright itself, and says so in their EXIF
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
