@@ -43,7 +43,7 @@ def test_import_weights__same_boxes_as_torchvision(
     module = load_module(tmp_path / "a.ckpt")
     assert (len(module.class_names), module.class_names[0], module.category_ids[-1]) == (90, "person", 90)
     detector = module.detector.to(memory_format=torch.contiguous_format)
-    detector.backbone.body.memory_format = torch.contiguous_format
+    detector.backbone.body.channels_last = False
     detector.transform.min_sizes, detector.transform.max_size = [320], 533
     detector.roi_heads.score_thresh = 0.02
     with torch.no_grad():

@@ -133,6 +133,17 @@ def test_detector__selection_can_be_read_and_set(build: Callable[..., nn.Module]
     assert len(detect(detector, IMAGES)[0]["boxes"]) >= len(boxes["boxes"])
 
 
+@pytest.mark.parametrize("name", ["faster", "cascade"])
+def test_detector__torchvisions_names_of_its_thresholds(name: str) -> None:
+    detector = BUILDERS[name]()
+    heads = list(getattr(detector.roi_heads, "stages", [detector.roi_heads]))
+    heads[-1].score_thresh, heads[-1].nms_thresh, heads[-1].detections_per_img = 0.1, 0.2, 3
+    assert (detector.score_threshold, detector.nms_threshold, detector.detections_per_image) == (0.1, 0.2, 3)
+    detector.nms_threshold = 0.4
+    assert heads[0].nms_thresh == 0.4
+    assert len(detect(detector, IMAGES)[0]["boxes"]) <= 3
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

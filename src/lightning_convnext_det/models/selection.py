@@ -65,11 +65,18 @@ class Selection:
         return Detection(boxes=boxes, labels=labels, scores=scores)
 
 
-class _Setting(Generic[T]):
-    """An attribute of a detector that its ``selection`` holds."""
+class Setting(Generic[T]):
+    """An attribute of a detector, or of a part of it, that its ``selection`` holds.
+
+    Args:
+        name: its name there (default: the same).
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or ""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.name = self.name or name
 
     def __get__(self, detector: Any, owner: type) -> T:  # whatever has a selection
         if detector is None:
@@ -85,8 +92,8 @@ class SelectsDetections:
     """Gives a detector the values of its ``selection`` as attributes that can be read and set at any time."""
 
     selection: Selection
-    score_threshold = _Setting[float]()
-    nms = _Setting[NMSMethod]()
-    nms_threshold = _Setting[float]()
-    soft_nms_sigma = _Setting[float]()
-    detections_per_image = _Setting[int]()
+    score_threshold = Setting[float]()
+    nms = Setting[NMSMethod]()
+    nms_threshold = Setting[float]()
+    soft_nms_sigma = Setting[float]()
+    detections_per_image = Setting[int]()

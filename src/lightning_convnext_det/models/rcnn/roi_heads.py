@@ -17,7 +17,7 @@ from lightning_convnext_det.models.rcnn.box_coder import Stds, create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_box_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
 from lightning_convnext_det.models.rcnn.matcher import Sampling, create_proposal_matcher
-from lightning_convnext_det.models.selection import Selection
+from lightning_convnext_det.models.selection import Selection, Setting
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Detection, Target
 
@@ -52,6 +52,11 @@ class BoxHeads(RoIHeads):
         match_best: with MMDetection's matching, also match each object's best proposal if it reaches the threshold.
     """
 
+    # torchvision's names, by which its users change them
+    score_thresh = Setting[float]("score_threshold")
+    nms_thresh = Setting[float]("nms_threshold")
+    detections_per_img = Setting[int]("detections_per_image")
+
     def __init__(
         self,
         pooler: MultiScaleRoIAlign,
@@ -63,9 +68,9 @@ class BoxHeads(RoIHeads):
         stds: Stds = FASTER_STDS,
         match_best: bool = True,
     ) -> None:
-        # torchvision's own thresholds are not used: `selection` has them
-        super().__init__(pooler, head, predictor, *sampling, None, 0.0, 1.0, 0)
-        self.selection = selection
+        self.selection = selection  # first: torchvision's constructor sets the attributes above
+        limits = selection.score_threshold, selection.nms_threshold, selection.detections_per_image
+        super().__init__(pooler, head, predictor, *sampling, None, *limits)
         self.box_coder = create_box_coder(stds, convention.box_coding)
         self.box_loss = create_box_loss(convention.box_loss, self.box_coder, convention.box_smooth_l1_beta)
         default_weight = 10.0 if convention.box_loss == "giou" else 1.0
