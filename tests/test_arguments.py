@@ -62,6 +62,7 @@ def test_check_arguments__values_that_fit(given: dict[str, Any]) -> None:
         ({"lr": "fast"}, "lr is 'fast'; it must be above 0"),
         ({"lr": None}, "lr is None; it must be above 0"),
         ({"share": 1.1}, "share is 1.1; it must be at least 0 and at most 1"),
+        ({"sides": 1.5}, "sides is 1.5; it must be at least 1"),
         ({"sides": [8, 0]}, "sides is [8, 0]; it must be at least 1"),
         ({"pair": (0.5, 2)}, "pair is (0.5, 2); it must be above 0 and at most 1"),
         ({"method": "sort"}, "method is 'sort'; choose hard or soft; did you mean 'soft'?"),

@@ -177,7 +177,7 @@ def test_predict__a_process_without_a_readable_image(detectors: tuple[Path, dict
     assert statuses["predict"] == [0, 0], log(folder, "predict.log")
     records = json.loads((folder / "predictions" / "predictions.json").read_text())
     assert {r["image_id"] for r in records} == {1, 2, 3}
-    assert "could not be read" in (folder / "predict.log.1").read_text()
+    assert "none of the 2 images of this rank can be read" in (folder / "predict.log.1").read_text()
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def _fits(hint: Any, value: object) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin is Annotated:
         ranges = [entry for entry in arguments[1:] if isinstance(entry, Range)]
-        return _fits(arguments[0], value) and (not ranges or _is_number(value, ranges))
+        return _fits(arguments[0], value) and (not ranges or (_is(arguments[0], value) and _is_number(value, ranges)))
     if origin in (Union, UnionType):
         return any(_is(kind, value) for kind in arguments)
     if isinstance(value, list | tuple) and isinstance(origin, type) and issubclass(origin, Sequence):

@@ -57,7 +57,7 @@ class _Data:
 
 
 @pytest.mark.parametrize(("reference", "expected"), [(None, 1e-3), (16, 1e-3 * 8 / 16), (8, 1e-3)])
-def test_lr_batch_size__scales_and_says_so(
+def test_base_batch_size__scales_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reference: int | None, expected: float
 ) -> None:
     class _Trainer:
@@ -74,13 +74,13 @@ def test_lr_batch_size__scales_and_says_so(
     said = [r.getMessage() for r in caplog.records if "total batch" in r.getMessage()]
     if reference == 16:
         assert said == [
-            "learning rate 0.001 x 8 / 16 = 0.0005: total batch 8 = 2 images x 2 processes x 2 accumulated batches"
+            "learning rate 0.001 x 8 / 16 = 0.0005: total batch 8 = 2 images x 2 ranks x 2 accumulated batches"
         ]
     else:
         assert len(said) == (reference is not None)
 
 
-def test_lr_batch_size__without_a_data_module(tmp_path: Path, loader: DataLoader[Batch]) -> None:
+def test_base_batch_size__without_a_data_module(tmp_path: Path, loader: DataLoader[Batch]) -> None:
     with pytest.raises(ValueError, match="base_batch_size needs a data module"):
         create_trainer(tmp_path, enable_checkpointing=False).fit(create_module(base_batch_size=16), loader)
 

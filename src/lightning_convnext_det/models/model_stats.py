@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.models.backbone import TimmPyramid, pad_to_multiple
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
@@ -81,7 +82,7 @@ def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
     if not backbones and not detectors:
         backbones = timm.list_models(pattern) or timm.list_pretrained(pattern)
     if not backbones and not detectors:
-        raise ValueError(f"no backbone or detector matches '{pattern}'; try '*convnext*'")
+        raise ArgumentError(f"no backbone or detector matches '{pattern}'; try '*convnext*'")
     yield from map(measure_backbone, backbones)
     yield from map(measure_detector, detectors)
 
