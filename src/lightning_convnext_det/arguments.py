@@ -63,7 +63,7 @@ def check_arguments(function: Callable[..., object], given: Mapping[str, object]
     Raises:
         ArgumentError: a ValueError that names the argument, what it was and what it can be.
 
-    Example:
+    Examples:
         >>> def train(lr: Positive = 0.1, schedule: Literal["cosine", "step"] = "cosine") -> None:
         ...     check_arguments(train, locals())
         >>> train(schedule="stop")

@@ -26,7 +26,7 @@ def readable(value: Any, where: str = "the checkpoint") -> Any:
     Raises:
         CheckpointError: if something in it can be written, but not read again; it is named.
 
-    Example:
+    Examples:
         >>> readable({"best": np.float64(0.5), "folder": Path("runs")})
         {'best': 0.5, 'folder': 'runs'}
         >>> readable({"callbacks": {"Mine": {"model": object()}}})

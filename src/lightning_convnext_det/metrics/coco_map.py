@@ -60,7 +60,7 @@ class _Record(NamedTuple):
 class DetectionEvaluator:
     """Collects detections and targets of a dataset, then computes COCO's twelve metrics and the AP of each class.
 
-    Example:
+    Examples:
         >>> evaluator = DetectionEvaluator(["cat"])
         >>> boxes, labels = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([0])
         >>> detection = {"boxes": boxes, "labels": labels, "scores": torch.tensor([0.9])}

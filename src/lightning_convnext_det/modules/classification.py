@@ -54,7 +54,7 @@ class ClassifierModule(TrainableModule):
     Training logs ``train/loss``, validation and test ``val/loss``, ``val/top1``, ``val/top5``; calling the module gives
     logits float [B, num_classes], ``Trainer.predict`` a `ClassificationResult` for each image.
 
-    Example:
+    Examples:
         >>> module = ClassifierModule(2, ["cat", "dog"], backbone="test_convnext").eval()
         >>> with torch.no_grad():
         ...     logits = module(torch.rand(4, 3, 64, 64))

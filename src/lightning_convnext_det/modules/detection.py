@@ -39,7 +39,7 @@ class DetectionModule(TrainableModule):
     Training logs each weighted loss as ``train/<name>``, validation and test log COCO's metrics as ``val/map`` ...;
     calling the module, and ``Trainer.predict``, give one `Detection` for each image.
 
-    Example:
+    Examples:
         >>> from lightning_convnext_det import FasterRCNNModule
         >>> module = FasterRCNNModule(2, ["cat", "dog"], backbone="test_convnext", min_size=64, max_size=96).eval()
         >>> with torch.no_grad():
