@@ -66,7 +66,7 @@ class ImageSize(NamedTuple):
     height: int
     width: int
     orientation: int
-    """1 ... 8; 1 where none is stated, or none that EXIF defines."""
+    """1 ... 8; 1 where the file has none, or one that EXIF does not define."""
 
     @property
     def upright(self) -> tuple[int, int]:
