@@ -1,4 +1,4 @@
-"""The demonstration: a made-up dataset, then the very commands that a user gives for their own."""
+"""The demonstration: a synthetic dataset, then the commands that users give for their own data."""
 
 import argparse
 import shutil
@@ -44,7 +44,7 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
         The exit status of the first command that failed, or 0.
     """
     parser = argparse.ArgumentParser(
-        "convnext-det demo", description="Train a detector on images made up on the spot and look at what it finds."
+        "convnext-det demo", description="Train a detector on synthetic images and draw what it detects."
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to; an older demo is replaced")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
