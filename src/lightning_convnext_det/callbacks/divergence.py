@@ -56,7 +56,7 @@ class LossWatch:
         """Read the losses added since the last time; a line about the first that is not finite, None if all are.
 
         Args:
-            rank: of this process, for the line.
+            rank: this rank, for the line.
         """
         steps, self._steps = self._steps, []
         if not steps:

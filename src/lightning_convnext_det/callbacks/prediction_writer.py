@@ -206,7 +206,7 @@ class _Part:
         drawing = draw_detections(image, detection["boxes"][kept], names, detection["scores"][kept], self.colors, font)
         path = _reserve(self.folder, Path(file_name), image_id)
         self._drawings.write(f"{json.dumps(path.name)}\n")
-        self._drawings.flush()  # also a process that is killed has said what is its own
+        self._drawings.flush()  # a rank that is killed has listed its drawings, too
         # full resolution of colour: half of it blurs coloured text
         drawing.save(path, quality=92, subsampling=0) if path.suffix == ".jpg" else drawing.save(path)
         self.num_drawn += 1

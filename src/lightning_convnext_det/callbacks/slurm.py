@@ -27,7 +27,7 @@ def requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:
 
 
 def requeue(trainer: pl.Trainer, checkpoint: str) -> str:
-    """Requeue the job of this process, on the first rank; it will continue from a checkpoint.
+    """Requeue the SLURM job, from rank 0; it continues from a checkpoint.
 
     Returns:
         What came of it, for a message.

@@ -83,7 +83,7 @@ class DetectionCLI(LightningCLI):
             "--nms",
             type=NMSMethod | None,
             default=None,
-            help="non-maximum suppression: hard, soft or none (default: as the model or its checkpoint has it)",
+            help="NMS: hard, soft or none (default: as the model or its checkpoint has it)",
         )
         parser.add_argument(
             "--start_from",

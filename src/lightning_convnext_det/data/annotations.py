@@ -73,7 +73,7 @@ class UnreadableError(DataError):
 
     @classmethod
     def of(cls, code: str, file: Path | str, reason: str, record: str = "") -> "UnreadableError":
-        """The error that states a problem of a file."""
+        """Create the error for a problem of a file."""
         where = f"{file}: {record}" if record else str(file)
         return cls(f"[{code}] {where}: {reason}", Problem(code, str(file), record, reason, "refused"))
 

@@ -125,7 +125,7 @@ class LoadingDataModule(LightningDataModule):
             )  # fmt: skip
 
     def _replicas(self) -> tuple[int, int]:
-        """Number of ranks, and the rank of this process."""
+        """Return the number of ranks, and this rank."""
         if self.trainer is not None:
             return self.trainer.world_size, self.trainer.global_rank
         if torch.distributed.is_available() and torch.distributed.is_initialized():

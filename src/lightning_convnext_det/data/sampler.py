@@ -56,7 +56,7 @@ class TrainingBatchSampler(DistributedSampler[list[Key]], SequentialSampler):
         shuffle: ``False`` gives the same batches in every epoch, by ascending index.
         drop_last: leave out the last step of an epoch when it is smaller than the others.
         num_replicas: number of ranks.
-        rank: of this process.
+        rank: this rank.
 
     Raises:
         ValueError: if there are too few images for one batch on each rank.
@@ -135,7 +135,7 @@ class EvaluationSampler(DistributedSampler[int], SequentialSampler):
     Args:
         num_images: number of images in the split.
         num_replicas: number of ranks.
-        rank: of this process.
+        rank: this rank.
     """
 
     def __init__(self, num_images: int, num_replicas: int = 1, rank: int = 0) -> None:

@@ -64,7 +64,7 @@ class Predictor:
         classes: names of the classes to keep (default: all).
         batch_size: images that go through the network at once.
         precision: ``bf16-mixed`` is faster where the device computes in bfloat16; boxes and scores stay float32.
-        nms: non-maximum suppression: ``hard``, ``soft`` or ``none`` (default: the detector's own).
+        nms: kind of NMS: ``hard``, ``soft`` or ``none`` (default: the detector's own).
 
     Raises:
         ValueError: if names and ids do not fit the detector or each other, or a number is out of range.
@@ -118,7 +118,7 @@ class Predictor:
             classes: names of the classes to keep (default: all).
             batch_size: images that go through the network at once.
             precision: ``32-true`` or ``bf16-mixed``.
-            nms: non-maximum suppression: ``hard``, ``soft`` or ``none`` (default: as in the checkpoint).
+            nms: kind of NMS: ``hard``, ``soft`` or ``none`` (default: as in the checkpoint).
 
         Raises:
             CheckpointError: if the file is missing, damaged or not of this package.
@@ -155,7 +155,7 @@ class Predictor:
 
         Raises:
             DataError: if an image cannot be read, or its shape or pixels are not those of an RGB image.
-            TypeError: if an item is no image.
+            TypeError: if an item is not an image.
         """
         if not isinstance(images, list | tuple):
             return self._predict([_read(images, "the image")])[0]

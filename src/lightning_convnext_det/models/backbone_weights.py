@@ -37,7 +37,7 @@ def fetching(name: str) -> Iterator[None]:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    # the hub's client is requests, httpx or a successor; its errors are no OSErrors in all of them
+    # the hub's client is requests, httpx or a successor; not all of them raise OSErrors
     client_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:

@@ -253,6 +253,6 @@ def _names(net: nn.Module, num_classes: int) -> list[str]:
 
 
 def imagenet_synsets(num_classes: int) -> list[str]:
-    """Folder names (synsets) of ImageNet in order of label, such as ``n01440764``; empty if it is no ImageNet."""
+    """Folder names (synsets) of ImageNet in order of label, such as ``n01440764``; empty if it is not ImageNet."""
     subset = infer_imagenet_subset({"num_classes": num_classes})
     return [] if subset is None else list(ImageNetInfo(subset).label_names())

@@ -225,7 +225,7 @@ def _repeat_bags(samples: Tensor, times: int) -> Tensor:
 
 
 def _hat(distance: Tensor) -> Tensor:
-    """Bilinear weight of a pixel at a distance: 1 at 0, falling to 0 at 1 and beyond."""
+    """Bilinear weight of a pixel at a distance: 1 at 0, descending to 0 at 1 and beyond."""
     return distance.abs().neg_().add_(1).clamp_(min=0)
 
 

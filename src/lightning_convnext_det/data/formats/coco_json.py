@@ -40,7 +40,7 @@ def read_coco_file(path: Path) -> CocoFile:
     """Split a COCO file into its records.
 
     Args:
-        path: UTF-8, with or without a byte order mark. NaN and Infinity, which are no JSON, are accepted.
+        path: UTF-8, with or without a byte order mark. NaN and Infinity, which are not JSON, are accepted.
 
     Raises:
         UnreadableError: a DataError, if the file is missing, not UTF-8, or not JSON (names line and column), nested too

@@ -72,7 +72,7 @@ def resolve_names(
                 found[index] = variant
     for index, variant in found.items():
         resolved[index] = variant
-    # two names for one file may be two files of which one is not here; the same name twice is reported elsewhere
+    # two names for one file may be two files of which one is not here; the same name twice is reported by another check
     takers = Counter(dict.fromkeys(zip(resolved, names, strict=True)).keys())
     files = Counter(file for file, _ in takers)
     for index, variant in found.items():
@@ -116,7 +116,7 @@ def _outside_check(root: Path, image_root: Path, follow_symlinks: bool) -> Calla
 
 
 def _leaves(name: str, depth: int) -> str:
-    """In what way a name, taken from a folder ``depth`` levels below the root, is no path inside the root."""
+    """Why a name, taken from a folder ``depth`` levels below the root, is not a path inside the root."""
     if not name or name == ".":
         return "names no file"
     if "\0" in name or not is_utf8(name):

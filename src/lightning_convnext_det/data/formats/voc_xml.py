@@ -64,7 +64,7 @@ def parse_xml(path: Path, max_bytes: int = MAX_BYTES) -> ElementTree.Element:
     """Parse a file of any encoding that Python knows.
 
     Raises:
-        UnreadableError: a DataError, if it is no XML, declares entities, is huge or nested deep.
+        UnreadableError: a DataError, if it is not XML, declares entities, is huge or nested deep.
     """
     try:
         with open_file(path) as file:
@@ -96,7 +96,7 @@ def read_xml(path: Path) -> VocAnnotation:
     """Read one annotation file.
 
     Raises:
-        UnreadableError: a DataError, if it cannot be parsed or is no annotation.
+        UnreadableError: a DataError, if it cannot be parsed or is not an annotation.
     """
     root = parse_xml(path)
     try:
