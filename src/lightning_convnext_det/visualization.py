@@ -1,6 +1,6 @@
-"""Boxes, names and scores drawn on images of any size, and many images on one sheet.
+"""Draw detections on images, and arrange images on a contact sheet.
 
-Sizes follow the image; colours follow the class. All is drawn by Pillow with the font that it carries.
+Sizes follow the image; colours follow the class. Pillow draws everything, with the font that it carries.
 """
 
 import functools
@@ -16,7 +16,7 @@ Color = tuple[int, int, int]
 """Red, green and blue, 0 ... 255."""
 _Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
 
-SCORE_THRESHOLD = 0.3  # of drawings, where the user states none; pred_score_thr of MMDetection 3.3's visualizer
+SCORE_THRESHOLD = 0.3  # of drawings by default; pred_score_thr of MMDetection 3.3's visualizer
 
 _ENLARGE_BELOW = 240  # pixels; labels of readable size would hide the objects of a smaller image
 _MIN_FONT_SIZE = 10  # pixels; Aileron is hard to read below
@@ -130,14 +130,14 @@ def contact_sheet(
 
 
 def _tile(image: Image.Image, size: int) -> Image.Image:
-    """The image with its longer side of that size."""
+    """Resize an image so that its longer side has that size."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 class _Style:
-    """Widths and text for an image of a given (width, height)."""
+    """Line width, font and label size for an image of (width, height)."""
 
     def __init__(self, size: tuple[int, int], font: str | None, shrink: float = 1.0) -> None:
         self.size, self._font_path = size, font
@@ -151,7 +151,7 @@ class _Style:
         self.ascent, self.height = ascent, ascent + descent
 
     def for_labels(self, labels: Iterable[tuple[str, str]]) -> "_Style":
-        """The style with text so small that plates cover no more than a share of the image, as far as it goes."""
+        """Shrink the text until the labels cover at most a tenth of the image, or reach the smallest font."""
         plates = [self.plate(self.fit(name, ending)) for name, ending in labels]
         covered = sum(width * height for width, height in plates) / math.prod(self.size)
         if covered <= _MAX_COVERED:
@@ -159,7 +159,7 @@ class _Style:
         return _Style(self.size, self._font_path, (_MAX_COVERED / covered) ** 0.5)
 
     def fit(self, name: str, ending: str = "") -> str:
-        """Name and ending on one line, the name shortened where they are wider than the image."""
+        """Join name and ending on one line; shorten the name if the line is wider than the image."""
         name = text = " ".join(name.split())
         text += ending
         while self.plate(text)[0] > self.size[0] and name:
@@ -168,7 +168,7 @@ class _Style:
         return text
 
     def plate(self, text: str) -> tuple[int, int]:
-        """Width and height of the plate for a text."""
+        """Return width and height of the plate behind a text, in pixels."""
         return math.ceil(self.font.getlength(text)) + 2 * self.margin, self.height
 
 
@@ -185,7 +185,7 @@ def _load_font(path: str | None, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _canvas(image: Image.Image | Tensor) -> tuple[Image.Image, int]:
-    """An RGB copy to draw on, and how many times it is enlarged."""
+    """Return an RGB copy to draw on, and the factor by which it is enlarged."""
     canvas = _to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else _to_pil(image)
     scale = max(1, math.ceil(_ENLARGE_BELOW / math.prod(canvas.size) ** 0.5))
     if scale > 1:
@@ -194,7 +194,7 @@ def _canvas(image: Image.Image | Tensor) -> tuple[Image.Image, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB copy."""
+    """Convert an image to 8-bit RGB."""
     if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip 16 bits and make floats black
         raise TypeError(f"the image has mode {image.mode}; convert it to 8-bit RGB or grey")
     # by way of RGBA where a palette has transparency: Pillow warns otherwise
@@ -234,7 +234,7 @@ def _checked_boxes(
 
 
 def _outline(box: Tensor, size: tuple[int, int]) -> _Box:
-    """The pixels that a box covers, at least one, inside the image."""
+    """Round a box to whole pixels inside the image, at least one pixel wide and high."""
     x1, y1, x2, y2 = box.tolist()
     left, right = (min(max(round(x), 0), size[0]) for x in (min(x1, x2), max(x1, x2)))
     top, bottom = (min(max(round(y), 0), size[1]) for y in (min(y1, y2), max(y1, y2)))
@@ -243,14 +243,14 @@ def _outline(box: Tensor, size: tuple[int, int]) -> _Box:
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: _Box, color: Color, line_width: int) -> None:
-    """A frame inside the box, thinner on small boxes so that the object stays visible."""
+    """Draw a frame inside the box, thinner on small boxes so that the object stays visible."""
     left, top, right, bottom = box
     width = max(1, min(line_width, min(right - left, bottom - top) // 6))
     draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
 
 
 def _place(plates: Sequence[tuple[int, int]], boxes: Sequence[_Box], size: tuple[int, int]) -> list[_Box]:
-    """A place for each plate at its box, inside the image; the last chooses first, to lie free of the others."""
+    """Place each label at its box, inside the image, without overlap where possible; the last is placed first."""
     placed: list[_Box] = []
     for plate, box in zip(reversed(plates), reversed(boxes), strict=True):
         best, least = _inside(box[0], box[1], *plate, size), math.inf
@@ -266,7 +266,7 @@ def _place(plates: Sequence[tuple[int, int]], boxes: Sequence[_Box], size: tuple
 
 
 def _places(width: int, height: int, box: _Box) -> Iterator[tuple[int, int]]:
-    """Left upper corners for a plate at a box, the best first: above, in the upper corners, below, beside, within."""
+    """Yield left upper corners for a label at a box, the best first: above, at the top, below, beside, within."""
     left, top, right, bottom = box
     for y in (top - height, top, bottom):
         yield left, y
@@ -289,7 +289,7 @@ def _overlap(a: _Box, b: _Box) -> int:
 
 
 def _ink(color: Color) -> str:
-    """Black or white, whichever has the higher contrast (WCAG 2.1, relative luminance)."""
+    """Choose black or white text, whichever has the higher contrast (WCAG 2.1, relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in color)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
@@ -301,7 +301,7 @@ def _color_of(name: str) -> Color:
 
 @functools.cache
 def _palette() -> list[Color]:
-    """Colours of which each is the farthest from all before it, among those that stand out on photographs."""
+    """Choose vivid colours, each the farthest from all before it, that stand out on photographs."""
     steps = torch.linspace(0, 255, 10).round()
     candidates = torch.cartesian_prod(steps, steps, steps)
     lab = _oklab(candidates / 255)
@@ -316,7 +316,7 @@ def _palette() -> list[Color]:
 
 
 def _oklab(rgb: Tensor) -> Tensor:
-    """Lightness, green-red and blue-yellow [N, 3] of sRGB [N, 3] in 0..1.
+    """Convert sRGB [N, 3] in 0..1 to Oklab [N, 3]: lightness, green-red and blue-yellow.
 
     Reference:
         Ottosson, "A perceptual color space for image processing", 2020, https://bottosson.github.io/posts/oklab.

@@ -19,7 +19,7 @@ _KNOWN = ("lightning", __name__.partition(".")[0])  # packages whose modules and
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint for trainings that are interrupted and metrics that may be undefined.
+    """Keep the best and the last checkpoint: ModelCheckpoint that survives interruptions and undefined metrics.
 
     Takes ModelCheckpoint's arguments.
 
@@ -36,13 +36,13 @@ class BestCheckpoint(ModelCheckpoint):
     _earlier: dict[str, Any] | None = None  # the state of the training that is resumed, from another folder
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Whether a value of the metric is among the best; nan is not."""
+        """Tell whether a value of the metric is among the best; nan never is."""
         if current is not None and bool(torch.isnan(current)):
             return False
         return super().check_monitor_top_k(trainer, current)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the metric to monitor, and take along the best checkpoints of the training that is resumed.
+        """Check the monitored metric, and copy the best checkpoints of a training resumed from another folder.
 
         Raises:
             ValueError: if nothing can log the metric: module and callbacks are Lightning's and this package's.
@@ -83,7 +83,7 @@ class BestCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a training in the same folder; that of another is taken along when the fit begins."""
+        """Restore the state of a training in the same folder; the state of another waits until the fit begins."""
         if state_dict.get("dirpath") == self.dirpath:
             super().load_state_dict(state_dict)
         else:
@@ -91,7 +91,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def _may_log_more(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether code of the user runs in the training, which may log metrics of its own."""
+    """Tell whether code of the user may log metrics of its own."""
     parts = (pl_module, *getattr(trainer, "callbacks", []))
     return not all(type(part).__module__.partition(".")[0] in _KNOWN for part in parts)
 
@@ -104,7 +104,7 @@ def _check_monitor(monitor: str, known: list[str]) -> None:
 
 
 def _copy(models: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Copy checkpoints into a folder, each complete or not at all; the copies with their scores."""
+    """Copy checkpoints into a folder, each complete or not at all; return the copies with their scores."""
     copies = {}
     for name, score in models.items():
         source, target = Path(name), folder / Path(name).name

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class ClassificationWriter(Callback):
-    """Writes what a classifier predicts: ``predictions.json``, a list of ``{file_name, class_name, score}``.
+    """Writes the predictions of a classifier to ``predictions.json``, a list of ``{file_name, class_name, score}``.
 
     The file appears when the prediction is complete and replaces that of an earlier one; of several ranks each writes
     a file of its own.
@@ -25,7 +25,7 @@ class ClassificationWriter(Callback):
         self._results: list[dict[str, str | float]] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Forget the results of an earlier prediction."""
         self._results = []
 
     def on_predict_batch_end(
@@ -41,7 +41,7 @@ class ClassificationWriter(Callback):
         self._results += outputs
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file."""
+        """Write ``predictions.json``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = "predictions.json" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.json"
         temporary = self.folder / f".{name}.tmp"

@@ -1,4 +1,4 @@
-"""Losses and weights that are not finite: found and named."""
+"""Detect divergence: losses and weights that are not finite (nan or inf)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class _Step(NamedTuple):
 
 
 class LossWatch:
-    """Collects the losses of the last steps and reads them from the device together, since reading makes it wait.
+    """Watches the losses for nan and inf, and reads those of several steps from the device at once.
 
     Args:
         patience: how many steps in a row may have a loss that is not finite; more than 0 for fp16, whose gradient
@@ -53,7 +53,7 @@ class LossWatch:
         self._steps.append(_Step(epoch, step, {k: v.detach() for k, v in losses.items()}, list(images), reason))
 
     def read(self, rank: int = 0) -> str | None:
-        """Read the losses added since the last time; a line about the first that is not finite, None if all are.
+        """Read the losses added since the last time; return a line about the first that is not finite, or None.
 
         Args:
             rank: this rank, for the line.
@@ -75,7 +75,7 @@ class LossWatch:
 
 
 def find_non_finite(state: Mapping[str, object]) -> str | None:
-    """The name of the first tensor of a state dict that holds a number that is not finite; None if there is none."""
+    """Return the name of the first tensor of a state dict with a nan or inf; None if all are finite."""
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()}
     if not tensors:
         return None
@@ -84,7 +84,7 @@ def find_non_finite(state: Mapping[str, object]) -> str | None:
 
 
 def check_weights(state: Mapping[str, object], when: str) -> None:
-    """Refuse weights that are not finite.
+    """Raise an error if a weight is not finite.
 
     Args:
         state: of a module.

@@ -1,4 +1,4 @@
-"""Continuing a training as if it had not been interrupted.
+"""Callback that resumes a training with the results it would have had without the interruption.
 
 The images of a step are a function of seed and epoch (`data.sampler`), their augmentations of seed, epoch and image
 (`data.dataset`). Here, whatever else draws random numbers in a step (drop path, the sampling of proposals) is made a
@@ -30,7 +30,7 @@ class ExactResume(Callback):
         self._restored: list[dict[str, float]] | None = None  # the same of the checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the seed, unless a checkpoint has brought one, and the learning rates."""
+        """Note the seed, unless a checkpoint has brought one, and the learning rates."""
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed()))
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -40,7 +40,7 @@ class ExactResume(Callback):
         ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go to the place in the epoch, and put the learning rates given in the place of the checkpoint's."""
+        """Move to the step within the epoch, and replace the checkpoint's learning rates by those given."""
         # Lightning 2.6 does this when it makes the loader, which a schedule that counts the steps has made too early
         trainer.fit_loop._load_combined_loader_states()
         restored, self._restored = self._restored, None
@@ -73,21 +73,21 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed the generators."""
+        """Seed the random generators for this step."""
         assert self.seed is not None
         seed_step(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, and the learning rates and weight decays that the training was given."""
+        """Return the seed, and the learning rates and weight decays that the training was given."""
         return {"seed": self.seed, "given": [dict(group) for group in self._given]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint."""
+        """Restore seed and learning rates from a checkpoint."""
         self.seed, self._restored = state_dict["seed"], state_dict.get("given")
 
 
 def _recompute(schedule: LambdaLR) -> None:
-    """Make the learning rates those of the step to come: where the training is longer now, they are others."""
+    """Recompute the learning rates for the next step; they differ if the training is longer now."""
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

@@ -27,7 +27,7 @@ _LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the nois
 # Not Lightning's BasePredictionWriter: that one warns of every loader without a batch sampler, whose indices are no use
 # here, for an image that cannot be read is left out of its batch.
 class PredictionWriter(Callback):
-    """Writes predictions while they are made: a file of COCO results, and the images with boxes drawn.
+    """Writes the predictions of a detector: a file of COCO results, and the images with boxes drawn.
 
     ``predictions.json`` is a list of ``{image_id, category_id, bbox, score, category_name, file_name}`` with the
     dataset's own category ids and boxes (x, y, width, height) in pixels of the upright image: all that the detector
@@ -75,7 +75,7 @@ class PredictionWriter(Callback):
         self._num_images = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Clear away the results of an earlier prediction; all ranks wait for the first to do so.
+        """Remove the results of an earlier prediction; all ranks wait for rank 0 to do so.
 
         Raises:
             ValueError: if the folder cannot be written to.
@@ -172,7 +172,7 @@ class PredictionWriter(Callback):
 
 
 class _Part:
-    """What one rank has written: a line of records for each image, its drawings, and a list of their names.
+    """Files of one rank: a line of results per image, its drawings, and a list of their names.
 
     Both files are JSON in ASCII, so that they hold any file name.
     """
@@ -224,7 +224,7 @@ def _hidden(folder: Path, rank: int, ending: str) -> Path:
 
 
 def _clear(folder: Path) -> bool:
-    """Remove what an earlier prediction wrote into a folder; whether there was anything."""
+    """Remove the files of an earlier prediction from a folder; tell whether there were any."""
     lists = list(folder.glob(".predictions-*.drawn"))
     drawings = [folder / name for path in lists for name in _listed(path)]
     own = {folder / _RESULTS, *drawings, *folder.glob(".predictions-*.part")}
@@ -235,14 +235,14 @@ def _clear(folder: Path) -> bool:
 
 
 def _listed(path: Path) -> Iterator[str]:
-    """The names in a list of drawings; a line that a crash has cut short is passed over."""
+    """Read the names in a list of drawings; skip a line that a crash has truncated."""
     for line in path.read_text(errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
             yield str(json.loads(line))
 
 
 def _reserve(folder: Path, image: Path, image_id: int) -> Path:
-    """Create an empty file for the drawing of an image, under a name that neither a rank nor the user has taken."""
+    """Create an empty file for the drawing of an image, under a name that no rank and no file of the user has."""
     suffix = ".png" if image.suffix.lower() in _LOSSLESS else ".jpg"
     for name in _names(image.stem, image_id):
         path = folder / f"{name}{suffix}"

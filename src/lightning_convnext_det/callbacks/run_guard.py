@@ -1,4 +1,4 @@
-"""Callback that ends a training so that nothing is lost: on a signal to stop or to requeue, and on divergence.
+"""Callback that saves and ends a training on SIGTERM, on SIGUSR1 (requeue), and on divergence.
 
 All ranks decide together, at the end of a step, by one exchange between their processors that no accelerator has to
 wait for. Lightning 2.6 ends with status 0 and saves nothing on SIGTERM, and waits for its time limit when there are
@@ -37,7 +37,7 @@ SCALER_PATIENCE = 20  # steps in a row that fp16's scaler may leave out; it halv
 
 
 class RunGuard(Callback):
-    """Saves and ends a training on SIGTERM or SIGUSR1, and ends one that has diverged.
+    """Saves and ends a training on SIGTERM or SIGUSR1; ends a training that has diverged.
 
     A signal to any rank ends all of them after the step under way, or at once in a validation, with ``last.ckpt``
     saved and exit status 143; the validation is repeated when the training is resumed. Under SLURM with
@@ -66,7 +66,7 @@ class RunGuard(Callback):
     # ---- training
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prepare the exchange between ranks.
+        """Prepare the communication between ranks.
 
         Raises:
             CheckpointError: if a callback has a state that could be saved, but not read again.
@@ -147,7 +147,7 @@ class RunGuard(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Leave out the rest of a validation that will not count.
+        """Skip the rest of an interrupted validation.
 
         Raises:
             StopIteration: which Lightning takes for the end of the images.
@@ -156,7 +156,7 @@ class RunGuard(Callback):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Agree whether the validation was cut short; its metrics are then undefined, not wrong."""
+        """Agree between ranks whether the validation was interrupted; its metrics are then undefined (nan)."""
         if _is_fitting(trainer) and not trainer.sanity_checking:
             self._agree_to_stop()
             discard = getattr(pl_module, "discard_validation", None)
@@ -164,7 +164,7 @@ class RunGuard(Callback):
                 discard()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the training if the validation was cut short.
+        """End the training if the validation was interrupted.
 
         Raises:
             SystemExit: with 143.
@@ -178,7 +178,7 @@ class RunGuard(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note in the state of the loops that the validation under way is still to be done."""
+        """Record in the state of the loops that an interrupted validation has to run again."""
         if not self._in_validation:
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -189,12 +189,12 @@ class RunGuard(Callback):
         progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave nothing for a requeued job to continue from."""
+        """Remove the link from which a requeued job would continue: the training is complete."""
         if trainer.is_global_zero:
             slurm.forget(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tell the other ranks of an error of this one; or end with theirs, if that is why this one has failed.
+        """Tell the other ranks of an error on this one, or end with their error if it caused this one.
 
         Raises:
             ValueError: or whatever error with an exit status another rank has ended with.
@@ -214,14 +214,14 @@ class RunGuard(Callback):
         self._received = signal.Signals(number)
 
     def _agree_to_stop(self, flag: bool = False) -> bool:
-        """Find out together whether to stop and to requeue; whether any rank raises the flag."""
+        """Agree between ranks whether to stop and to requeue; return whether any rank raises the flag."""
         requeueing = self._received is not None and self._received == self._requeue_signal
         stopping, requeueing, raised = self._agree(self._received is not None, requeueing, flag)
         self._stopping, self._requeueing = self._stopping or stopping, self._requeueing or requeueing
         return raised
 
     def _agree(self, *flags: bool) -> list[bool]:
-        """Whether any rank raises each flag; a collective call."""
+        """Tell whether any rank raises each flag; a collective call."""
         if self._group is None:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -253,7 +253,7 @@ class RunGuard(Callback):
 
 
 def checkpoint_path(trainer: pl.Trainer) -> str:
-    """Where a run that is told to stop is saved: ``last.ckpt`` beside its other checkpoints, which may be remote."""
+    """Return the path of ``last.ckpt``, where a stopped run is saved, beside its other checkpoints; may be remote."""
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     return f"{str(folder or f'{trainer.default_root_dir}/checkpoints').rstrip('/')}/last.ckpt"
 
@@ -279,7 +279,7 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def _losses(outputs: Any) -> dict[str, Tensor]:
-    """The scalars that a training step returned: none for a step left out, or under manual optimization."""
+    """Collect the losses that a training step returned; none for a skipped step or under manual optimization."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs}
     if not isinstance(outputs, dict):
@@ -289,7 +289,7 @@ def _losses(outputs: Any) -> dict[str, Tensor]:
 
 
 def _names(batch: tuple[Sequence[Tensor], Any]) -> list[str]:
-    """File names or ids of the images of a batch; none if its targets have none."""
+    """Return file names or ids of the images of a batch; none if its targets have none."""
     targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else []
     named = [t for t in targets if isinstance(t, dict)] if isinstance(targets, list | tuple) else []
     return [str(t.get("file_name", t.get("image_id", "?"))) for t in named]

@@ -1,4 +1,4 @@
-"""Requeueing of a SLURM job after its training has been saved, and what the requeued job continues from.
+"""Requeue a SLURM job after its training has been saved, and continue from that checkpoint.
 
 Lightning 2.6 saves and requeues in its signal handler, in the middle of a step and on each rank by itself. Here the job
 is requeued after the save that all ranks take part in. Lightning looks for ``hpc_ckpt_*.ckpt`` in the trainer's
@@ -19,7 +19,7 @@ _LINK = "hpc_ckpt_1.ckpt"
 
 
 def requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:
-    """The signal by which SLURM asks a trainer to save and requeue its job; None if it does not."""
+    """Return the signal by which SLURM asks a trainer to save and requeue its job; None if it sends none."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
@@ -46,7 +46,7 @@ def requeue(trainer: pl.Trainer, checkpoint: str) -> str:
 
 
 def forget(trainer: pl.Trainer) -> None:
-    """Remove the link of a job that is done."""
+    """Remove the link to the checkpoint of a job that is complete."""
     link = Path(trainer.default_root_dir, _LINK)
     if link.is_symlink():
         with suppress(OSError):

@@ -15,7 +15,7 @@ from lightning_convnext_det.models.backbone import TimmPyramid
 
 
 class StageUnfreezing(Callback):
-    """Freezes the backbone and lets its stages learn one after the other, the deepest first.
+    """Freezes the backbone, then unfreezes its stages one after the other, the deepest first.
 
     >>> callback = StageUnfreezing([2, 4])  # the last stage learns from epoch 2 on, the one before it from epoch 4
     >>> trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_checkpointing=False)
@@ -38,7 +38,7 @@ class StageUnfreezing(Callback):
         self._frozen = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the parameters that may learn.
+        """Note which parameters are trainable.
 
         Raises:
             ValueError: if the network has no backbone with as many stages.
@@ -50,11 +50,11 @@ class StageUnfreezing(Callback):
         self._frozen = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze stages also where a training is resumed within an epoch."""
+        """Freeze stages if the training is resumed within an epoch."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze the stages that do not learn yet."""
+        """Freeze the stages that are not trained yet."""
         pyramid = _find_pyramid(pl_module)
         frozen = len(pyramid.strides) - sum(trainer.current_epoch >= epoch for epoch in self.epochs)
         if frozen == self._frozen:

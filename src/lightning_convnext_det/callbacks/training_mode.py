@@ -13,11 +13,11 @@ class TrainingMode(Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prepare the module."""
+        """Put the module into training mode."""
         enter_training_mode(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prepare the module."""
+        """Put the module into training mode."""
         enter_training_mode(pl_module)
 
 

@@ -34,7 +34,7 @@ TRAINING = [
 
 
 def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int:
-    """Write images, train, test and predict.
+    """Write a synthetic dataset, then train, test and predict on it.
 
     Args:
         arguments: of the command line, see ``--help``.
@@ -46,9 +46,9 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
     parser = argparse.ArgumentParser(
         "convnext-det demo", description="Train a detector on synthetic images and draw what it detects."
     )
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to; an older demo is replaced")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="output folder; replaces an older demo")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
-    parser.add_argument("--images", type=int, default=400, help="for training; a fifth of that each for val and test")
+    parser.add_argument("--images", type=int, default=400, help="training images; val and test: a fifth each")
     options = parser.parse_args(arguments)
     folder, held_out = options.folder, max(2, options.images // 5)
     _make_room(folder)

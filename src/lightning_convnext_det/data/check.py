@@ -1,7 +1,7 @@
-"""Dataset check: statistics, invalid annotations, and unusual images.
+"""Check a dataset: statistics, invalid annotations, and unusual images.
 
-The dataset is only read. Besides the problems that the readers find, it reports formats that differ from the file name,
-alpha channels, 16-bit images, animations, EXIF orientations, and duplicate files.
+It never writes to the dataset. Besides the problems that the readers find, it reports formats that differ from the file
+name, alpha channels, 16-bit images, animations, EXIF orientations, and duplicate files.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _STYLES: dict[Action, str] = {"refused": "red", "dropped": "yellow", "clipped": 
 
 
 class SplitSummary(NamedTuple):
-    """Statistics of a split."""
+    """Statistics of one split."""
 
     images: int
     images_without_boxes: int
@@ -84,7 +84,7 @@ def check_dataset(
     max_pixels: int = MAX_PIXELS,
     decode: bool = False,
 ) -> Report:
-    """Read all splits of a dataset and collect their problems.
+    """Check all splits of a dataset for invalid annotations and unusual images.
 
     Args:
         root: folder of the dataset, its ``data.yaml``, or one COCO file.
@@ -181,7 +181,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _overview(report: Report) -> Table:
-    """Table of statistics, one column per split."""
+    """Lay out the statistics, one column per split."""
     grid = Table(title=Text(f"{report.root.name}"), title_justify="left")
     grid.add_column("")
     summaries = [summarize_table(table) for table in report.tables.values()]
@@ -205,7 +205,7 @@ def _overview(report: Report) -> Table:
 
 
 def _class_counts(report: Report) -> Table:
-    """Table of boxes per class and split."""
+    """Lay out the number of boxes per class and split."""
     grid = Table(title="boxes per class", title_justify="left")
     grid.add_column("class")
     counts: list[dict[str, int]] = []
@@ -254,7 +254,7 @@ def _peculiarities(
 
 
 def _paths(tables: dict[str, DetectionAnnotations]) -> dict[Path, None]:
-    """Paths of all images, without duplicates."""
+    """Return the paths of all images, without duplicates."""
     every = (table.path(index) for table in tables.values() for index in range(len(table)))
     return dict.fromkeys(Path(os.path.normpath(path)) for path in every)
 

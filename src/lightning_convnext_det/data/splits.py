@@ -1,4 +1,4 @@
-"""Reader of the training, validation and test splits of a dataset, each read when it is first needed."""
+"""Find and read the training, validation and test splits of a dataset, each when it is first needed."""
 
 import logging
 import os
@@ -81,7 +81,7 @@ class SplitReader:
         self._tables: dict[Stage, DetectionAnnotations | None] = {}
 
     def class_table(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Class names and the dataset's category ids, both in order of label.
+        """Return class names and the dataset's category ids, both in order of label.
 
         Raises:
             DataError: if no split is given, or it cannot be read.
@@ -91,7 +91,7 @@ class SplitReader:
         return table.class_names, table.category_ids
 
     def annotations(self, stage: Stage) -> DetectionAnnotations | None:
-        """The annotations of a stage; None if validation is switched off.
+        """Return the annotations of a stage; None if validation is switched off.
 
         Raises:
             DataError: if there is no such split, it cannot be used, or its classes are not those of training.
@@ -103,7 +103,7 @@ class SplitReader:
         return self._tables[stage]
 
     def _first_stage(self) -> Stage:
-        """The stage whose split defines the classes."""
+        """Return the stage whose split defines the classes."""
         for stage in STAGES:
             if self._locate(stage):
                 return stage
@@ -115,7 +115,7 @@ class SplitReader:
         raise DataError(f"[LCD-D131] there is no train split: {self._place()}; set data.train to one of them")
 
     def _read_stage(self, stage: Stage) -> dict[Stage, DetectionAnnotations | None]:
-        """Read a stage, and any other that comes with it."""
+        """Read the split of a stage; training and validation together if validation images are held out."""
         split = self._locate(stage)
         if stage == "train" and self._holds_out():
             return self._read_and_hold_out()
@@ -129,7 +129,7 @@ class SplitReader:
         raise DataError(f"[LCD-D131] there is no {stage} split: {self._place()}; set data.{stage}")
 
     def _holds_out(self) -> bool:
-        """Whether validation images are held out of the training split."""
+        """Tell whether validation images are held out of the training split."""
         train = self._locate("train")
         if train is None or self.wanted["val"] is not None or self.val_fraction == 0:
             return False
@@ -189,7 +189,7 @@ class SplitReader:
         raise DataError(f"[LCD-D131] data.{stage}: there is no split '{wanted}': {self._place()}{hint}")
 
     def _is_path(self, wanted: str) -> bool:
-        """Whether this is a path; a split of the dataset wins over a folder of XML with the same name."""
+        """Tell whether this is a path; a split of the dataset wins over a folder of XML with the same name."""
         if wanted.endswith(".json") or os.sep in wanted:
             return True
         if not any(name.lower().endswith(".xml") for name in list_names(self._path(wanted))):
@@ -201,12 +201,12 @@ class SplitReader:
         return wanted not in named and canonical_split(wanted) not in named
 
     def _path(self, given: str) -> Path:
-        """A path as given, or below the root if it exists only there."""
+        """Resolve a path: as given, or below the root if it exists only there."""
         path = Path(given)
         return path if path.exists() or not self.root else Path(self.root, path)
 
     def _splits(self) -> dict[str, Split]:
-        """The splits below the root."""
+        """Find the splits below the root, once."""
         if self.root is None:
             raise DataError("[LCD-D130] data.root is not given; a split can be named only in the folder of a dataset")
         if self._found is None:
@@ -214,7 +214,7 @@ class SplitReader:
         return self._found
 
     def _place(self) -> str:
-        """The splits in the root, for messages."""
+        """Describe the splits in the root, for messages."""
         return "data.root is not given" if self.root is None else f"{self.root} has {', '.join(self._splits())}"
 
 

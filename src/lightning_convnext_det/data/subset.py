@@ -1,4 +1,4 @@
-"""Subsets of annotations: by image, by class, or a random split."""
+"""Take subsets of annotations: by image, by class, or by a random split."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""COCO's mean average precision over the images that all ranks have seen.
+"""COCO mAP of detections, over the images of all ranks.
 
 The metrics are torchmetrics' (backend faster_coco_eval), with float64 thresholds so that they equal pycocotools' to
 1e-7. torchmetrics' own synchronisation aborts when ranks hold different numbers of images; here the records are
@@ -51,7 +51,7 @@ _Key = tuple[int, int]
 
 
 class _Record(NamedTuple):
-    """One image: what was found and what there is, on the CPU."""
+    """Detections and ground truth of one image, on the CPU."""
 
     detection: dict[str, Tensor]
     target: dict[str, Tensor]
@@ -89,11 +89,11 @@ class DetectionEvaluator:
         self._has_warned = False
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         self._records.clear()
 
     def update(self, detections: Sequence[Detection], targets: Sequence[Target]) -> None:
-        """Add images. An image seen before, by its ``image_id``, replaces its record.
+        """Add the detections and targets of images. An image seen before, by its ``image_id``, replaces its record.
 
         Args:
             detections: boxes in pixels of the original image.
@@ -191,7 +191,7 @@ def _cpu_target(target: Target) -> dict[str, Tensor]:
 
 
 def _ignore_difficult(record: _Record) -> dict[str, Tensor]:
-    """The target for COCO's evaluation, with difficult objects as objects that it ignores.
+    """Turn difficult objects into objects that COCO's evaluation ignores.
 
     COCO ignores objects outside of a range of areas, by their IoU, and matches each with one detection. So a difficult
     object gets an area beyond all ranges, and stands as often as there are detections of its class.
@@ -227,7 +227,7 @@ def _world_size() -> int:
 
 
 def _gather(records: dict[_Key, _Record]) -> dict[_Key, _Record] | None:
-    """Bring all records to rank 0; None on the others. An image that two ranks saw counts once."""
+    """Gather the records of all ranks on rank 0; None on the others. An image on two ranks counts once."""
     if _world_size() == 1:
         return records
     parts: list[dict[_Key, _Record] | None] | None = [None] * _world_size() if _rank() == 0 else None

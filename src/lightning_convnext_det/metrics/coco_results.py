@@ -1,4 +1,4 @@
-"""Detections as COCO results, the format that evaluation servers read."""
+"""Convert detections to COCO results, the JSON format that evaluation servers read."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -11,7 +11,7 @@ from lightning_convnext_det.types import Detection
 
 
 class CocoResult(TypedDict):
-    """One detection as COCO's results format has it, with names."""
+    """One detection in COCO's results format, with file and class name."""
 
     image_id: int
     category_id: int
@@ -25,7 +25,7 @@ class CocoResult(TypedDict):
 def coco_results(
     detection: Detection, image_id: int, file_name: str, class_names: Sequence[str], category_ids: Sequence[int]
 ) -> list[CocoResult]:
-    """The detections of an image as COCO results.
+    """Convert the detections of an image to COCO results.
 
     Args:
         detection: boxes in pixels of the image.
@@ -55,5 +55,5 @@ def coco_results(
 
 
 def _decimal(values: Tensor) -> list[float]:
-    """The shortest decimal numbers that are these float32: 0.9, not 0.899999976."""
+    """Round float32 to the shortest decimal numbers that are equal to it: 0.9, not 0.899999976."""
     return [float(str(value)) for value in values.to(torch.float32).numpy()]

@@ -1,4 +1,4 @@
-"""Images as uint8 RGB tensors, decoded by Pillow alone, and their sizes from the header.
+"""Decode images to uint8 RGB tensors with Pillow, and read their sizes from the header.
 
 Not decoded by torchvision: its PNG decoder dies of a segmentation fault on a flipped bit, and is deprecated.
 Alpha is dropped, not composited. 16-bit grey is scaled, where Pillow's own conversion clips. No process-wide setting of
@@ -61,7 +61,7 @@ _ORIENTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
 
 
 class ImageSize(NamedTuple):
-    """The size of an image as stored, in pixels, and the EXIF orientation that turns it upright."""
+    """Size of an image as stored, in pixels, and its EXIF orientation."""
 
     height: int
     width: int
@@ -70,12 +70,12 @@ class ImageSize(NamedTuple):
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Height and width after the orientation is applied."""
+        """Height and width after the EXIF orientation is applied."""
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
 
 class ImageHeader(NamedTuple):
-    """What a file says of an image before its pixels."""
+    """Header of an image file: size, orientation, format and mode, without its pixels."""
 
     size: ImageSize
     format: str
@@ -85,7 +85,7 @@ class ImageHeader(NamedTuple):
     animated: bool
 
     def suits(self, suffix: str) -> bool:
-        """Whether the format is what a file name ending promises."""
+        """Tell whether the format fits the ending of the file name."""
         return suffix.lower() in _SUFFIXES.get(self.format, ())
 
 
@@ -97,7 +97,7 @@ def read_image(
     value_range: ValueRange | None = None,
     clip: bool = True,
 ) -> "Tensor":
-    """Decode an image.
+    """Decode an image file to a uint8 RGB tensor.
 
     Args:
         path: the file; its content decides the format, not its name.
@@ -130,7 +130,7 @@ def read_image(
 
 
 def verify_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
-    """Compare the checksums of a file with its content, where the format has them: Pillow decodes PNG without.
+    """Verify the checksums of an image file, where its format has them: decoding a PNG ignores them.
 
     Raises:
         UnreadableError: a DataError, if a checksum is wrong, or the image cannot be opened.
@@ -175,7 +175,7 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSize:
 
 
 def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image") -> "Tensor":
-    """Convert an image in memory.
+    """Convert a Pillow image to a uint8 RGB tensor.
 
     Args:
         image: of any mode that holds colours; left as it is.
@@ -198,7 +198,7 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image")
 
 @contextmanager
 def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, ImageHeader]]:
-    """An identified image whose size is acceptable."""
+    """Open an image and refuse a size that cannot be decoded safely."""
     try:
         file = open_file(path)
     except FileNotFoundError as error:
@@ -214,7 +214,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Image.Image, Im
 
 
 def _identified(file: BinaryIO, path: str | Path) -> tuple[Image.Image, ImageHeader]:
-    """The image that Pillow sees in a file, not decoded."""
+    """Open an image without decoding its pixels."""
     try:
         image = _open(file)
         animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
@@ -246,7 +246,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The formats that this build of Pillow can open."""
+    """List the formats that this build of Pillow can open."""
     Image.init()
     if "HEIF" in _SUFFIXES:
         import pillow_heif
@@ -256,7 +256,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _check_size(size: ImageSize, path: str | Path, max_pixels: int) -> None:
-    """Refuse what cannot be decoded safely or resized for a detector."""
+    """Refuse images too large to decode safely, or too small or narrow for a detector."""
     height, width = size.height, size.width
     shape = f"{width}x{height}"
     if height * width > max_pixels:
@@ -271,14 +271,14 @@ def _check_size(size: ImageSize, path: str | Path, max_pixels: int) -> None:
 
 
 def _oriented(pixels: "Tensor", orientation: int) -> "Tensor":
-    """Pixels [3, H, W] turned upright, contiguous."""
+    """Apply an EXIF orientation to pixels [3, H, W]; contiguous."""
     swap, flips = _ORIENTATIONS.get(orientation, (False, ()))
     pixels = pixels.mT if swap else pixels
     return (pixels.flip(flips) if flips else pixels).contiguous()
 
 
 def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
-    """The orientation in an image's EXIF, or else XMP; 1 where there is none, or one that EXIF does not define.
+    """Read the orientation from EXIF, or else XMP; 1 where there is none, or one that EXIF does not define.
 
     With ``file`` also a block behind the pixels of a PNG is found.
     """
@@ -294,7 +294,7 @@ def _orientation(image: Image.Image, file: BinaryIO | None = None) -> int:
 
 
 def _may_have_late_exif(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether a PNG without EXIF before its pixels may have it behind them."""
+    """Tell whether a PNG without EXIF before its pixels may have it behind them."""
     if image.format != "PNG" or "exif" in image.info or image.width * image.height > MAX_PIXELS:
         return False
     position = file.tell()
@@ -305,7 +305,7 @@ def _may_have_late_exif(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _warn_once(code: str, name: str | Path, reason: str) -> None:
-    """Warn of the first image of a kind in this process."""
+    """Warn once per process and code."""
     if code not in _warned:
         _warned.add(code)
         warnings.warn(f"[{code}] {name}: {reason} (further images are not reported)", stacklevel=3)
