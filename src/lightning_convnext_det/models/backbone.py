@@ -220,11 +220,16 @@ def _create_features(
 
 @cache
 def _reductions(name: str) -> tuple[int, ...]:
-    with torch.device("meta"):
+    # on the meta device first, which costs no memory; before timm 1.0.30 a RegNet reads values while it is built
+    for device in ("meta", "cpu"):
         try:
-            return tuple(_feature_info(_create(name)).reduction())
+            with torch.device(device):
+                return tuple(_feature_info(_create(name)).reduction())
+        except NotImplementedError:
+            continue
         except (RuntimeError, AttributeError, IndexError, AssertionError):
-            return ()  # timm raises one of these for networks without features_only
+            break  # timm raises one of these for networks without features_only
+    return ()
 
 
 def _feature_info(net: nn.Module) -> FeatureInfo:
