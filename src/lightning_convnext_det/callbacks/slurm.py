@@ -19,7 +19,7 @@ _LINK = "hpc_ckpt_1.ckpt"
 
 
 def requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:
-    """Return the signal by which SLURM asks a trainer to save and requeue its job; None outside SLURM or without auto-requeue."""
+    """Return the signal by which SLURM asks to save and requeue; None outside SLURM or without auto-requeue."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
