@@ -47,10 +47,11 @@ test-xla: .venv-xla/ready
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# old releases call what has been deprecated since in what they import, e.g. matplotlib 3.8 in pyparsing 3.3
+# old releases call what has been deprecated since in what they import, e.g. matplotlib 3.8 in pyparsing 3.3; in the
+# environment, for the pytest that a test starts
+test-oldest: export PYTEST_ADDOPTS = -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
 test-oldest: .venv-oldest/ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m "not slow and not gpu and not xla" \
-		-W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m "not slow and not gpu and not xla"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
