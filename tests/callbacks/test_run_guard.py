@@ -194,6 +194,7 @@ def test_resume__weights_of_another_network_are_refused_in_one_line(loader: Data
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.heavy
 def test_resume__the_learning_rate_given_replaces_the_checkpoints(loader: DataLoader[Batch], tmp_path: Path) -> None:
     def rates(lr: float, checkpoint: Path | None, epochs: int, **options: object) -> list[float]:
         module, found = create_module(lr=lr, warmup_steps=0, **options), []

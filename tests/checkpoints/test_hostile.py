@@ -92,6 +92,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_synthetic_coco(tmp_path_factory.mktemp("data"), 2, 1, 1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
 def test_checkpoint__pickled_code_is_not_run(good: Path, trap: Path, image: Path, data: Path, way: str) -> None:
     content = torch.load(good, weights_only=True)

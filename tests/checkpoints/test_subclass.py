@@ -180,6 +180,7 @@ def test_load_module__of_a_subclass_says_what_to_do(tmp_path: Path, capsys: pyte
     assert "[LCD-K016]" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_load_from_checkpoint__nothing_is_imported_by_the_name_of_a_class(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save_module(MODULES["plain"](), path)

@@ -88,6 +88,7 @@ def test_fit__continues_from_a_checkpoint(
     assert load_module(tmp_path / "version_0" / "checkpoints" / "last.ckpt").detector.backbone.out_channels == 16
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_fit__emulated_bfloat16_is_replaced_and_said(
     native: bool,
@@ -266,6 +267,7 @@ def test_main__check_takes_what_its_messages_name(tmp_path: Path, capsys: pytest
         main(["check", str(tmp_path), "--exif", "left"])
 
 
+@pytest.mark.heavy
 def test_main__import_weights_writes_a_checkpoint_that_predicts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tens
     return {new if k == old else k: v for k, v in tensors.items()}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -87,6 +88,7 @@ def test_convert_mmdetection__anything_unexpected_is_refused(old: str, new: str,
         convert_mmdetection(renamed(tensors, old, new))
 
 
+@pytest.mark.heavy
 def test_convert_mmdetection__another_shape_or_backbone_is_refused() -> None:
     tensors, _ = empty_tensors("mask_rcnn_convnext_tiny_1k_3x")
     tensors["rpn_head.rpn_cls.bias"] = torch.empty(6, device="meta")

@@ -173,6 +173,7 @@ def test_train__difficult_objects_are_learnt_from_but_not_evaluated(shared_data:
     assert difficult.annotations("val").crowd.sum() == plain.annotations("val").crowd.sum() > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("root", "num_classes", "counts"),
     [("bccd/BCCD", 3, [205, 87, 72]), ("coco_mini", 80, [128, 50, 50]), ("voc2012_mini", 20, [67, 33, 33])],

@@ -62,6 +62,7 @@ def test_training_loader__global_generator_is_left(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_loader__continues_after_the_batches_received(tmp_path: Path, num_workers: int) -> None:
     loader = training_loader(tmp_path, num_workers)

@@ -59,6 +59,7 @@ def read_pair(truth: dict[str, Any], found: list[dict[str, Any]]) -> tuple[list[
     return detections, targets, ids
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pair", PAIRS)
 def test_evaluator__equals_pycocotools_on_published_pairs(shared_data: Path, pair: str) -> None:
     folder = shared_data / "metric_refs" / pair

@@ -47,6 +47,7 @@ def test_timm_pyramid__every_parameter_has_a_gradient(name: str, channels: list[
     assert [n for n, p in fpn.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.heavy
 def test_timm_pyramid__equals_timms_own_features(photos: list[torch.Tensor]) -> None:
     torch.manual_seed(3)
     reference = timm.create_model("convnextv2_atto", features_only=True).eval()
@@ -151,6 +152,7 @@ def test_timm_pyramid__frozen_stages_out_of_range() -> None:
         TimmPyramid("test_convnext", frozen_stages=5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "wrapped.pth", "module.pth"])
 def test_timm_pyramid__local_weights_of_a_classifier(tmp_path: Path, suffix: str) -> None:
     classifier = timm.create_model("test_convnext", num_classes=3)  # not ImageNet's head
@@ -167,6 +169,7 @@ def test_timm_pyramid__local_weights_of_a_classifier(tmp_path: Path, suffix: str
     assert any(torch.equal(p, last) for p in pyramid.parameters())
 
 
+@pytest.mark.heavy
 def test_timm_pyramid__weights_of_another_network_name_the_first_mismatch(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(
@@ -273,6 +276,7 @@ def test_timm_pyramid__unknown_tag_names_the_known_ones() -> None:
         TimmPyramid("test_convnext.r160")
 
 
+@pytest.mark.heavy
 def test_timm_pyramid__a_deeper_network_of_the_family_is_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "deeper.pth")
     with pytest.raises(WeightsError, match=r"does not fit 'resnet18': 'layer1_2_conv1_weight' has no place in it"):

@@ -28,6 +28,7 @@ def boxes(count: int, seed: int) -> Tensor:
     return torch.cat([corner, corner + torch.randint(1, 30, (count, 2), generator=generator)], 1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("matcher", MATCHERS.values(), ids=MATCHERS)
 @pytest.mark.parametrize(("objects", "limit"), [(40, 4000), (40, 40), (1, 7), (3, 2)])
 def test_bounded_matcher__parts_equal_the_whole(

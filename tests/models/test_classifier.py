@@ -82,6 +82,7 @@ def test_list_classifiers__names_and_tags() -> None:
     assert "convnext_tiny.in12k_ft_in1k" in list_classifiers("convnext_tiny*", pretrained=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["safetensors", "state dict", "timm checkpoint", "ema checkpoint"])
 def test_backbone_weights__from_a_classifier_in_any_file(
     form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

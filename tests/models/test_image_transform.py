@@ -8,6 +8,7 @@ from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENE
 SIZES = [(480, 640), (333, 500), (1000, 100), (37, 91)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("min_size", "max_size"), [(800, 1333), (224, 300), (64, 2000)])
 def test_image_transform__equals_torchvision(min_size: int, max_size: int) -> None:
     images = [torch.rand(3, h, w) for h, w in SIZES]

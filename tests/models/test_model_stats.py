@@ -90,6 +90,7 @@ def test_models__prints_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> N
     assert "no backbone or detector matches 'nothing*'" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_list_facts__detectors_and_backbones() -> None:
     assert [f.name for f in list_facts("resn*50*")] == ["resnet50", "resnext50_32x4d"]
 

@@ -270,6 +270,7 @@ def test_on_load_checkpoint__of_another_network() -> None:
         create_module().on_load_checkpoint(checkpoint)
 
 
+@pytest.mark.heavy
 def test_start_module__batch_norm_that_learns_again_and_tensors_without_a_place(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save_module(create_module(backbone="test_resnet", out_norm=True), path)

@@ -80,6 +80,7 @@ def test_deformable_detr__losses_reach_every_parameter(options: dict[str, object
     assert without == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_deformable_detr__detections_keep_the_contract(options: dict[str, object]) -> None:
     detector = tiny(detections_per_image=20, **options).eval()
@@ -101,6 +102,7 @@ def test_deformable_detr__detections_keep_the_contract(options: dict[str, object
         assert set(found["labels"].tolist()) <= {0, 1, 2}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_deformable_detr__batch_equals_single_images(options: dict[str, object]) -> None:
     detector = tiny(**options).eval()
@@ -318,6 +320,7 @@ def test_deformable_detr__without_auxiliary_losses() -> None:
         torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.heavy
 def test_deformable_detr__gradient_checkpointing_changes_no_gradient() -> None:
     plain, frugal = tiny(), tiny(gradient_checkpointing=True)
     perturb(plain)

@@ -156,6 +156,7 @@ def test_golden__empty_proposals_of_mmdetection_2_are_dropped(model: str) -> Non
 
 
 # one point of the convention changed at a time: the detections are others, as EFFECTS.md of the goldens says
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "point",
     ["resize", "aligned", "sampling", "rounding", "strides", "stds", "norm"],
