@@ -192,6 +192,7 @@ def test_contributing__names_every_room_in_order() -> None:
     assert tuple(re.findall(r"`(\w+)/?`", " ".join(rows))) == ROOMS
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
 def test_site__builds_and_loads_nothing_from_the_network(tmp_path: Path) -> None:
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

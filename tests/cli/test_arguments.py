@@ -216,6 +216,7 @@ def test_fit__of_a_users_class_with_arguments_of_its_own(mine: str, dataset: Pat
     assert seen[0].model.hparams["fpn_channels"] == 8
 
 
+@pytest.mark.heavy
 def test_commands__run_a_users_own_class(
     mine: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

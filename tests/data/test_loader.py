@@ -130,6 +130,7 @@ def test_image_loader__leaves_out_what_cannot_be_read(
     assert messages[3] == "3 of 10 images could not be read and were skipped"
 
 
+@pytest.mark.heavy
 def test_image_loader__nothing_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     loader = ImageLoader(ImageDataset([tmp_path / "a.png"]), batch_size=2, collate_fn=pack)
@@ -177,6 +178,7 @@ def test_report_unreadable__an_error_only_if_nothing_was_read(caplog: pytest.Log
         report_unreadable(0, 4)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("readable", "ended"), [(0, "[LCD-P002] none of 4 images can be read"), (1, "done")])
 def test_predict__two_ranks_end_alike(readable: int, ended: str, tmp_path: Path) -> None:
     images = tmp_path / "images"

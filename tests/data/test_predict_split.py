@@ -52,6 +52,7 @@ def pycocotools_stats(annotations: Path, predictions: Path) -> list[float]:
     return list(evaluation.stats)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("detector", ["random weights", "jittered boxes"])
 def test_predict_split__pycocotools_gives_what_validate_logs(detector: str, shared_data: Path, tmp_path: Path) -> None:
     root = shared_data / "coco_mini"

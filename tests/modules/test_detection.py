@@ -34,6 +34,7 @@ def test_detection_module__logs_every_loss_and_metric(loader: DataLoader[Batch],
     assert {name for name in logged if name.startswith("val/")} == {f"val/{name}" for name in METRICS}
 
 
+@pytest.mark.heavy
 def test_detection_module__metrics_of_each_class(loader: DataLoader[Batch], tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(300)]
     for per_class in (False, True):
