@@ -22,6 +22,7 @@ FINDER = doctest.DocTestFinder()
 WITH_EXAMPLES = [name for name in NAMES if any(test.examples for test in FINDER.find(importlib.import_module(name)))]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_docstrings__examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the examples' mkdtemp creates folders

@@ -152,6 +152,7 @@ def test_training_loader__two_ranks_share_an_epoch(tmp_path: Path) -> None:
     assert sorted(seen) == list(range(100, 110))
 
 
+@pytest.mark.heavy
 def test_image_loader__nothing_can_be_read_on_one_of_two_ranks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -91,6 +91,7 @@ def test_commands__a_classifier_becomes_a_detectors_backbone(trained: Path) -> N
     assert torch.equal(detector.backbone.body.net.stem_0.weight, own["stem.0.weight"])
 
 
+@pytest.mark.heavy
 def test_load__a_classifier_is_no_detector(trained: Path) -> None:
     with pytest.raises(CheckpointError, match=r"LCD-K013.*holds a classifier; load_classifier reads it"):
         load_module(trained)

@@ -176,6 +176,7 @@ def test_roi_align__takes_the_gather_for_much_work_unless_switched_off(monkeypat
     assert len(calls) == 1
 
 
+@pytest.mark.heavy
 def test_roi_align__compiles_without_a_graph_break() -> None:
     features, rois = torch.randn(1, 64, 20, 30, requires_grad=True), _boxes(90, 320, 480)
 
