@@ -205,7 +205,7 @@ class Endless(IterableDataset):
         ({"datasets": {"train": Shapes(0)}}, DataError, "'train' is empty"),
         ({"datasets": {"train": Endless()}}, ArgumentError, "needs an index and a length"),
         ({"root": "somewhere"}, ArgumentError, "root and datasets are both given"),
-        ({"class_names": ["a", "a"]}, ArgumentError, "'a' more than once"),
+        ({"class_names": ["a", "a"]}, ArgumentError, "'a' for labels 0 and 1"),
         ({"train_transforms": "flipp"}, ArgumentError, "did you mean 'flip'"),
         ({"train_transforms": v2.Identity(), "vertical_flip": True}, ArgumentError, "belong to presets"),
         ({"predict": "a.jpg", "predict_split": "val"}, ArgumentError, "predict and predict_split are both given"),

@@ -1,6 +1,5 @@
 """LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format, and for datasets of the user's own."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
@@ -9,7 +8,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
-from lightning_convnext_det.arguments import Count, NonNegative, NonNegativeInt, Positive, Range, check_arguments
+from lightning_convnext_det.arguments import (
+    Count,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Range,
+    check_arguments,
+    check_class_names,
+)
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch
@@ -329,7 +336,6 @@ def _check_choices(
         raise ArgumentError("root and datasets are both given; give a folder, or datasets of your own")
     if predict is not None and predict_split is not None:
         raise ArgumentError("predict and predict_split are both given; give images, or a split of the dataset")
-    if repeated := [name for name, count in Counter(class_names or ()).items() if count > 1]:
-        raise ArgumentError(f"class_names has '{repeated[0]}' more than once; each label needs a name of its own")
+    check_class_names(class_names or ())
     if value_range is not None and value_range[0] >= value_range[1]:
         raise ArgumentError(f"value_range is {list(value_range)}; give the lower value first")
