@@ -13,13 +13,6 @@ from lightning_convnext_det.types import Target
 _CONVERTIBLE = (BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH)
 
 
-def check_num_classes(num_classes: int) -> int:
-    """Return the number of foreground classes, which must be at least 1."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it counts foreground classes and must be at least 1")
-    return num_classes
-
-
 def prepare_targets(
     images: Sequence[Tensor] | Tensor, targets: Sequence[Target], num_classes: int, device: torch.device
 ) -> list[Target]:
