@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -69,3 +69,19 @@ class Detection(TypedDict):
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     scores: Tensor
     """Confidences in [0, 1], float32 [N]."""
+
+
+class TensorDetections(NamedTuple):
+    """The objects that a detector finds in a batch, as tensors of shapes that do not depend on what is found.
+
+    What ``forward_tensors`` of a detector returns; rows are by descending score, and zeros beyond ``count``.
+    """
+
+    boxes: Tensor
+    """Corners (x1, y1, x2, y2) in pixels of the batch's images, float32 [B, K, 4]; K is ``detections_per_image``."""
+    scores: Tensor
+    """Confidences in [0, 1], float32 [B, K]."""
+    labels: Tensor
+    """Class indices 0 ... num_classes - 1, int64 [B, K]."""
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    """How many rows of each image are detections, int64 [B]."""
