@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.errors import ArgumentError, DataError, DivergenceError
+from lightning_convnext_det.inference.prediction import Prediction
 from lightning_convnext_det.models.image_transform import OVERSHOOT
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.ops.nms import NMSMethod
@@ -23,19 +24,6 @@ from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, 
 
 ImageSource = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.float64] | Tensor
 """A file, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
-
-
-class Prediction(Detection):
-    """The detections of one image by descending score, on the CPU.
-
-    A `Detection`, ``boxes`` float32 [N, 4], ``labels`` int64 [N] and ``scores`` float32 [N], with names and ids of the
-    classes.
-    """
-
-    names: list[str]
-    """Names of the classes [N]."""
-    category_ids: Tensor
-    """The dataset's own ids of the classes, int64 [N]."""
 
 
 class Predictor:
