@@ -279,3 +279,26 @@ def test_start_module__batch_norm_that_learns_again_and_tensors_without_a_place(
     assert "detector.backbone.body.net.conv1.1.num_batches_tracked" in module.state_dict()
     with pytest.raises(CheckpointError, match=r"LCD-K014.*'detector.backbone.body.norms.0.weight' has no place in it"):
         start_module(path, 3, out_norm=False)
+
+
+@pytest.mark.heavy
+def test_detection_module__checkpoints_hold_the_thresholds_of_the_last_validation(
+    loader: DataLoader[Batch], tmp_path: Path
+) -> None:
+    module = create_module(3, class_names=["dark", "bright", "absent"])
+    trainer = create_trainer(tmp_path, max_epochs=20, enable_checkpointing=False, check_val_every_n_epoch=20)
+    trainer.fit(module, loader, loader)
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    chosen = module.score_thresholds
+    assert chosen is not None
+    assert chosen == [one.threshold for one in module.evaluator.thresholds]
+    assert chosen[0] is not None
+    assert chosen[2] is None
+    assert load_module(path).score_thresholds == chosen
+    assert start_module(path, 2, ["dark", "bright"]).score_thresholds is None
+    trainer.validate(module, loader, verbose=False, ckpt_path=str(path))
+    assert module.score_thresholds == chosen
+    module.score_thresholds = [0.5, "high", 2.0]  # type: ignore[list-item]
+    save_module(module, path)
+    assert load_module(path).score_thresholds is None

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_convnext_det.checkpoints.file import read_checkpoint_file
-from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, accepted, is_own
+from lightning_convnext_det.checkpoints.format import (
+    FORMAT,
+    NOTHING_TO_FETCH,
+    accepted,
+    is_own,
+    read_score_thresholds,
+)
 from lightning_convnext_det.checkpoints.validation import bytes_held, find_contradiction, find_misfit
 from lightning_convnext_det.checkpoints.weightless import SMALL, allocate_weights, without_weights
 from lightning_convnext_det.errors import CheckpointError
@@ -67,6 +73,8 @@ def build_module(
     names, ids = (read.content[FORMAT].get(name) for name in ("class_names", "category_ids"))
     if not is_own(read.build) and not others and isinstance(names, list) and len(names) == module.num_classes:
         module.set_classes(names, ids)  # its constructor need not have these arguments
+    if not others and hasattr(module, "score_thresholds"):
+        module.score_thresholds = read_score_thresholds(read.content[FORMAT], module.num_classes)
     built: pl.LightningModule = module.eval()
     return built
 

@@ -22,6 +22,16 @@ def class_difference(trained: list[str], given: list[str]) -> str:
     return f"the network has {len(trained)} classes, the dataset {len(given)}; {way_out}"
 
 
+def read_score_thresholds(section: object, num_classes: int) -> list[float | None] | None:
+    """The score thresholds of the classes in a checkpoint's own section; None if it has none, or of other classes."""
+    values = section.get("score_thresholds") if isinstance(section, dict) else None
+    if not isinstance(values, list) or len(values) != num_classes:
+        return None
+    if not all(value is None or (isinstance(value, float) and 0 <= value <= 1) for value in values):
+        return None
+    return values
+
+
 def is_own(kind: type) -> bool:
     """Whether a class is this package's, not a user's."""
     return kind.__module__.startswith(f"{_PACKAGE}.")

@@ -21,6 +21,8 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_convnext_det.arguments import Range, check_arguments, check_class_names
 from lightning_convnext_det.errors import DivergenceError
+from lightning_convnext_det.metrics.matching import match_detections
+from lightning_convnext_det.metrics.thresholds import ClassThreshold, choose_thresholds
 from lightning_convnext_det.types import Detection, Target, image_id_of
 
 _logger = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class DetectionEvaluator:
     Attributes:
         names: of the twelve metrics, ``map`` ... ``mar_large``.
         undefined: why the metrics computed last are nan; None if ``map`` is a number.
+        thresholds: score thresholds of highest F1 at IoU 0.5 for the images computed last, in order of label.
     """
 
     def __init__(self, class_names: Sequence[str], max_detections: MaxDetections = 100) -> None:
@@ -85,6 +88,7 @@ class DetectionEvaluator:
         self.max_detections = max_detections
         self.names = tuple(f"mar_{max_detections}" if name == "mar_100" else name for name in METRICS)
         self.undefined: str | None = None
+        self.thresholds: list[ClassThreshold] = []
         self._records: dict[_Key, _Record] = {}
         self._has_warned = False
 
@@ -131,15 +135,23 @@ class DetectionEvaluator:
             ``map`` ... ``mar_large`` and ``map/<class name>``; nan where there is nothing to measure.
         """
         records = _gather(self._records)
-        outcome: list[tuple[dict[str, float], str | None] | None] = [None]
+        outcome: list[tuple[dict[str, float], str | None, list[ClassThreshold]] | None] = [None]
         if records is not None:
             metrics = self._evaluate(records)
-            outcome = [(metrics, _why_undefined(records) if math.isnan(metrics["map"]) else None)]
+            why = _why_undefined(records) if math.isnan(metrics["map"]) else None
+            outcome = [(metrics, why, self._choose_thresholds(records))]
         if _world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         assert outcome[0] is not None  # rank 0 has evaluated
-        metrics, self.undefined = outcome[0]
+        metrics, self.undefined, self.thresholds = outcome[0]
         return metrics
+
+    def _choose_thresholds(self, records: dict[_Key, _Record]) -> list[ClassThreshold]:
+        ordered = [records[key] for key in sorted(records)]
+        detections, targets = [r.detection for r in ordered], [r.target for r in ordered]
+        return choose_thresholds(
+            match_detections(detections, targets, len(self.class_names), max_detections=self.max_detections)
+        )
 
     def _evaluate(self, records: dict[_Key, _Record]) -> dict[str, float]:
         metric = MeanAveragePrecision(

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Factor, NonNegative, NonNegativeInt, check_arguments
-from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, class_difference, describe_class
+from lightning_convnext_det.checkpoints.format import (
+    FORMAT,
+    NOTHING_TO_FETCH,
+    class_difference,
+    describe_class,
+    read_score_thresholds,
+)
 from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator, MaxDetections
@@ -38,6 +45,9 @@ class DetectionModule(TrainableModule):
     for each image a `Target` with ``boxes`` float32 [N, 4], corners in its pixels, and ``labels`` int64 [N] from 0.
     Training logs each weighted loss as ``train/<name>``, validation and test log COCO's metrics as ``val/map`` ...;
     calling the module, and ``Trainer.predict``, give one `Detection` for each image.
+
+    Each validation of a fit sets ``score_thresholds``, for each class that of highest F1 at IoU 0.5, None where the
+    images do not tell. Checkpoints hold them.
 
     Examples:
         >>> from lightning_convnext_det import FasterRCNNModule
@@ -105,6 +115,7 @@ class DetectionModule(TrainableModule):
         self.category_ids = list(category_ids) if category_ids is not None else list(range(num_classes))
         self.detector = self.build_detector(num_classes, **detector)
         self.evaluator = DetectionEvaluator(self.class_names, max_detections)
+        self.score_thresholds: list[float | None] | None = None
 
     def build_detector(self, num_classes: int) -> nn.Module:
         """Build the network; the subclass names its arguments."""
@@ -199,8 +210,11 @@ class DetectionModule(TrainableModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/map`` ... once for the images of all ranks."""
-        if not self.trainer.sanity_checking:
-            self._log_metrics("val")
+        if self.trainer.sanity_checking:
+            return
+        self._log_metrics("val")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.score_thresholds = [chosen.threshold for chosen in self.evaluator.thresholds]
 
     def on_test_epoch_start(self) -> None:
         """Forget all images."""
@@ -277,6 +291,8 @@ class DetectionModule(TrainableModule):
         checkpoint["hyper_parameters"] = self.declared_arguments({**classes, **NOTHING_TO_FETCH})
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
+        if self.score_thresholds is not None:
+            checkpoint[FORMAT]["score_thresholds"] = self.score_thresholds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that were trained on other classes, or belong to another network."""
@@ -285,6 +301,7 @@ class DetectionModule(TrainableModule):
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)
+        self.score_thresholds = read_score_thresholds(checkpoint.get(FORMAT), self.num_classes)
 
 
 def _annotated(batch: object) -> Batch:
