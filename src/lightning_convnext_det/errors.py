@@ -41,6 +41,7 @@ CODES: dict[str, str] = {
     "LCD-D125": "image files are equal byte by byte",
     "LCD-D126": "splits share images",
     "LCD-D127": "a file is listed several times",
+    "LCD-D128": "objects of a split are of classes that training has no object of",
     # data: splits
     "LCD-D130": "no annotated images are given",
     "LCD-D131": "a split is missing",

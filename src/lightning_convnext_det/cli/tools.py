@@ -4,6 +4,7 @@ Each imports what it needs when it runs: `check` takes no torch.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ Command = Callable[[Sequence[str]], int]
 def check(arguments: Sequence[str], run: Command) -> int:
     """List every invalid annotation of a dataset."""
     from lightning_convnext_det.data.annotations import Format
-    from lightning_convnext_det.data.check import check_dataset, print_report
+    from lightning_convnext_det.data.check import check_dataset, print_report, report_as_dict
     from lightning_convnext_det.data.formats.exif_frames import Exif
     from lightning_convnext_det.data.formats.problems import InvalidAnnotations
     from lightning_convnext_det.data.io.decode import MAX_PIXELS
@@ -49,9 +50,14 @@ def check(arguments: Sequence[str], run: Command) -> int:
         choices=get_args(InvalidAnnotations),
         help="drop or refuse invalid annotations; default: harmless ones are dropped, others refused",
     )
+    parser.add_argument("--json", action="store_true", help="print everything that is known, as one JSON object")
     options = vars(parser.parse_args(arguments))
+    as_json = options.pop("json")
     report = check_dataset(options.pop("root"), **options)
-    print_report(report)
+    if as_json:
+        sys.stdout.write(f"{json.dumps(report_as_dict(report), indent=2)}\n")
+    else:
+        print_report(report)
     return 0 if report.clean else 3
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_convnext_det.data.annotations import Action, DetectionAnnotations, Format, Problem, UnreadableError
-from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, read_split
+from lightning_convnext_det.data.fingerprint import fingerprint_table, take_fingerprint
+from lightning_convnext_det.data.formats.discovery import compare_classes, compare_objects, find_splits, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import LISTED, InvalidAnnotations
 from lightning_convnext_det.data.io.decode import MAX_PIXELS, ImageHeader, read_header, read_image, verify_image
@@ -120,7 +121,7 @@ def check_dataset(
         if not len(tables[name]):
             reason = f"split {name!r} has no images that can be used"
             problems.append(Problem("LCD-L004", str(split.root), "", reason, "refused"))
-    problems += compare_classes(tables)
+    problems += [*compare_classes(tables), *_unlearned_objects(tables)]
     split = next(iter(splits.values()))
     modes, images = _inspect_images(tables, split.root, max_pixels)
     problems += [*images, *_equal_files(tables, split.root), *_shared_images(tables, split.root)]
@@ -172,12 +173,33 @@ def print_report(report: Report, console: Console | None = None) -> None:
             reason = f"{name}: all {len(table.boxes)} boxes are crowds (iscrowd, difficult): nothing to learn from"
             console.print(Text(reason, "yellow"), soft_wrap=True)
     console.print(_class_counts(report))
+    console.print(fingerprint_table({name: take_fingerprint(table) for name, table in report.tables.items()}))
     counts = Counter(problem.action for problem in report.problems)
     found = ", ".join(f"{counts[action]} {action}" for action in _STYLES if counts[action]) or "nothing to report"
     verdict = Text(f"{report.root}: ") + Text(
         "clean" if report.clean else "not clean", "green" if report.clean else "red"
     )
     console.print(verdict + Text(f" ({report.format.upper()}; {found})"), soft_wrap=True)
+
+
+def report_as_dict(report: Report) -> dict[str, Any]:
+    """Everything that a check knows as numbers, text, lists and dicts, for JSON."""
+    return {
+        "root": str(report.root),
+        "format": report.format,
+        "clean": report.clean,
+        "splits": {
+            name: {
+                **summarize_table(table)._asdict(),
+                "boxes_per_class": dict(zip(table.class_names, summarize_table(table).boxes_per_class, strict=True)),
+                "category_ids": list(table.category_ids),
+                "colours": dict(report.modes.get(name, {})),
+                "fingerprint": take_fingerprint(table).as_dict(),
+            }
+            for name, table in report.tables.items()
+        },
+        "problems": [problem._asdict() for problem in report.problems],
+    }
 
 
 def _overview(report: Report) -> Table:
@@ -281,6 +303,21 @@ def _shared_images(tables: dict[str, DetectionAnnotations], root: Path) -> Itera
         if shared and not ("trainval" in (one, other) and {"train", "val"} & {one, other}):
             reason = f"{len(shared)} images are in {one!r} and in {other!r}, such as {min(shared).name}"
             yield Problem("LCD-D126", str(root), "", reason, "noted")
+
+
+def _unlearned_objects(tables: dict[str, DetectionAnnotations]) -> Iterator[Problem]:
+    """Find splits with objects of classes that training has none of, where the classes as such agree."""
+    train = tables.get("train", tables.get("trainval"))
+    for name in ("val", "test"):
+        other = tables.get(name)
+        if (
+            train is None
+            or other is None
+            or any(p.action == "refused" for p in compare_classes({"": train, name: other}))
+        ):
+            continue
+        if problem := compare_objects(train, other, name):
+            yield problem
 
 
 def _undecodable(tables: dict[str, DetectionAnnotations], root: Path, max_pixels: int) -> list[Problem]:

@@ -27,7 +27,7 @@ from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange
 from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader, find_value_range
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
-from lightning_convnext_det.data.splits import SplitReader, Stage, warn_of_shared_images
+from lightning_convnext_det.data.splits import SplitReader, Stage, warn_of_shared_images, warn_of_unlearned_objects
 from lightning_convnext_det.data.transforms import (
     MULTISCALE_SIZES,
     RESIZING_PRESETS,
@@ -223,6 +223,7 @@ class DetectionDataModule(LoadingDataModule):
                 raise DataError(f"[LCD-D134] the training images in {train.image_root} have no boxes to learn from")
             if val is not None:
                 warn_of_shared_images(train, val)
+                warn_of_unlearned_objects(train, val)
 
     def train_dataloader(self) -> TrainingLoader:
         """Training batches grouped by orientation; the position in the epoch is saved in Lightning's checkpoints."""

@@ -11,7 +11,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format, Split, canonical_split
-from lightning_convnext_det.data.formats.discovery import compare_classes, find_splits, make_split, read_split
+from lightning_convnext_det.data.formats.discovery import (
+    compare_classes,
+    compare_objects,
+    find_splits,
+    make_split,
+    read_split,
+)
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations, summarize_problems
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
@@ -222,3 +228,16 @@ def warn_of_shared_images(train: DetectionAnnotations, val: DetectionAnnotations
     """Warn if validation images are also trained on."""
     if shared := count_shared(train, val):
         _warn("%d of %d validation images are also trained on: the score is too good", shared, len(val))
+
+
+def warn_of_unlearned_objects(train: DetectionAnnotations, val: DetectionAnnotations) -> None:
+    """Warn if validation images have objects of classes that training has no object of.
+
+    Raises:
+        DataError: if that goes for all objects: the mAP would be 0.
+    """
+    problem = compare_objects(train, val, "val")
+    if problem is not None and problem.action == "refused":
+        raise DataError(f"{str(problem).removesuffix(' (refused)')}; name another split in data.val")
+    if problem is not None:
+        _warn("%s", problem)

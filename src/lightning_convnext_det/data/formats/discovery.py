@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from lightning_convnext_det.data.annotations import (
     Action,
     DetectionAnnotations,
@@ -209,6 +211,25 @@ def compare_classes(splits: Mapping[str, DetectionAnnotations]) -> list[Problem]
         reason = f"the classes differ from those of split {names[0]!r}: {detail}"
         problems.append(Problem("LCD-D120", str(other.image_root), f"split {name!r}", reason, action))
     return problems
+
+
+def compare_objects(train: DetectionAnnotations, other: DetectionAnnotations, name: str) -> Problem | None:
+    """The problem of a split whose objects are of classes that training has no object of; None without any.
+
+    It is refused if that goes for all of them, as the mAP would be 0, else noted.
+    """
+    learned = {train.class_names[label] for label in np.unique(train.labels[~train.crowd])}
+    labels, counts = np.unique(other.labels[~other.crowd], return_counts=True)
+    objects = dict(zip((other.class_names[label] for label in labels), counts.tolist(), strict=True))
+    unknown = {kind: count for kind, count in objects.items() if kind not in learned}
+    if not unknown:
+        return None
+    kinds = ", ".join(f"{kind!r} ({count})" for kind, count in list(unknown.items())[:5])
+    more = f" and {len(unknown) - 5} more classes" if len(unknown) > 5 else ""
+    share = "all" if len(unknown) == len(objects) else f"{sum(unknown.values())} of {sum(objects.values())}"
+    reason = f"{share} objects are of classes that training has no object of: {kinds}{more}; none of them can be found"
+    action: Action = "refused" if len(unknown) == len(objects) else "noted"
+    return Problem("LCD-D128", str(other.image_root), f"split {name!r}", reason, action)
 
 
 def _splits_of_file(path: Path) -> dict[str, Split]:
