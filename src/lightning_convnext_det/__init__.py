@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
     from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
     from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+    from lightning_convnext_det.models.tiling import TiledDetector
     from lightning_convnext_det.models.zoo import create_detector, list_detectors
     from lightning_convnext_det.modules import (
         CascadeRCNNModule,
@@ -59,6 +60,7 @@ __all__ = [
     "Predictor",
     "StageUnfreezing",
     "Target",
+    "TiledDetector",
     "classify",
     "collate",
     "create_classifier",
@@ -91,6 +93,7 @@ _HOMES = {
     "Predictor": "inference.predictor",
     "StageUnfreezing": "callbacks.stage_unfreezing",
     "Target": "types",
+    "TiledDetector": "models.tiling",
     "classify": "models.classifier",
     "collate": "data.batch",
     "create_classifier": "models.classifier",

@@ -1,0 +1,132 @@
+"""Tiles are compared with what is drawn: a detector that sees colours finds every object of an image exactly."""
+
+import pytest
+import torch
+from scipy.ndimage import find_objects
+from torch import Tensor, nn
+
+from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.tiling import TiledDetector
+from lightning_convnext_det.ops.window_merging import TileMerge
+from lightning_convnext_det.types import Detection
+
+MERGES: tuple[TileMerge, ...] = ("nmm", "nms", "wbf")
+
+
+class ColorDetector(nn.Module):
+    """Finds each object exactly, as far as the image shows it: red and green are its number, blue is its class.
+
+    Objects below ``smallest`` pixels of the image scaled to ``side`` are overlooked, as small ones are by detectors
+    that resize.
+    """
+
+    def __init__(self, side: int | None = None, smallest: float = 0.0) -> None:
+        super().__init__()
+        self.side, self.smallest = side, smallest
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, images: list[Tensor]) -> list[Detection]:
+        self.seen += [(image.shape[-2], image.shape[-1]) for image in images]
+        return [self.find(image) for image in images]
+
+    def find(self, image: Tensor) -> Detection:
+        number, classes = (image[0].int() * 256 + image[1].int()).numpy(), image[2].numpy()
+        scale = 1.0 if self.side is None else self.side / max(image.shape[-2:])
+        boxes, labels = [], []
+        for i, place in enumerate(find_objects(number), 1):
+            if place is None or max(s.stop - s.start for s in place) * scale < self.smallest:
+                continue
+            boxes.append([place[1].start, place[0].start, place[1].stop, place[0].stop])
+            labels.append(int(classes[place][number[place] == i][0]))
+        scores = torch.linspace(0.9, 0.5, len(boxes)) if boxes else torch.zeros(0)
+        found = torch.tensor(boxes).float().reshape(-1, 4)
+        return Detection(boxes=found, labels=torch.tensor(labels).long(), scores=scores)
+
+
+def draw(height: int, width: int, boxes: list[tuple[int, int, int, int]], label: int = 1) -> Tensor:
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for i, (left, top, right, bottom) in enumerate(boxes, 1):
+        image[:, top:bottom, left:right] = torch.tensor([i // 256, i % 256, label], dtype=torch.uint8)[:, None, None]
+    return image
+
+
+def found_boxes(detection: Detection) -> list[tuple[int, ...]]:
+    return sorted(tuple(box) for box in detection["boxes"].round().int().tolist())
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "windows"])
+@pytest.mark.parametrize("merge", MERGES)
+def test_tiled_detector__finds_an_object_at_every_offset_across_a_seam_once(merge: TileMerge, whole: bool) -> None:
+    detector = TiledDetector(ColorDetector(), tile=50, overlap=0.2, merge=merge, whole=whole)
+    for offset in range(84):  # windows begin at 0, 34 and 67 columns and at 0, 38 rows
+        box = (offset, min(offset, 70), offset + 14, min(offset, 70) + 9)
+        assert found_boxes(detector([draw(88, 117, [box])])[0]) == [box]
+
+
+@pytest.mark.parametrize("side", range(2, 90, 7))
+def test_tiled_detector__joins_the_parts_of_an_object_larger_than_a_window(side: int) -> None:
+    detector = TiledDetector(ColorDetector(), tile=40, overlap=0.2, whole=False)
+    box = (13, 9, 13 + side, 9 + side)
+    assert found_boxes(detector([draw(110, 120, [box])])[0]) == [box]
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "windows"])
+def test_tiled_detector__keeps_neighbours_apart_at_every_offset(merge: TileMerge, whole: bool) -> None:
+    detector = TiledDetector(ColorDetector(), tile=50, overlap=0.2, merge=merge, whole=whole)
+    for offset in range(0, 80, 3):
+        # of one class and touching: side by side, below each other, and one that begins inside the other's box
+        boxes = [(offset, 30, offset + 9, 42), (offset + 9, 30, offset + 20, 42), (offset, 42, offset + 9, 50)]
+        assert found_boxes(detector([draw(60, 117, boxes)])[0]) == sorted(boxes)
+
+
+def test_tiled_detector__keeps_classes_apart() -> None:
+    image = draw(60, 117, [(40, 10, 60, 30)], label=1)
+    image[:, 30:50, 40:60] = torch.tensor([0, 9, 2], dtype=torch.uint8)[:, None, None]
+    found = TiledDetector(ColorDetector(), tile=50)([image])[0]
+    assert sorted(found["labels"].tolist()) == [1, 2]
+
+
+@pytest.mark.heavy
+def test_tiled_detector__sees_small_objects_of_a_large_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = 160 * torch.cartesian_prod(torch.arange(25), torch.arange(25))
+    corners = corners + torch.randint(120, corners.shape, generator=generator)
+    boxes = [(x, y, x + 30, y + 30) for x, y in corners.tolist()]
+    image = draw(4000, 4000, boxes)
+    detector = ColorDetector(side=800, smallest=16)  # as if resized to 800 pixels, where 30 become 6
+    assert len(detector([image])[0]["boxes"]) == 0
+    found = TiledDetector(detector, tile=640)([image])[0]
+    assert found_boxes(found) == sorted(boxes)
+    assert (found["scores"].diff() <= 0).all()
+
+
+@pytest.mark.heavy
+def test_tiled_detector__gives_small_images_to_the_detector_as_they_are() -> None:
+    torch.manual_seed(0)
+    detector = FasterRCNN(3, backbone="test_convnext", min_size=64, max_size=96, score_threshold=0.0).eval()
+    images = [torch.rand(3, 80, 64), torch.randint(256, (3, 50, 80), dtype=torch.uint8)]
+    with torch.no_grad():
+        plain, tiled = detector(images), TiledDetector(detector, tile=80)(images)
+    for one, other in zip(plain, tiled, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "labels", "scores"))
+    assert len(plain[0]["boxes"]) > 0
+
+
+def test_tiled_detector__keeps_the_order_of_small_and_large_images() -> None:
+    detector = ColorDetector()
+    images = [draw(60, 90, [(70, 5, 80, 15)]), draw(20, 20, [(1, 2, 9, 8)]), draw(90, 60, [(5, 70, 15, 80)])]
+    found = TiledDetector(detector, tile=50, batch_size=3)(images)
+    assert [found_boxes(d) for d in found] == [[(70, 5, 80, 15)], [(1, 2, 9, 8)], [(5, 70, 15, 80)]]
+    assert set(detector.seen) == {(50, 50), (60, 90), (90, 60), (20, 20)}
+
+
+def test_tiled_detector__without_objects() -> None:
+    found = TiledDetector(ColorDetector(), tile=50)([draw(60, 90, [])])[0]
+    assert (found["boxes"].shape, found["labels"].dtype, found["scores"].dtype) == ((0, 4), torch.int64, torch.float32)
+
+
+def test_tiled_detector__refuses_an_overlap_of_one() -> None:
+    with pytest.raises(ValueError, match=r"overlap is 1\.0; it must be at least 0 and below 1"):
+        TiledDetector(ColorDetector(), overlap=1.0)
