@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_convnext_det.checkpoints.build_module import read_checkpoint
 from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.inference.predictor import Predictor
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
@@ -35,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
 ]
 NAMES, IDS = ["cat", "dog"], [3, 7]
+IMAGES = list(torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(0)))
 
 
 class Plain(FasterRCNNModule):
@@ -93,6 +95,13 @@ class Longer(Plain):
     def __init__(self, num_classes: int, **options: Any) -> None:
         super().__init__(num_classes, **options)
         self.extra = nn.Linear(3, 4)
+
+
+class Wide(FasterRCNNModule):
+    """Builds another network from the same arguments."""
+
+    def build_detector(self, num_classes: int, **options: Any) -> FasterRCNN:
+        return FasterRCNN(num_classes, **{**options, "fpn_channels": 16})
 
 
 class Kind(ClassifierModule):
@@ -166,31 +175,90 @@ def test_load_from_checkpoint__what_another_class_has_written(tmp_path: Path) ->
             other.load_from_checkpoint(tmp_path / "plain.ckpt")
 
 
-def test_load_module__of_a_subclass_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["plain", "fixed", "open", "longer", "renamed"])
+def test_load_module__of_a_subclass_reads_its_detector(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "a.ckpt"
-    save_module(MODULES["open"](), path)
-    said = rf"\[LCD-K016\] {path} was written by Open, a subclass of FasterRCNNModule: load it in Python by "
-    for read in (
-        load_module, lambda p: read_checkpoint(p, REGISTRY), Predictor.from_checkpoint,
-        FasterRCNNModule.load_from_checkpoint, DetectionModule.load_from_checkpoint, lambda p: start_module(p, 3),
-    ):  # fmt: skip
-        with pytest.raises(CheckpointError, match=f"^{said}Open.load_from_checkpoint$"):
-            read(path)
-    assert main(["predict", f"--data.predict={tmp_path}", f"--ckpt_path={path}"]) == 6
-    assert "[LCD-K016]" in capsys.readouterr().err
+    module = {"longer": lambda: Longer(2, **TINY), "renamed": _renamed, **MODULES}[name]().eval()
+    save_module(module, path)
+    with torch.no_grad():
+        wanted = module(IMAGES)
+    kind = type(module).__name__
+    for found in (load_module(path), FasterRCNNModule.load_from_checkpoint(path)):
+        assert f"[LCD-K020] {path} was written by {kind}; its detector is read as a FasterRCNNModule" in caplog.text
+        assert type(found) is FasterRCNNModule
+        assert (found.class_names, found.category_ids) == (module.class_names, module.category_ids)
+        assert_equal(found(IMAGES), wanted)
+    assert_equal(Predictor.from_checkpoint(path)(IMAGES), wanted)
+    started = start_module(path, 3)
+    assert torch.equal(started.detector.rpn.head.conv[0][0].weight, module.detector.rpn.head.conv[0][0].weight)
+    save_module(load_module(path), tmp_path / "b.ckpt")  # ours from now on
+    assert "subclass" not in torch.load(tmp_path / "b.ckpt", weights_only=True)["lightning_convnext_det"]
+
+
+def _renamed() -> FasterRCNNModule:
+    module = Open(2)
+    module.set_classes(NAMES, IDS)  # as setup does
+    return module
+
+
+def assert_equal(found: list[Any], wanted: list[Any]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert len(one["boxes"])
+        for key in ("boxes", "labels", "scores"):
+            assert torch.equal(one[key], other[key])
+
+
+def test_load_module__of_a_subclass_with_a_network_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.ckpt"
+    wider = Plain(2, NAMES, IDS, **TINY)
+    wider.detector.rpn.extra = nn.Linear(3, 4)
+    for module, base in ((Wide(2, NAMES, IDS, **TINY), "Wide"), (wider, "Plain")):
+        save_module(module, path)
+        said = rf"\[LCD-K016\] {path} was written by {base}, a subclass of FasterRCNNModule with a network of its own"
+        for read in (
+            load_module, lambda p: read_checkpoint(p, REGISTRY), Predictor.from_checkpoint,
+            FasterRCNNModule.load_from_checkpoint, DetectionModule.load_from_checkpoint, lambda p: start_module(p, 3),
+        ):  # fmt: skip
+            with pytest.raises(CheckpointError, match=f"^{said}.*; add --model MODULE.{base} on the command line, or"):
+                read(path)
+        assert main(["predict", f"--data.predict={tmp_path}", f"--ckpt_path={path}"]) == 6
+        assert "[LCD-K016]" in capsys.readouterr().err
 
 
 @pytest.mark.heavy
-def test_load_from_checkpoint__nothing_is_imported_by_the_name_of_a_class(tmp_path: Path) -> None:
+def test_command__runs_the_detector_of_a_subclass_and_does_not_train_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, root = tmp_path / "a.ckpt", write_synthetic_coco(tmp_path / "data", num_train=2, num_val=1)
+    save_module(Longer(5, class_names=["disc", "ring", "square", "triangle", "star"], **TINY), path)
+    common = [f"--data.root={root}", "--data.num_workers=0", f"--ckpt_path={path}", "--trainer.accelerator=cpu"]
+    common += ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.batch_size=1"]
+    assert main(["fit", *common]) == 6
+    assert "add --model MODULE.Longer to go on training it, or --start_from" in capsys.readouterr().err
+    assert main(["predict", *common, "--data.predict_split=val", f"--output.folder={tmp_path / 'out'}"]) == 0
+    assert (tmp_path / "out" / "predictions.json").exists()
+    started = [option.replace("--ckpt_path", "--start_from") for option in common]
+    assert main(["fit", *started, "--trainer.fast_dev_run=1"]) == 0
+
+
+@pytest.mark.heavy
+def test_load_from_checkpoint__nothing_is_imported_by_the_name_of_a_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "a.ckpt"
     save_module(MODULES["plain"](), path)
     content = torch.load(path, weights_only=True)
     for name in ("os.system", "tests.checkpoints.test_subclass.Open", "", "a\nb", 3):
         content["lightning_convnext_det"]["subclass"] = name
         torch.save(content, path)
-        with pytest.raises(CheckpointError, match=r"\[LCD-K0(01|16)\]") as caught:
-            load_module(path)
-        assert "\n" not in str(caught.value)
+        caplog.clear()
+        assert type(load_module(path)) is FasterRCNNModule
+        assert "was written by a subclass;" in caplog.messages[0]
         assert type(Plain.load_from_checkpoint(path)) is Plain  # whatever the file says
 
 

@@ -28,6 +28,7 @@ Classes = Mapping[str, type[pl.LightningModule]]
 
 _CLASSES = {"num_classes": None, "class_names": None, "category_ids": None}
 _COUNTER = ".num_batches_tracked"
+_DETECTOR = "detector."  # how the names of a detector's tensors begin in its module
 
 
 class _Read(NamedTuple):
@@ -39,6 +40,8 @@ class _Read(NamedTuple):
     parameters: dict[str, Any]
     """Arguments of ``build``."""
     tensors: dict[str, Tensor]
+    subclass: str | None = None
+    """The user's class that wrote the checkpoint, where only its detector is read."""
 
     @property
     def length(self) -> int:
@@ -58,7 +61,8 @@ def build_module(
     Args:
         path: a local file or an fsspec address.
         classes: the modules that it may describe.
-        kind: what it must be (default: any of them); a user's own subclass is built itself.
+        kind: what it must be (default: any of them). A user's own subclass is built only if it is given; else a
+            checkpoint of one gives the class that it extends, with its detector, and a warning says so.
         strict: refuse a checkpoint that lacks weights or has more; if False, a warning names those.
         options: arguments of the module that win over the checkpoint's. With other classes, the layers that depend on
             them begin with random weights, and a warning says so.
@@ -67,6 +71,11 @@ def build_module(
         CheckpointError: as `read_checkpoint`, or if it holds another module than ``kind``.
     """
     read = _read(path, kind, classes)
+    if read.subclass:
+        _logger.warning(
+            "[LCD-K020] %s was written by %s; its detector is read as a %s, without what %s adds",
+            path, read.subclass, read.build.__name__, read.subclass,
+        )  # fmt: skip
     others = _has_other_classes(read, options)
     build = _build_leniently if not strict else _build_for_other_classes if others else _build_declared
     module: Any = build(read, options)
@@ -82,12 +91,13 @@ def build_module(
 def read_checkpoint(path: str | Path, classes: Classes, kind: type[pl.LightningModule] | None = None) -> dict[str, Any]:
     """Read a checkpoint of this package, running no code in it.
 
-    The network that it describes has exactly the tensors that it holds.
+    The network that it describes has exactly the tensors that it holds. Of a user's own subclass that is not given as
+    ``kind``, its detector is read: arguments and tensors are those of the class that it extends.
 
     Args:
         path: a local file or an fsspec address.
         classes: the modules that it may describe.
-        kind: the module that it must describe (default: any of them); a user's own subclass reads its own checkpoints.
+        kind: the module that it must describe (default: any of them).
 
     Raises:
         CheckpointError: if it is missing or damaged, was not written by this package, or describes another network
@@ -95,7 +105,7 @@ def read_checkpoint(path: str | Path, classes: Classes, kind: type[pl.LightningM
     """
     read = _read(path, kind, classes)
     _build_weightless(read, {})
-    return {**read.content, "hyper_parameters": _arguments(read, {})}
+    return {**read.content, "hyper_parameters": _arguments(read, {}), "state_dict": read.tensors}
 
 
 def _read(path: str | Path, kind: type[pl.LightningModule] | None, classes: Classes) -> _Read:
@@ -111,30 +121,67 @@ def _read(path: str | Path, kind: type[pl.LightningModule] | None, classes: Clas
     if not isinstance(parameters, dict) or not isinstance(tensors, dict):
         raise CheckpointError(f"[LCD-K001] {path} is incomplete: it lacks hyper-parameters or weights")
     build = _find_class(section, kind, classes, path)
-    parameters = parameters if is_own(build) else accepted(build, parameters)
+    subclass = _subclass_of(section) if is_own(build) else None
+    if subclass:  # without what it adds
+        parameters = section["arguments"]
+        tensors = {name: x for name, x in tensors.items() if isinstance(name, str) and name.startswith(_DETECTOR)}
+    elif not is_own(build):
+        parameters = accepted(build, parameters)
     if reason := find_contradiction(parameters, tensors):
         raise _contradicts(path, reason)
-    return _Read(path, content, build, parameters, tensors)
+    return _Read(path, content, build, parameters, tensors, subclass)
 
 
 # the section is the file's own, a mapping of plain data
 def _find_class(
     section: dict[str, Any], kind: type[pl.LightningModule] | None, classes: Classes, path: str | Path
 ) -> type[pl.LightningModule]:
-    own, subclass = classes.get(section["module"]), section.get("subclass")
+    own, subclass = classes.get(section["module"]), _subclass_of(section)
     kind = kind or pl.LightningModule
     if own is not None and not is_own(kind) and issubclass(kind, own):
         return kind
-    if own is not None and subclass is None and not own.__dict__.get("is_abstract") and issubclass(own, kind):
+    can_build = subclass is None or isinstance(section.get("arguments"), dict)
+    if own is not None and issubclass(own, kind) and not own.__dict__.get("is_abstract") and can_build:
         return own
-    names = [name for name in (subclass, section["module"]) if isinstance(name, str) and name.isidentifier()]
-    name = next(iter(names), "module of another package")[:80]
+    name = subclass or (section["module"][:80] if section["module"].isidentifier() else "module of another package")
     if own is not None and subclass is not None and issubclass(own, kind):
-        raise CheckpointError(
-            f"[LCD-K016] {path} was written by {name}, a subclass of {own.__name__}: "
-            f"load it in Python by {name}.load_from_checkpoint"
-        )
+        raise _only_by_itself(path, name, own)
     raise CheckpointError(f"[LCD-K001] {path} holds a {name}, no {kind.__name__}")
+
+
+# the section is the file's own, a mapping of plain data
+def _subclass_of(section: dict[str, Any]) -> str | None:
+    """The user's class that wrote a checkpoint; None for this package's own."""
+    subclass = section.get("subclass")
+    if subclass is None:
+        return None
+    return subclass[:80] if isinstance(subclass, str) and subclass.isidentifier() else "a subclass"
+
+
+def check_writer(content: dict[str, Any], kind: type[pl.LightningModule] | None, path: str | Path) -> None:
+    """Refuse to go on training a user's subclass as this package's own class.
+
+    Args:
+        content: what `read_checkpoint` returns.
+        kind: the class that is to train; None for the one that the checkpoint names.
+        path: for the message.
+
+    Raises:
+        CheckpointError: naming the subclass.
+    """
+    name = _subclass_of(content[FORMAT])
+    if name is not None and (kind is None or is_own(kind)):
+        raise CheckpointError(
+            f"[LCD-K016] {path} was written by {name}, a subclass of {content[FORMAT]['module']}; "
+            f"add --model MODULE.{name} to go on training it, or --start_from for its detector alone"
+        )
+
+
+def _only_by_itself(path: str | Path, name: str, own: type, reason: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"[LCD-K016] {path} was written by {name}, a subclass of {own.__name__} with a network of its own{reason}; "
+        f"add --model MODULE.{name} on the command line, or call {name}.load_from_checkpoint in Python"
+    )
 
 
 def _build_declared(read: _Read, options: dict[str, Any]) -> pl.LightningModule:
@@ -163,11 +210,11 @@ def _build_weightless(read: _Read, options: dict[str, Any]) -> pl.LightningModul
             raise  # it is about the caller's arguments
         else:
             text = " ".join(str(error).split())[:300]
-            raise _contradicts(read.path, text or type(error).__name__) from None
+            raise _misfit(read, text or type(error).__name__) from None
     if reason := find_misfit(module, read.tensors):
         if any(read.parameters.get(name, value) != value for name, value in options.items()):
             raise CheckpointError(f"[LCD-K014] {read.path} does not fit the arguments given: {reason}")
-        raise _contradicts(read.path, reason)
+        raise _misfit(read, reason)
     return module
 
 
@@ -204,6 +251,12 @@ def _has_other_classes(read: _Read, options: dict[str, Any]) -> bool:
     """Whether the caller asks for another number of classes; as many names are taken for new names of the old ones."""
     names = read.content[FORMAT].get("class_names")
     return isinstance(names, list) and options.get("num_classes") not in (None, len(names))
+
+
+def _misfit(read: _Read, reason: str) -> CheckpointError:
+    if read.subclass:
+        return _only_by_itself(read.path, read.subclass, read.build, f" ({reason})")
+    return _contradicts(read.path, reason)
 
 
 def _contradicts(path: str | Path, reason: str) -> CheckpointError:

@@ -34,12 +34,22 @@ def read_score_thresholds(section: object, num_classes: int) -> list[float | Non
 
 def is_own(kind: type) -> bool:
     """Whether a class is this package's, not a user's."""
-    return kind.__module__.startswith(f"{_PACKAGE}.")
+    return is_own_name(kind.__module__)
+
+
+def is_own_name(module: str) -> bool:
+    """Whether a Python module is this package's, by its name."""
+    return module.startswith(f"{_PACKAGE}.")
+
+
+def own_base(kind: type) -> type:
+    """This package's class that a class extends, or is."""
+    return next(base for base in kind.__mro__ if is_own(base))
 
 
 def describe_class(kind: type) -> dict[str, str]:
     """Name a class in a checkpoint: this package's, and the user's that extends it if it is one."""
-    own = next(base for base in kind.__mro__ if is_own(base))
+    own = own_base(kind)
     return {"module": own.__name__} | ({} if own is kind else {"subclass": kind.__name__})
 
 

@@ -21,7 +21,7 @@ from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.classification_writer import ClassificationWriter
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
-from lightning_convnext_det.checkpoints.build_module import read_checkpoint, take_weights
+from lightning_convnext_det.checkpoints.build_module import check_writer, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.format import FORMAT
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
@@ -108,6 +108,8 @@ class DetectionCLI(LightningCLI):
         options: dict[str, Any] = {}
         if path := self._start or path:
             self._checkpoint = read_checkpoint(path, MODULES, kind)
+            if parser.subcommand == "fit" and not self._start:
+                check_writer(self._checkpoint, kind, path)
             options = {k: v for k, v in self._checkpoint["hyper_parameters"].items() if k not in _LINKED}
             kind = kind or MODULES[self._checkpoint[FORMAT]["module"]]
         self._kind = kind or FasterRCNNModule

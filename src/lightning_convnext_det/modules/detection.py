@@ -16,6 +16,9 @@ from lightning_convnext_det.checkpoints.format import (
     NOTHING_TO_FETCH,
     class_difference,
     describe_class,
+    is_own,
+    own_base,
+    plain,
     read_score_thresholds,
 )
 from lightning_convnext_det.data.batch import Batch, split_batch
@@ -293,10 +296,30 @@ class DetectionModule(TrainableModule):
         checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
         if self.score_thresholds is not None:
             checkpoint[FORMAT]["score_thresholds"] = self.score_thresholds
+        if not is_own(type(self)) and (arguments := self._detector_arguments()) is not None:
+            checkpoint[FORMAT]["arguments"] = arguments
+
+    def _detector_arguments(self) -> dict[str, Any] | None:
+        """The arguments with which our own class makes the detector of a user's subclass; None if it cannot."""
+        base = cast(type[DetectionModule], own_base(type(self)))
+        if type(self).build_detector is not base.build_detector or not is_own(type(self.detector)):
+            return None
+        classes = {"class_names": self.class_names, "category_ids": self.category_ids}
+        try:
+            return {k: plain(v, k) for k, v in {**self.own_arguments, **classes, **NOTHING_TO_FETCH}.items()}
+        except TypeError:  # of a kind that no checkpoint can hold
+            return None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that were trained on other classes, or belong to another network."""
-        declared = {**checkpoint.get(FORMAT, {}), **checkpoint.get("hyper_parameters", {})}
+        """Refuse weights that were trained on other classes, or belong to another network.
+
+        Of a user's subclass this package's own modules evaluate the detector; only the subclass goes on training it.
+        """
+        section = checkpoint.get(FORMAT, {})
+        if is_own(type(self)) and "arguments" in section and self.trainer.state.fn != "fit":
+            weights = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name.startswith("detector.")}
+        declared = {**section, **checkpoint.get("hyper_parameters", {})}
         names = declared.get("class_names")
         if names is not None and list(names) != self.class_names:
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")

@@ -23,7 +23,7 @@ from lightning_convnext_det.callbacks.run_guard import RunGuard
 from lightning_convnext_det.callbacks.training_mode import TrainingMode
 from lightning_convnext_det.checkpoints.build_module import build_module
 from lightning_convnext_det.checkpoints.file import AtomicCheckpointIO
-from lightning_convnext_det.checkpoints.format import is_own, plain
+from lightning_convnext_det.checkpoints.format import is_own, is_own_name, plain
 from lightning_convnext_det.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class ReliableModule(pl.LightningModule):
     """
 
     _argument_names: tuple[str, ...] = ()  # of the outermost constructor, which a subclass may have written
+    own_arguments: Mapping[str, Any] = {}
+    """Arguments of this package's constructor, which a subclass's may have called with others than its own."""
 
     # ---- runs
 
@@ -130,7 +132,10 @@ class ReliableModule(pl.LightningModule):
         while frame is not None:
             given = inspect.getargvalues(frame)
             if frame.f_code.co_name == "__init__" and given.args and given.locals.get(given.args[0]) is self:
-                self._argument_names = (*given.args[1:], *given.locals.get(given.keywords or "", ()))
+                further = given.locals.get(given.keywords or "", {})
+                self._argument_names = (*given.args[1:], *further)
+                if is_own_name(str(frame.f_globals.get("__name__"))):
+                    self.own_arguments = {**{name: given.locals[name] for name in given.args[1:]}, **further}
             frame = frame.f_back
         if is_own(type(self)):
             for name in self._argument_names:
