@@ -17,6 +17,7 @@ from lightning_convnext_det.convert.importer import import_weights, read_source
 from lightning_convnext_det.convert.report import Converted, Slot
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+from lightning_convnext_det.models.tensor_detections import split_detections
 from lightning_convnext_det.types import Target
 
 SIZES = {"min_size": 96, "max_size": 160}
@@ -164,7 +165,7 @@ def test_convert_deformable_detr__birder_detections(
     batch, sizes, _ = detector.transform(mixed_photos)
     with torch.no_grad():
         expected, _ = net(batch, masks=padding_of(batch, sizes), image_sizes=sizes)
-        found = detector.select(detector.predict(batch, sizes), sizes)
+        found = split_detections(detector.forward_tensors(batch, *detector.levels.place(batch, sizes)))
     for ours, theirs in zip(found, expected, strict=True):
         order = theirs["scores"].sort(descending=True, stable=True).indices
         torch.testing.assert_close(ours["scores"], theirs["scores"][order], atol=1e-5, rtol=0)

@@ -8,7 +8,8 @@ from lightning_convnext_det.errors import DataError, DivergenceError
 from lightning_convnext_det.models.deformable_detr.levels import flatten_levels
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR, Outputs
 from lightning_convnext_det.models.deformable_detr.transformer import DeformableAttention, inverse_sigmoid
-from lightning_convnext_det.types import Target
+from lightning_convnext_det.models.tensor_detections import split_detections
+from lightning_convnext_det.types import Detection, Target
 
 VARIANTS = {
     "refined": {},
@@ -159,8 +160,8 @@ def test_deformable_detr__batch_without_padding_has_no_mask() -> None:
     detector = tiny().eval()
     batch = torch.randn(2, 3, 96, 128)
     whole = detector.levels(detector.backbone, batch, None)
-    told = detector.levels(detector.backbone, batch, [(96, 128)] * 2)
-    cut = detector.levels(detector.backbone, batch, [(96, 128), (96, 127)])
+    told = detector.levels(detector.backbone, batch, *detector.levels.place(batch, [(96, 128)] * 2))
+    cut = detector.levels(detector.backbone, batch, *detector.levels.place(batch, [(96, 128), (96, 127)]))
     assert whole.padding is None
     assert told.padding is None
     assert whole.positions.shape[0] == 1
@@ -171,7 +172,7 @@ def test_deformable_detr__batch_without_padding_has_no_mask() -> None:
 def test_flatten_levels__masked_path_equals_mask_free_path() -> None:
     maps = [torch.randn(2, 8, 4, 6), torch.randn(2, 8, 2, 3)]
     free = flatten_levels(maps, None, torch.randn(2, 8), 0.5)
-    masked = flatten_levels(maps, [[(4, 6), (2, 3)]] * 2, torch.zeros(2, 8), 0.5)
+    masked = flatten_levels(maps, torch.tensor([[(4, 6), (2, 3)]] * 2), torch.zeros(2, 8), 0.5)
     assert masked.padding is not None
     assert not masked.padding.any()
     torch.testing.assert_close(masked.reference_points, free.reference_points.expand(2, -1, 2, -1))
@@ -182,7 +183,7 @@ def test_flatten_levels__masked_path_equals_mask_free_path() -> None:
 
 def test_flatten_levels__by_hand() -> None:
     maps = [torch.arange(6.0).view(1, 1, 2, 3).expand(1, 4, 2, 3)]
-    levels = flatten_levels(maps, [[(1, 2)]], torch.zeros(1, 4), 0.5)
+    levels = flatten_levels(maps, torch.tensor([[(1, 2)]]), torch.zeros(1, 4), 0.5)
     assert levels.tokens[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert levels.padding is not None
     assert levels.padding[0].tolist() == [False, False, True, True, True, True]
@@ -248,7 +249,7 @@ def test_deformable_detr__two_stage_starts_from_the_best_proposals() -> None:
     perturb(detector)
     with torch.no_grad():
         batch, sizes, _ = detector.transform(create_images())
-        levels = detector.levels(detector.backbone, batch, sizes)
+        levels = detector.levels(detector.backbone, batch, *detector.levels.place(batch, sizes))
         memory = detector.encoder(levels)
         heads = detector.class_heads[-1], detector.box_heads[-1]
         proposals, reference, _, _, chosen = detector.proposer(memory, levels, *heads, 12)
@@ -348,12 +349,16 @@ def test_select__applies_threshold_and_hard_suppression() -> None:
     logits = torch.full((4, 3), -9.0)
     logits[0, 1], logits[1, 1], logits[2, 1], logits[3, 0] = 3.0, 2.0, 1.0, -2.0
     outputs = Outputs(detector_predictions(logits, boxes), None)
-    (found,) = detector.select(outputs, [(100, 200)])
+    (found,) = select(detector, outputs, (100, 200))
     assert found["labels"].tolist() == [1, 1]
     torch.testing.assert_close(found["scores"], torch.tensor([3.0, 1.0]).sigmoid())
     torch.testing.assert_close(found["boxes"], torch.tensor([[60.0, 30, 140, 70], [30, 15, 50, 25]]))
     detector.nms = "none"
-    assert detector.select(outputs, [(100, 200)])[0]["labels"].tolist() == [1, 1, 1]
+    assert select(detector, outputs, (100, 200))[0]["labels"].tolist() == [1, 1, 1]
+
+
+def select(detector: DeformableDETR, outputs: Outputs, size: tuple[int, int]) -> list[Detection]:
+    return split_detections(detector.select(outputs, torch.zeros(1, 3, *size)))
 
 
 def detector_predictions(logits: Tensor, boxes: Tensor) -> object:
@@ -367,7 +372,7 @@ def test_select__soft_suppression_keeps_order_and_lowers_scores() -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
     logits = torch.full((3, 3), -20.0)
     logits[0, 1], logits[1, 1], logits[2, 1] = 3.0, 2.0, 1.0
-    (found,) = detector.select(Outputs(detector_predictions(logits, boxes), None), [(100, 100)])
+    (found,) = select(detector, Outputs(detector_predictions(logits, boxes), None), (100, 100))
     expected = [1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-1)), math.exp(-1 / 0.5) / (1 + math.exp(-2))]
     assert found["scores"][:3].tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -438,7 +443,8 @@ def test_deformable_detr__fixed_size_computes_what_padding_by_hand_does() -> Non
 
 def test_deformable_detr__fixed_size_of_full_images_is_masked_all_the_same() -> None:
     detector = tiny(fixed_size=[96, 96]).eval()
-    levels = detector.levels(detector.backbone, torch.rand(1, 3, 96, 96), [(96, 96)])
+    batch = torch.rand(1, 3, 96, 96)
+    levels = detector.levels(detector.backbone, batch, *detector.levels.place(batch, [(96, 96)]))
     assert levels.padding is not None
     assert not levels.padding.any()
 
@@ -458,3 +464,40 @@ def test_deformable_detr__losses_do_not_depend_on_filling_up() -> None:
 def test_deformable_detr__fixed_size_must_suit_the_strides() -> None:
     with pytest.raises(ValueError, match=r"fixed_size is \[100, 96\]; expected \(height, width\), multiples of 32"):
         tiny(fixed_size=[100, 96])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nms": "hard", "nms_threshold": 0.3}, {"score_threshold": 0.012}, {"two_stage": True}]
+)
+def test_forward_tensors__has_fixed_shapes_and_what_forward_finds(options: dict[str, object]) -> None:
+    detector = tiny(detections_per_image=40, independent_images=False, **options).eval()
+    perturb(detector)
+    images = create_images()
+    with torch.no_grad():
+        batch, sizes, _ = detector.transform(images)
+        found = detector.forward_tensors(batch, torch.tensor(sizes))
+        expected = detector(images)
+    assert found.boxes.shape == (3, 40, 4)
+    assert found.scores.shape == found.labels.shape == (3, 40)
+    assert found.labels.dtype == found.count.dtype == torch.int64
+    for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        n = len(expected[i]["scores"])
+        assert found.count[i] == n <= 36  # 12 queries of 3 classes
+        assert torch.equal(found.scores[i, :n], expected[i]["scores"])
+        assert torch.equal(found.labels[i, :n], expected[i]["labels"])
+        ratio = torch.tensor([image.shape[2] / size[1], image.shape[1] / size[0]]).repeat(2)
+        limit = torch.tensor([image.shape[2], image.shape[1]]).repeat(2)
+        boxes = (found.boxes[i, :n] * ratio).clamp(min=0).minimum(limit)
+        torch.testing.assert_close(boxes, expected[i]["boxes"], atol=1e-4, rtol=0)
+        assert not found.boxes[i, n:].any()
+        assert not found.scores[i, n:].any()
+        assert not found.labels[i, n:].any()
+
+
+@pytest.mark.parametrize("nms", ["none", "hard", "soft"])
+def test_deformable_detr__what_is_not_finite_is_refused_by_any_nms(nms: str) -> None:
+    detector = tiny(nms=nms, score_threshold=0.9).eval()
+    with torch.no_grad():
+        detector.box_heads[-1].get_parameter("6.bias")[0] = math.nan
+    with pytest.raises(DivergenceError, match=r"LCD-N001\] the boxes are not finite"):
+        detector(create_images())

@@ -5,13 +5,17 @@ position encodings are computed per row and per column, and images can be projec
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.ops.tracing import is_recording
+
+Frames = Mapping[tuple[int, int], list[int]]
+"""The sizes (height, width) that images are cropped to before the backbone, and the images of the batch of each."""
 
 
 class Levels(NamedTuple):
@@ -73,6 +77,7 @@ class PyramidLevels(nn.Module):
         self.projections = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(32, hidden_dim)) for layer in layers)
         self.embedding = nn.Parameter(torch.empty(len(layers), hidden_dim))
         self.position_offset = position_offset
+        self.stride = backbone.strides[-1]
         self.independent_images = independent_images and not always_masked
         self.always_masked = always_masked
         nn.init.normal_(self.embedding)
@@ -81,25 +86,45 @@ class PyramidLevels(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.to(memory_format=backbone.memory_format)
 
-    def forward(self, backbone: TimmPyramid, batch: Tensor, sizes: list[tuple[int, int]] | None) -> Levels:
+    def place(self, batch: Tensor, sizes: Sequence[tuple[int, int]] | None) -> tuple[Tensor | None, Frames | None]:
+        """Turn the images' sizes (height, width) into the arguments of a call; both are None without padding."""
+        full = (batch.shape[-2], batch.shape[-1])
+        if sizes is None or (not self.always_masked and all(size == full for size in sizes)):
+            return None, None
+        groups = None
+        if self.independent_images:
+            frames = [_round_up(size, self.stride) for size in sizes]
+            groups = {frame: [i for i, f in enumerate(frames) if f == frame] for frame in frames}
+        return torch.tensor(sizes, device=batch.device), None if groups is None or set(groups) == {full} else groups
+
+    def forward(
+        self, backbone: TimmPyramid, batch: Tensor, sizes: Tensor | None = None, frames: Frames | None = None
+    ) -> Levels:
         """Compute the tokens of a batch.
 
         Args:
             backbone: computes the feature maps.
             batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zero on padding.
-            sizes: (height, width) of every image without its padding; None if no image is padded.
+            sizes: (height, width) of every image without its padding, int64 [B, 2]; None if no image is padded.
+            frames: groups of images that run through the backbone without the padding that others need (default: the
+                batch is one group).
         """
-        full = (batch.shape[-2], batch.shape[-1])
-        sizes = [full] * len(batch) if sizes is None else sizes
-        frames = [_round_up(s, backbone.strides[-1]) if self.independent_images else full for s in sizes]
-        groups = {frame: [i for i, f in enumerate(frames) if f == frame] for frame in frames}
-        seen = {(h, w): self._project(backbone, _take(batch, group)[..., :h, :w]) for (h, w), group in groups.items()}
-        by_level = zip(*seen.values(), strict=True)
-        maps = [_assemble(list(parts), list(groups.values())) for parts in by_level]
-        valid = None
-        padded = len(groups) > 1 or any(size != frame for size, frame in zip(sizes, frames, strict=True))
-        if padded or self.always_masked:
-            valid = [[_fill(s, f, x) for x in seen[f]] for s, f in zip(sizes, frames, strict=True)]
+        if frames is None:
+            maps = self._project(backbone, batch)
+            frame = number_tensor([batch.shape[-2:]], batch)  # [1, 2]
+            cells = number_tensor([x.shape[-2:] for x in maps], batch)[None]  # [1, L, 2]
+        else:
+            seen = {(h, w): self._project(backbone, _take(batch, i)[..., :h, :w]) for (h, w), i in frames.items()}
+            maps = [_assemble(list(parts), list(frames.values())) for parts in zip(*seen.values(), strict=True)]
+            group = torch.empty(batch.shape[0], dtype=torch.int64)
+            for number, images in enumerate(frames.values()):
+                group[images] = number
+            group = group.to(batch.device)
+            frame = number_tensor(list(frames), batch)[group]  # [B, 2]
+            cells = torch.stack([number_tensor([x.shape[-2:] for x in part], batch) for part in seen.values()])[group]
+        if sizes is None and self.always_masked:
+            sizes = frame
+        valid = None if sizes is None else _count_covered(sizes, frame, cells)
         return flatten_levels(maps, valid, self.embedding, self.position_offset)
 
     def _project(self, backbone: TimmPyramid, batch: Tensor) -> list[Tensor]:
@@ -113,24 +138,21 @@ class PyramidLevels(nn.Module):
 
 
 def flatten_levels(
-    maps: Sequence[Tensor],
-    valid_sizes: Sequence[Sequence[tuple[int, int]]] | None,
-    level_embedding: Tensor,
-    position_offset: float,
+    maps: Sequence[Tensor], valid_sizes: Tensor | None, level_embedding: Tensor, position_offset: float
 ) -> Levels:
     """Flatten the feature maps of all levels into one sequence of tokens.
 
     Args:
         maps: float [B, D, H, W] per level.
-        valid_sizes: for every image the (height, width) in cells that it covers of each level; None without padding.
+        valid_sizes: (height, width) in cells that every image covers of each level, [B, L, 2]; None without padding.
         level_embedding: added to the position encoding of each level, float [L, D].
         position_offset: subtracted from the 1-based cell number before encoding it: 0.5 encodes cell centres, as the
             paper's authors and Hugging Face do; 0.0 encodes far edges, as birder does.
     """
     device, shapes = maps[0].device, [(x.shape[-2], x.shape[-1]) for x in maps]
     tokens = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)  # [B, S, D]
-    per_image = [shapes] if valid_sizes is None else valid_sizes
-    valid = torch.tensor([list(sizes) for sizes in per_image], dtype=torch.float32, device=device)  # [B, L, 2]
+    whole = number_tensor(shapes, tokens).to(torch.float32)  # [L, 2]
+    valid = whole[None] if valid_sizes is None else valid_sizes.to(torch.float32)  # [B or 1, L, 2]
     positions, centers = [], []
     for level, (height, width) in enumerate(shapes):
         row = torch.arange(height, dtype=torch.float32, device=device)[:, None]  # [H, 1]
@@ -144,7 +166,7 @@ def flatten_levels(
         center = torch.stack([center_x.expand(-1, height, -1), center_y.expand(-1, -1, width)], -1)  # [B, H, W, 2]
         centers.append(center.flatten(1, 2))
     center, position = torch.cat(centers, 1), torch.cat(positions, 1)
-    cells = 1 / valid.new_tensor(shapes).flip(-1)  # [L, 2] as (x, y)
+    cells = 1 / whole.flip(-1)  # [L, 2] as (x, y)
     if valid_sizes is None:
         return Levels(tokens, position, center[:, :, None], center, shapes, cells, None, None)
     ratios = valid.flip(-1) * cells  # [B, L, 2]
@@ -176,7 +198,7 @@ def _round_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 
 def _take(batch: Tensor, images: list[int]) -> Tensor:
-    return batch if len(images) == len(batch) else batch[images]
+    return batch if len(images) == batch.shape[0] else batch[images]
 
 
 def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
@@ -191,7 +213,14 @@ def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
     return whole
 
 
-def _fill(size: tuple[int, int], frame: tuple[int, int], level: Tensor) -> tuple[int, int]:
-    """Count the rows and columns of a level that an image covers: those whose first pixel lies in it."""
-    height, width = level.shape[-2:]
-    return -(-size[0] * height // frame[0]), -(-size[1] * width // frame[1])
+def _count_covered(sizes: Tensor, frames: Tensor, cells: Tensor) -> Tensor:
+    """Count the rows and columns of each level that an image covers, those whose first pixel lies in it; [B, L, 2]."""
+    return (sizes[:, None] * cells + frames[:, None] - 1) // frames[:, None]
+
+
+def number_tensor(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """Make a tensor int64 [N, M] of numbers, also of those that an exporter knows by name only."""
+    if not is_recording():
+        return torch.tensor([tuple(row) for row in rows], device=like.device)
+    numbers = [torch.full((), n, dtype=torch.int64, device=like.device) for row in rows for n in row]
+    return torch.stack(numbers).view(len(rows), -1)

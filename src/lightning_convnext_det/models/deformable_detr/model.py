@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchvision.ops import MLP, box_convert, clip_boxes_to_image
 
 from lightning_convnext_det.arguments import Count, Fraction, NonNegative, NonNegativeInt, Positive, check_arguments
-from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.deformable_detr.criterion import (
     Objects,
@@ -24,7 +23,7 @@ from lightning_convnext_det.models.deformable_detr.criterion import (
     corners,
     prior_bias,
 )
-from lightning_convnext_det.models.deformable_detr.levels import PyramidLevels
+from lightning_convnext_det.models.deformable_detr.levels import Frames, Levels, PyramidLevels, number_tensor
 from lightning_convnext_det.models.deformable_detr.transformer import (
     Decoder,
     DeformableAttention,
@@ -35,8 +34,9 @@ from lightning_convnext_det.models.deformable_detr.transformer import (
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from lightning_convnext_det.models.selection import Selection, SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
+from lightning_convnext_det.models.tensor_detections import join_detections, keep_first, split_detections
 from lightning_convnext_det.ops.nms import NMSMethod
-from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.types import Detection, Target, TensorDetections
 
 
 class Outputs(NamedTuple):
@@ -242,8 +242,8 @@ class DeformableDETR(SelectsDetections, nn.Module):
         device = self.levels.embedding.device
         if not self.training:
             batch, sizes, _ = self.transform(images)
-            found = self.select(self.predict(batch.to(device), sizes), sizes)
-            return self._restore(found, sizes, images)
+            batch = batch.to(device)
+            return self._restore(self.forward_tensors(batch, *self.levels.place(batch, sizes)), sizes, images)
         if targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() to predict")
         # where the images are: an XLA device would compile again for each number of objects
@@ -255,14 +255,31 @@ class DeformableDETR(SelectsDetections, nn.Module):
         losses: dict[str, Tensor] = self.criterion(outputs.decoder, objects, outputs.proposals)
         return losses
 
-    def predict(self, batch: Tensor, sizes: list[tuple[int, int]] | None = None) -> Outputs:
+    def forward_tensors(
+        self, images: Tensor, sizes: Tensor | None = None, frames: Frames | None = None
+    ) -> TensorDetections:
+        """Find the objects of a batch, in tensors of fixed shapes and without a look at their values.
+
+        `forward` in evaluation mode is this between the transform of images and that of boxes; exporters record it.
+
+        Args:
+            images: normalised images, float32 [B, C, H, W], H and W multiples of the largest stride, zero on padding.
+            sizes: (height, width) of every image without its padding, int64 [B, 2]; None if no image is padded.
+            frames: groups of images that do not share their padding, see `PyramidLevels.place` (default: the batch is
+                one group, so that the padding of an image has a little influence on its detections).
+        """
+        return self.select(self._run(self.levels(self.backbone, images, sizes, frames)), images, sizes)
+
+    def predict(self, batch: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Outputs:
         """Run backbone, encoder and decoder on a batch.
 
         Args:
             batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zero on padding.
             sizes: (height, width) of every image without its padding; None if no image is padded.
         """
-        levels = self.levels(self.backbone, batch, sizes)
+        return self._run(self.levels(self.backbone, batch, *self.levels.place(batch, sizes)))
+
+    def _run(self, levels: Levels) -> Outputs:
         memory = self.encoder(levels)
         proposals = usable = None
         if self.proposer is not None:
@@ -270,7 +287,7 @@ class DeformableDETR(SelectsDetections, nn.Module):
             proposed = self.proposer(memory, levels, *heads, self.num_queries)
             proposals, reference_points, queries, positions, usable = proposed
         else:
-            positions, queries = self.query_embedding.weight.expand(len(batch), -1, -1).chunk(2, -1)
+            positions, queries = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, -1)
             reference_points = apply_in_full_precision(self.reference_points, positions).sigmoid()
         depth = len(self.decoder.layers)
         box_heads = [self.box_heads[i % len(self.box_heads)] for i in range(depth)]
@@ -279,37 +296,43 @@ class DeformableDETR(SelectsDetections, nn.Module):
         logits = [apply_in_full_precision(head, x) for head, x in zip(class_heads, hidden, strict=True)]
         return Outputs(Predictions(torch.stack(logits), torch.stack(boxes)), proposals, usable)
 
-    def select(self, outputs: Outputs, sizes: list[tuple[int, int]]) -> list[Detection]:
-        """Take the detections from the last decoder layer, in pixels of images of ``sizes`` (height, width).
+    def select(self, outputs: Outputs, batch: Tensor, sizes: Tensor | None = None) -> TensorDetections:
+        """Take the detections from the last decoder layer, in pixels of the batch's images.
 
         They are on the CPU where the network is on an XLA device.
 
-        Raises:
-            DivergenceError: if a score or box is not finite.
+        Args:
+            outputs: of `predict`.
+            batch: the images, of which only the shape counts.
+            sizes: (height, width) of every image without its padding, int64 [B, 2]; None if no image is padded.
         """
         logits, boxes = outputs.decoder.logits[-1], outputs.decoder.boxes[-1]
-        best = min(self.detections_per_image, logits[0].numel())
+        best = min(self.detections_per_image, logits.shape[1] * logits.shape[2])
         scores = logits.sigmoid()  # [B, Q, C]
         if outputs.usable is not None:
             scores = scores.masked_fill(~outputs.usable[:, :, None], -1.0)
         scores, index = scores.flatten(1).topk(best)  # [B, best]
         boxes = corners(boxes).gather(1, (index // self.num_classes)[:, :, None].expand(-1, -1, 4))
-        if boxes.device.type == "xla":  # what follows has as many boxes as are found: not for a device of fixed shapes
+        sides = (number_tensor([batch.shape[-2:]], boxes) if sizes is None else sizes).flip(-1)  # [B or 1, 2] as (x, y)
+        boxes = boxes * sides.to(boxes).repeat(1, 2)[:, None]
+        if boxes.device.type == "xla":  # NMS has as many boxes as it finds: not for a device of fixed shapes
             packed = torch.cat([boxes, scores[..., None], index[..., None].to(boxes.dtype)], -1).cpu()
             boxes, scores, index = packed[..., :4], packed[..., 4], packed[..., 5].to(torch.int64)
-        boxes = boxes * boxes.new_tensor([[w, h, w, h] for h, w in sizes])[:, None]
-        for name, values in (("scores", scores), ("boxes", boxes)):
-            if not bool(values.isfinite().all()):
-                raise DivergenceError(f"[LCD-N001] the {name} are not finite: the weights have diverged or are damaged")
-        labels = index % self.num_classes
-        usable = scores >= 0
-        return [self.selection(b[u], s[u], x[u]) for b, s, x, u in zip(boxes, scores, labels, usable, strict=True)]
+        labels, rows = index % self.num_classes, self.detections_per_image
+        if self.nms == "none":  # by descending score, those above the threshold come first
+            unwanted = (scores <= self.score_threshold) | (scores < 0)
+            return keep_first(boxes, scores, labels, (~unwanted).sum(1), rows)
+        each = zip(boxes.nan_to_num(), scores.nan_to_num(), labels, scores >= 0, strict=True)
+        found = join_detections([self.selection(b[u], s[u], x[u]) for b, s, x, u in each], rows)
+        # what is not finite reaches the result, where `forward` checks it, also if it was not selected
+        broken_scores, broken_boxes = 0 * scores.sum(1, keepdim=True), 0 * boxes.sum((1, 2), keepdim=True)
+        return found._replace(boxes=found.boxes + broken_boxes, scores=found.scores + broken_scores)
 
     def _restore(
-        self, detections: list[Detection], sizes: list[tuple[int, int]], images: Sequence[Tensor] | Tensor
+        self, found: TensorDetections, sizes: list[tuple[int, int]], images: Sequence[Tensor] | Tensor
     ) -> list[Detection]:
         originals = [(x.shape[-2], x.shape[-1]) for x in images]
-        restored = self.transform.restore(detections, sizes, originals)
+        restored = self.transform.restore(split_detections(found), sizes, originals)
         for detection, size in zip(restored, originals, strict=True):
             detection["boxes"] = clip_boxes_to_image(detection["boxes"], size)
         return restored

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_convnext_det.models.deformable_detr.criterion import Predictions
 from lightning_convnext_det.models.deformable_detr.levels import Levels, encode_sine
 from lightning_convnext_det.ops.deform_attn import multi_scale_deformable_attention
+from lightning_convnext_det.ops.tracing import is_recording
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -310,7 +311,9 @@ class Proposer(nn.Module):
         box_logits = apply_in_full_precision(box_head, features) + boxes.logit()
         box_logits = box_logits.masked_fill(~valid[:, :, None], float("inf"))
         objectness = logits[..., 0].masked_fill(~valid, -float("inf"))
-        chosen = objectness.topk(min(num_queries, memory.shape[1]), 1).indices
+        # an exporter cannot record the smaller of both: its images need as many tokens as there are queries
+        count = num_queries if is_recording() else min(num_queries, memory.shape[1])
+        chosen = objectness.topk(count, 1).indices
         reference = box_logits.detach().gather(1, chosen[:, :, None].expand(-1, -1, 4)).sigmoid()
         encoded = encode_sine(reference, memory.shape[-1] // 2).flatten(2)  # [B, Q, 2 D]
         positions, queries = self.query_norm(self.query_projection(encoded)).chunk(2, -1)
@@ -321,7 +324,8 @@ class Proposer(nn.Module):
         """Give every token a box around it, 5 % of the image wide at the finest level, and say which are usable."""
         centers = levels.centers
         sides = [
-            centers.new_full((len(centers), h * w, 2), 0.05 * 2**i) for i, (h, w) in enumerate(levels.spatial_shapes)
+            centers.new_full((centers.shape[0], h * w, 2), 0.05 * 2**i)
+            for i, (h, w) in enumerate(levels.spatial_shapes)
         ]
         boxes = torch.cat([centers, torch.cat(sides, 1)], -1)  # [B or 1, S, 4]
         valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
