@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         list_classifiers,
     )
     from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+    from lightning_convnext_det.models.fused import FusedDetector
     from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
     from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
     from lightning_convnext_det.models.tiling import TiledDetector
@@ -55,6 +56,7 @@ __all__ = [
     "DetectionModule",
     "FasterRCNN",
     "FasterRCNNModule",
+    "FusedDetector",
     "ImageFolderDataModule",
     "PredictionWriter",
     "Predictor",
@@ -88,6 +90,7 @@ _HOMES = {
     "DetectionModule": "modules",
     "FasterRCNN": "models.rcnn.faster_rcnn",
     "FasterRCNNModule": "modules",
+    "FusedDetector": "models.fused",
     "ImageFolderDataModule": "data.image_folder",
     "PredictionWriter": "callbacks.prediction_writer",
     "Predictor": "inference.predictor",

@@ -25,6 +25,7 @@ from lightning_convnext_det.checkpoints.build_module import check_writer, read_c
 from lightning_convnext_det.checkpoints.format import FORMAT
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
+from lightning_convnext_det.cli.inference import add_inference_arguments, add_to_inference, size_training_tiles
 from lightning_convnext_det.cli.messages import is_raised_in, one_line
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
@@ -91,6 +92,7 @@ class DetectionCLI(LightningCLI):
             default=None,
             help="fit: start from the network and the weights of this checkpoint; its classes may be others",
         )
+        add_inference_arguments(parser)
         for name in _LINKED:  # a linked argument is not required
             parser.link_arguments(
                 "data", f"model.init_args.{name}", lambda data, name=name: self._classes(name, data), "instantiate"
@@ -162,15 +164,17 @@ class DetectionCLI(LightningCLI):
     # ---- model, data and trainer
 
     def before_instantiate_classes(self) -> None:
-        """Hand ``--nms`` to the model."""
+        """Hand ``--nms`` to the model, and ``--tiles`` to the training images."""
         config = self.config[self.subcommand]
+        size_training_tiles(config)
         if config["nms"]:
             config["model"]["init_args"]["nms"] = config["nms"]
         if self.subcommand != "fit":
             self.save_config_callback = None
 
     def after_instantiate_classes(self) -> None:
-        """Take the weights of ``--start_from``."""
+        """Take the weights of ``--start_from``, and put windows, views and other detectors around the model's."""
+        add_to_inference(self.model, self.config[self.subcommand], self.datamodule, str(self.subcommand))
         if self._start is not None and self._checkpoint is not None:
             new = take_weights(self.model, self._checkpoint, self._start)
             kept = len(self.model.state_dict()) - len(new)

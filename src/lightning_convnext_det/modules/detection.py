@@ -119,6 +119,7 @@ class DetectionModule(TrainableModule):
         self.detector = self.build_detector(num_classes, **detector)
         self.evaluator = DetectionEvaluator(self.class_names, max_detections)
         self.score_thresholds: list[float | None] | None = None
+        self._inference: list[nn.Module] = []  # one, or none; in a list, which hides it from checkpoints
 
     def build_detector(self, num_classes: int) -> nn.Module:
         """Build the network; the subclass names its arguments."""
@@ -126,7 +127,28 @@ class DetectionModule(TrainableModule):
 
     def forward(self, images: list[Tensor]) -> list[Detection]:
         """Find objects in images [3, H, W], uint8 or float in 0..1; the module must be in evaluation mode."""
-        return cast(list[Detection], self.detector(images))
+        return self.detect(images)
+
+    def use_for_inference(self, detector: nn.Module | None) -> None:
+        """Validate, test and predict with a detector around this module's own; None goes back to its own.
+
+        Checkpoints, hyper-parameters and training know nothing of it.
+
+        >>> from lightning_convnext_det import FasterRCNNModule, TiledDetector
+        >>> module = FasterRCNNModule(2, ["cat", "dog"], backbone="test_convnext", min_size=64, max_size=96).eval()
+        >>> module.use_for_inference(TiledDetector(module.detector, tile=64))
+        >>> with torch.no_grad():
+        ...     detections = module([torch.rand(3, 150, 200)])
+
+        Args:
+            detector: takes images and gives detections, e.g. a `TiledDetector` or `FusedDetector` of ``self.detector``.
+        """
+        self._inference = [] if detector is None else [detector]
+
+    def detect(self, images: list[Tensor]) -> list[Detection]:
+        """Find objects in images [3, H, W] with the detector of validation, test and prediction."""
+        detector = self._inference[0] if self._inference else self.detector
+        return cast(list[Detection], detector(images))
 
     @property
     def in_chans(self) -> int:
@@ -234,7 +256,7 @@ class DetectionModule(TrainableModule):
     def _evaluate(self, batch: Batch) -> None:
         images, targets = _annotated(batch)
         if images:  # a rank without images has one batch without images, see EvaluationLoader
-            self.evaluator.update(self.detector(images), targets)
+            self.evaluator.update(self.detect(images), targets)
 
     def _log_metrics(self, stage: str) -> None:
         metrics = self.evaluator.compute()
@@ -266,7 +288,7 @@ class DetectionModule(TrainableModule):
     def predict_step(self, batch: Batch | list[Tensor] | Tensor, batch_idx: int) -> list[Detection]:
         """Detect objects in a batch of images, with or without targets; boxes are in pixels of the images given."""
         images, _ = split_batch(batch)
-        return cast(list[Detection], self.detector(images))
+        return self.detect(images)
 
     # ---- optimisation
 

@@ -1,9 +1,11 @@
 """The table of module classes, and loading by it: `load_module`, `load_classifier`, `start_module`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+from torch import nn
 
 from lightning_convnext_det.checkpoints.build_module import build_module, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.file import write_checkpoint_file
@@ -47,6 +49,28 @@ def load_module(path: str | Path, **options: Any) -> DetectionModule:
     if not isinstance(module, DetectionModule):
         raise CheckpointError(f"[LCD-K013] {path} holds a classifier; load_classifier reads it")
     return module
+
+
+def load_members(paths: Sequence[str | Path], class_names: Sequence[str]) -> list[nn.Module]:
+    """Load the detectors of an ensemble, in evaluation mode.
+
+    Args:
+        paths: checkpoints of this package.
+        class_names: of the ensemble, in order of label.
+
+    Raises:
+        CheckpointError: if a file cannot be loaded, or its detector has other classes.
+    """
+    detectors: list[nn.Module] = []
+    for path in paths:
+        module = load_module(path)
+        if module.class_names != list(class_names):
+            raise CheckpointError(
+                f"[LCD-K022] {path} has the classes {', '.join(module.class_names)}, the ensemble has "
+                f"{', '.join(class_names)}; fuse detectors of the same classes in the same order"
+            )
+        detectors.append(module.detector)
+    return detectors
 
 
 def load_classifier(path: str | Path) -> ClassifierModule:

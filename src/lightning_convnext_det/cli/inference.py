@@ -1,0 +1,88 @@
+"""Arguments of the trainer's commands for windows, test-time augmentation and ensembles."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.models.fused import FusedDetector, augment_detector
+from lightning_convnext_det.modules.detection import DetectionModule
+from lightning_convnext_det.modules.registry import load_members
+from lightning_convnext_det.ops.window_merging import TileMerge
+
+_CROP_SIZE = 1024  # the default of data.crop_size
+
+
+def add_inference_arguments(parser: LightningArgumentParser) -> None:
+    """Add ``--tiles``, ``--tile_overlap``, ``--tile_merge``, ``--tta`` and ``--ensemble``."""
+    parser.add_argument(
+        "--tiles",
+        type=int | None,
+        default=None,
+        help="find objects in windows of this side in pixels, and in the whole image; metrics are of whole images. In "
+        "fit: for its validations, and as the size of data.train_transforms=tiles (default: no windows)",
+    )
+    parser.add_argument("--tile_overlap", type=float, default=0.2, help="share of a window that the next one covers")
+    parser.add_argument(
+        "--tile_merge",
+        type=TileMerge,
+        default="nmm",
+        help="box of an object that several windows see: nmm joins its parts, nms takes one, wbf their weighted mean",
+    )
+    parser.add_argument(
+        "--tta",
+        type=str | None,
+        default=None,
+        help="validate, test, predict: fuse the detections of several views of each image, e.g. "
+        "flip,scales=0.8:1.0:1.25 (default: one view)",
+    )
+    parser.add_argument(
+        "--ensemble",
+        type=str | list[str] | None,
+        default=None,
+        help="validate, test, predict: fuse the detections with those of these checkpoints, separated by commas",
+    )
+
+
+def size_training_tiles(config: Mapping[str, Any]) -> None:
+    """Make ``--tiles`` the size of the training windows.
+
+    Raises:
+        ArgumentError: if ``data.crop_size`` gives them another size.
+    """
+    options, tiles = config["data"].get("init_args", {}), config.get("tiles")
+    if tiles is None or options.get("train_transforms") != "tiles":
+        return
+    if options["crop_size"] not in (_CROP_SIZE, tiles):
+        raise ArgumentError(f"--tiles is {tiles}, but data.crop_size is {options['crop_size']}; give one of them")
+    options["crop_size"] = tiles
+
+
+def add_to_inference(
+    model: LightningModule, config: Mapping[str, Any], data: LightningDataModule, subcommand: str
+) -> None:
+    """Put the windows, views and further detectors that are asked for around a module's detector.
+
+    Raises:
+        ArgumentError: if they are not for this command or model.
+    """
+    members = config["ensemble"] or []
+    paths = members.split(",") if isinstance(members, str) else list(members)
+    asked = [name for name in ("tiles", "tta", "ensemble") if config[name] not in (None, "", [])]
+    if not asked:
+        return
+    if not isinstance(model, DetectionModule):
+        raise ArgumentError(f"--{asked[0]} is for detectors; {type(model).__name__} is none")
+    if subcommand == "fit" and (config["tta"] or paths):
+        raise ArgumentError(f"--{asked[-1]} is for validate, test and predict; fit validates what it trains")
+    detector = model.detector
+    if paths:
+        detector = FusedDetector([detector, *load_members(paths, model.class_names)])
+    batch_size = getattr(data, "batch_size", 8)
+    model.use_for_inference(
+        augment_detector(
+            detector, config["tiles"], config["tile_overlap"], config["tile_merge"], config["tta"], batch_size
+        )
+    )

@@ -1,0 +1,112 @@
+"""Windows, test-time augmentation and ensembles on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.models.fused import FusedDetector, augment_detector
+from lightning_convnext_det.modules import load_module
+from lightning_convnext_det.modules.registry import save_module
+from tests.training import create_module
+
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.num_workers=0",
+    "--output.draw=false",
+]
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic_coco(tmp_path_factory.mktemp("data"), 1, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two detectors of the dataset's classes, and one of others."""
+    folder, names = tmp_path_factory.mktemp("checkpoints"), ["disc", "ring", "square", "triangle", "star"]
+    paths = []
+    for i, classes in enumerate((names, names, [*names[:4], "comet"])):
+        torch.manual_seed(i)
+        module = create_module(5, class_names=classes, category_ids=[1, 2, 3, 4, 5], score_threshold=0.0)
+        paths.append(folder / f"{i}.ckpt")
+        save_module(module, paths[-1])
+    return paths
+
+
+def predict(checkpoint: Path, dataset: Path, folder: Path, *options: str) -> list[dict[str, object]]:
+    """The records of ``predictions.json``."""
+    given = [f"--ckpt_path={checkpoint}", f"--data.predict={dataset / 'test'}", f"--output.folder={folder}"]
+    assert main(["predict", *given, *QUIET, *options]) == 0
+    return json.loads((folder / "predictions.json").read_text())
+
+
+def test_predict__tiles_larger_than_the_images_change_nothing(
+    checkpoints: list[Path], dataset: Path, tmp_path: Path
+) -> None:
+    plain = predict(checkpoints[0], dataset, tmp_path / "plain")
+    assert len(plain) > 10
+    assert predict(checkpoints[0], dataset, tmp_path / "tiled", "--tiles=4000") == plain
+
+
+def test_predict__tiles_views_and_ensemble_are_those_of_python(
+    checkpoints: list[Path], dataset: Path, tmp_path: Path
+) -> None:
+    options = ["--tiles=200", "--tile_overlap=0.3", "--tile_merge=wbf", "--tta=flip", f"--ensemble={checkpoints[1]}"]
+    found = predict(checkpoints[0], dataset, tmp_path, *options, "--data.batch_size=1")
+    members = FusedDetector([load_module(path).detector for path in checkpoints[:2]])
+    detector = augment_detector(members, 200, 0.3, "wbf", "flip", batch_size=1)
+    files = sorted((dataset / "test").iterdir())
+    with torch.no_grad():
+        expected = [detector([read_image(file)])[0] for file in files]
+    scores = sorted(record["score"] for record in found)
+    assert scores == pytest.approx(sorted(torch.cat([d["scores"] for d in expected]).tolist()), abs=1e-5)
+
+
+def test_test__metrics_with_tiles_are_of_whole_images(
+    checkpoints: list[Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path), f"--ckpt_path={checkpoints[0]}"]
+    assert main(["test", *root, *QUIET[:3], "--tiles=200", "--tta=scales=0.5:1.0"]) == 0
+    assert "test/map_50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--tta=flop"], 2, "tta is 'flop'; give 'flip'"),
+        (["--tiles=0"], 2, "tile is 0; it must be at least 1"),
+        (["--tile_overlap=1", "--tiles=9"], 2, "overlap is 1.0; it must be at least 0 and below 1"),
+        (["--tile_merge=max", "--tiles=9"], 2, "tile_merge"),
+        (["--ensemble=OTHER"], 6, "has the classes disc, ring, square, triangle, comet, the ensemble has disc"),
+    ],
+    ids=["tta", "tiles", "overlap", "merge", "ensemble"],
+)
+def test_predict__a_mistake_ends_in_one_line(
+    options: list[str], status: int, message: str, checkpoints: list[Path], dataset: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [f"--ckpt_path={checkpoints[0]}", f"--data.predict={dataset / 'test'}", f"--output.folder={tmp_path}"]
+    options = [option.replace("OTHER", str(checkpoints[2])) for option in options]
+    try:
+        found = main(["predict", *given, *QUIET, *options])
+    except SystemExit as error:  # of the parser
+        found = error.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert (found, message in lines[-1]) == (status, True), lines
+
+
+def test_fit__refuses_views(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path), "--model.backbone=test_convnext"]
+    assert main(["fit", *root, *QUIET[:3], "--tta=flip"]) == 2
+    assert "--tta is for validate, test and predict" in capsys.readouterr().err
