@@ -24,6 +24,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "FasterRCNN": {"num_classes": 2},
     "FasterRCNNModule": {"num_classes": 2},
     "ImageFolderDataModule": {},
+    "Prediction": {"boxes": [], "labels": [], "scores": [], "class_names": []},
     "PredictionWriter": {},
     "Predictor": {"detector": None, "class_names": []},
 }

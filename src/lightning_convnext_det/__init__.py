@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_convnext_det.data.datamodule import DetectionDataModule
     from lightning_convnext_det.data.dataset import DetectionDataset
     from lightning_convnext_det.data.image_folder import ImageFolderDataModule
+    from lightning_convnext_det.inference.prediction import Prediction
     from lightning_convnext_det.inference.predictor import Predictor
     from lightning_convnext_det.models.classifier import (
         Classifier,
@@ -58,6 +59,7 @@ __all__ = [
     "FasterRCNNModule",
     "FusedDetector",
     "ImageFolderDataModule",
+    "Prediction",
     "PredictionWriter",
     "Predictor",
     "StageUnfreezing",
@@ -92,6 +94,7 @@ _HOMES = {
     "FasterRCNNModule": "modules",
     "FusedDetector": "models.fused",
     "ImageFolderDataModule": "data.image_folder",
+    "Prediction": "inference.prediction",
     "PredictionWriter": "callbacks.prediction_writer",
     "Predictor": "inference.predictor",
     "StageUnfreezing": "callbacks.stage_unfreezing",

@@ -64,8 +64,7 @@ def assert_same(one: Detection, other: Detection, tolerance: float = 1e-4) -> No
 
 def test_predictor__one_image_gives_one_prediction(predictor: Predictor) -> None:
     found = predictor(torch.zeros(3, 40, 50))
-    assert isinstance(found, dict)
-    assert set(found) == {"boxes", "labels", "scores", "names", "category_ids"}
+    assert set(dict(found)) == {"boxes", "labels", "scores", "names", "category_ids"}
     assert found["boxes"].tolist() == [[0, 0, 50, 40]] * 3
     assert found["labels"].tolist() == [0, 1, 2]
     assert found["names"] == NAMES
@@ -418,7 +417,7 @@ def test_draw__leaves_out_low_scores(
     # Foretold finds scores of 0.9, 0.5 and 0.1; results hold them all
     seen: list[tuple[int, int, int]] = []
     monkeypatch.setattr(
-        "lightning_convnext_det.inference.predictor.draw_detections",
+        "lightning_convnext_det.inference.prediction.draw_detections",
         lambda _, boxes, names, scores, *__: seen.append((len(boxes), len(names), len(scores))),
     )
     image = Image.new("RGB", (300, 260))

@@ -1,29 +1,23 @@
-"""Inference on single images and lists: files, Pillow images, NumPy arrays and tensors."""
+"""Inference on single images and lists."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import Literal, Self, cast, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
-from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
-from lightning_convnext_det.errors import ArgumentError, DataError, DivergenceError
+from lightning_convnext_det.errors import ArgumentError, DivergenceError
+from lightning_convnext_det.inference.images import ImageSource, read_source
 from lightning_convnext_det.inference.prediction import Prediction
-from lightning_convnext_det.models.image_transform import OVERSHOOT
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection
-from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
-
-ImageSource = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.float64] | Tensor
-"""A file, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
+from lightning_convnext_det.visualization import SCORE_THRESHOLD
 
 
 class Predictor:
@@ -37,8 +31,8 @@ class Predictor:
     >>> detector = FasterRCNN(2, backbone="test_convnext", min_size=64, max_size=96)
     >>> predictor = Predictor(detector, ["cat", "dog"], score_threshold=0.5)
     >>> found = predictor(torch.zeros(3, 60, 80, dtype=torch.uint8))
-    >>> sorted(found)
-    ['boxes', 'category_ids', 'labels', 'names', 'scores']
+    >>> found
+    Prediction of 0 objects in an image of 80x60
     >>> len(predictor([torch.rand(3, 60, 80), torch.rand(3, 90, 70)]))
     2
 
@@ -48,11 +42,14 @@ class Predictor:
         category_ids: the dataset's own ids, in order of label (default: the labels).
         device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU (default: the detector's
             own). Another device than the detector's costs a move of the weights at each call.
-        score_threshold: leave out boxes with a lower score; the detector's own threshold applies before.
+        score_threshold: leave out boxes with a lower score; ``best`` leaves out those below the threshold of their
+            class in ``score_thresholds``. The detector's own threshold applies before.
         classes: names of the classes to keep (default: all).
         batch_size: images that go through the network at once.
         precision: ``bf16-mixed`` is faster where the device computes in bfloat16; boxes and scores stay float32.
         nms: kind of NMS: ``hard``, ``soft`` or ``none`` (default: the detector's own).
+        score_thresholds: the best threshold of each class in order of label, as modules have them after a training;
+            None stands for 0.3.
 
     Raises:
         ValueError: if names and ids do not fit the detector or each other, or a number is out of range.
@@ -65,11 +62,12 @@ class Predictor:
         class_names: Sequence[str],
         category_ids: Sequence[int] | None = None,
         device: str | torch.device | None = None,
-        score_threshold: Fraction | None = None,
+        score_threshold: Fraction | Literal["best"] | None = None,
         classes: Sequence[str] | None = None,
         batch_size: Count = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
         nms: NMSMethod | None = None,
+        score_thresholds: Sequence[Fraction | None] | None = None,
     ) -> None:
         check_arguments(Predictor.__init__, locals())
         check_class_names(class_names)
@@ -81,6 +79,7 @@ class Predictor:
         self.detector = detector
         self.nms = nms
         self.score_threshold = score_threshold
+        self.score_thresholds = _best_thresholds(score_threshold, score_thresholds, self.class_names)
         self.classes = list(self.class_names if classes is None else classes)
         self._kept = torch.tensor([self._label(name) for name in self.classes], dtype=torch.int64)
         self.batch_size = batch_size
@@ -91,7 +90,7 @@ class Predictor:
         cls,
         path: str | Path,
         device: str | torch.device = "auto",
-        score_threshold: float | None = None,
+        score_threshold: float | Literal["best"] | None = None,
         classes: Sequence[str] | None = None,
         batch_size: int = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
@@ -102,7 +101,8 @@ class Predictor:
         Args:
             path: a local file.
             device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU.
-            score_threshold: leave out boxes with a lower score; the detector's own threshold applies before.
+            score_threshold: leave out boxes with a lower score; ``best`` leaves out those below the threshold of their
+                class that the checkpoint holds. The detector's own threshold applies before.
             classes: names of the classes to keep (default: all).
             batch_size: images that go through the network at once.
             precision: ``32-true`` or ``bf16-mixed``.
@@ -125,6 +125,7 @@ class Predictor:
             batch_size=batch_size,
             precision=precision,
             nms=nms,
+            score_thresholds=module.score_thresholds,
         )
 
     @overload
@@ -146,11 +147,11 @@ class Predictor:
             TypeError: if an item is not an image.
         """
         if not isinstance(images, list | tuple):
-            return self._predict([_read(images, "the image")])[0]
+            return self._predict([cast(ImageSource, images)], ["the image"])[0]
         found = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
-            found += self._predict([_read(image, f"images[{i}]") for i, image in enumerate(batch, start)])
+            found += self._predict(batch, [f"images[{start + i}]" for i in range(len(batch))])
         return found
 
     def draw(
@@ -166,34 +167,38 @@ class Predictor:
             image: the image, as in a call.
             prediction: its detections (default: found now).
             font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
-            score_threshold: boxes with a lower score are not drawn (default: the predictor's own, or 0.3 if it has
-                none; a Deformable DETR always finds a hundred boxes, most of them with scores near 0).
+            score_threshold: boxes with a lower score are not drawn (default: the predictor's own; if it has none, the
+                best of their class, or 0.3 where that is not known).
         """
-        pixels = _read(image, "the image")
-        found = self._predict([pixels])[0] if prediction is None else prediction
-        thresholds = (score_threshold, self.score_threshold, SCORE_THRESHOLD)
-        drawn = found["scores"] >= next(threshold for threshold in thresholds if threshold is not None)
-        names = [name for name, is_drawn in zip(found["names"], drawn.tolist(), strict=True) if is_drawn]
-        colors = class_colors(self.class_names)
-        return draw_detections(pixels, found["boxes"][drawn], names, found["scores"][drawn], colors, font)
+        found = self._predict([image], ["the image"])[0] if prediction is None else prediction
+        own = None if self.score_threshold == "best" else self.score_threshold
+        return found._draw(read_source(image, "the image"), own if score_threshold is None else score_threshold, font)
 
-    def _predict(self, images: list[Tensor]) -> list[Prediction]:
+    def _predict(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Prediction]:
+        images = [read_source(source, name) for source, name in zip(sources, names, strict=True)]
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
         with _borrowed(self.detector, self.device, self.nms), torch.inference_mode(), amp:
             detections: list[Detection] = self.detector([image.to(self.device) for image in images])
-        return [self._prediction(detection) for detection in detections]
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        return [self._prediction(*found) for found in zip(detections, sources, sizes, strict=True)]
 
-    def _prediction(self, detection: Detection) -> Prediction:
+    def _prediction(self, detection: Detection, source: ImageSource, size: tuple[int, int]) -> Prediction:
         labels, scores = detection["labels"].cpu(), detection["scores"].to("cpu", torch.float32)
-        kept = torch.isin(labels, self._kept) & (scores >= (self.score_threshold or 0.0))
+        given = None if self.score_threshold in (None, "best") else [self.score_threshold] * len(self.class_names)
+        least = self.score_thresholds if self.score_threshold == "best" else cast(list[float] | None, given)
+        kept = torch.isin(labels, self._kept)
+        if least is not None:
+            kept &= scores >= torch.tensor(least)[labels]
         # indexing makes ordinary tensors of those that inference mode made; a user may change them
-        labels = labels[kept]
         return Prediction(
-            boxes=detection["boxes"].to("cpu", torch.float32)[kept],
-            labels=labels,
-            scores=scores[kept],
-            names=[self.class_names[label] for label in labels.tolist()],
-            category_ids=torch.tensor(self.category_ids, dtype=torch.int64)[labels],
+            detection["boxes"].to("cpu", torch.float32)[kept],
+            labels[kept],
+            scores[kept],
+            self.class_names,
+            self.category_ids,
+            source,
+            size,
+            drawn_from=least or self.score_thresholds or SCORE_THRESHOLD,
         )
 
     def _label(self, name: str) -> int:
@@ -231,6 +236,20 @@ def _check_lengths(detector: nn.Module, class_names: list[str], category_ids: li
         raise ArgumentError(f"category_ids has {len(category_ids)} entries, but class_names has {len(class_names)}")
 
 
+def _best_thresholds(
+    score_threshold: float | str | None, best: Sequence[float | None] | None, class_names: list[str]
+) -> list[float] | None:
+    """The best thresholds, with the default of drawings for classes that have none."""
+    if best is None and score_threshold == "best":
+        raise ArgumentError(
+            "score_threshold is 'best', but no thresholds are known; a training with validation stores them in its "
+            "checkpoints, and so does convnext-det thresholds CKPT --data.root DIR"
+        )
+    if best is not None and len(best) != len(class_names):
+        raise ArgumentError(f"score_thresholds has {len(best)} entries, but class_names has {len(class_names)}")
+    return None if best is None else [SCORE_THRESHOLD if value is None else value for value in best]
+
+
 def _check_weights(detector: nn.Module) -> None:
     for name, value in detector.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -250,78 +269,3 @@ def _device(name: str | torch.device) -> torch.device:
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ArgumentError(f"device '{name}' cannot be used ({reason}); 'auto' takes what there is") from None
-
-
-def _read(image: object, name: str) -> Tensor:
-    """The pixels of an image, uint8 or float32 in 0..1, [3, H, W]; ``name`` is what messages call it."""
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        pixels = to_rgb_tensor(image, name=name)
-    elif isinstance(image, np.ndarray):
-        pixels = _read_array(image, name)
-    elif isinstance(image, Tensor):
-        pixels = _read_tensor(image, name)
-    else:
-        raise TypeError(
-            f"{name} is of type {type(image).__name__}; give a path, a Pillow image, an array [height, width, 3], "
-            "a tensor [3, height, width], or a list of these"
-        )
-    height, width = pixels.shape[1:]
-    if min(height, width) < MIN_SIDE:
-        raise DataError(f"[LCD-I022] {name} is {width}x{height}; each side needs {MIN_SIDE} pixels")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise DataError(f"[LCD-I021] {name} is {width}x{height}; one side is over {MAX_ASPECT:.0f} x the other")
-    return pixels
-
-
-def _read_array(image: NDArray[np.generic], name: str) -> Tensor:
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise _shape_error(name, "array", image.shape)
-    if image.dtype.kind != "f" and image.dtype != np.uint8:
-        raise DataError(f"[LCD-I032] {name} holds {image.dtype} pixels; give uint8, or floats in 0..1")
-    # a copy: torch warns of arrays that cannot be written to, and refuses those that run backwards
-    copy = np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32, order="C")
-    return _checked(torch.from_numpy(copy).permute(2, 0, 1), name)
-
-
-def _read_tensor(image: Tensor, name: str) -> Tensor:
-    if image.dim() != 3 or image.shape[0] != 3:
-        raise _shape_error(name, "tensor", image.shape)
-    if image.dtype == torch.uint8:
-        return image
-    if not image.is_floating_point():
-        raise DataError(f"[LCD-I032] {name} holds {image.dtype} pixels; give torch.uint8, or floats in 0..1")
-    return _checked(image.detach().to(torch.float32), name)
-
-
-def _shape_error(name: str, kind: Literal["array", "tensor"], shape: Sequence[int]) -> DataError:
-    last = kind == "array"
-    channels, opposite = (shape[-1:], shape[:1]) if last else (shape[:1], shape[-1:])
-    if len(shape) == 4:
-        remedy = "give several images as a list: list(x)"
-    elif len(shape) == 2 or channels == (1,):
-        remedy = "repeat the grey channel three times"
-    elif len(shape) == 3 and channels == (4,):
-        remedy = f"drop the alpha channel: {'x[..., :3]' if last else 'x[:3]'}"
-    elif len(shape) == 3 and opposite == (3,):
-        remedy = f"channels come {'last: x.transpose(1, 2, 0)' if last else 'first: x.permute(2, 0, 1)'}"
-    else:
-        remedy = "convert it"
-    expected = "[height, width, 3]" if last else "[3, height, width]"
-    return DataError(f"[LCD-I032] {name} has shape {list(shape)}; expected {expected} in RGB: {remedy}")
-
-
-def _checked(pixels: Tensor, name: str) -> Tensor:
-    """The pixels, if they are uint8 or finite floats in 0..1."""
-    if pixels.dtype == torch.uint8 or pixels.numel() == 0:
-        return pixels
-    low, high = (x.item() for x in pixels.aminmax())
-    if not (np.isfinite(low) and np.isfinite(high)):  # aminmax passes nan on
-        raise DataError(f"[LCD-I031] {name} holds pixels that are not finite")
-    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
-        raise DataError(
-            f"[LCD-I030] {name} holds floats from {low:.3g} to {high:.3g}; give uint8, or floats in 0..1 that are not "
-            "normalised: the detector does that"
-        )
-    return pixels
