@@ -8,13 +8,14 @@ The operator pools 1,000 boxes of 16 to 500 pixels from 256 channels of 120 x 16
 precision on the CPU: there its contestant casts to float32 and back, as autocast makes it do.
 """
 
+import os
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_convnext_det.models.zoo import create_detector
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign, roi_align
@@ -101,14 +102,10 @@ def time_detector(options: Namespace) -> None:
     boxes = torchvision.ops.clip_boxes_to_image(create_boxes(20, 480, 640), (480, 640))
     boxes = boxes[torchvision.ops.remove_small_boxes(boxes, 8)][:10].to(options.device)
     targets = [{"boxes": boxes, "labels": torch.arange(10, device=options.device)} for _ in images]
-    names = detector.roi_heads.box_roi_pool.featmap_names
-    poolers: dict[str, nn.Module] = {
-        "with torchvision's": torchvision.ops.MultiScaleRoIAlign(names, 7, 2),
-        "with ours": MultiScaleRoIAlign(names, 7, 2),
-    }
+    disabled = {"with torchvision's": "1", "with ours": "0"}
 
-    def use(pooler: nn.Module, training: bool) -> None:
-        detector.roi_heads.box_roi_pool = pooler
+    def use(value: str, training: bool) -> None:
+        os.environ["DISABLE_CUSTOM_KERNELS"] = value
         detector.train(training)
         with torch.autocast(options.device, torch.bfloat16, enabled=options.detector_dtype == "bfloat16"):
             if not training:
@@ -120,7 +117,7 @@ def time_detector(options: Namespace) -> None:
         detector.zero_grad()
 
     for name, training in (("prediction", False), ("training step, batch 2", True)):
-        contestants: Contestants = {who: lambda p=pooler, t=training: use(p, t) for who, pooler in poolers.items()}
+        contestants: Contestants = {who: lambda v=value, t=training: use(v, t) for who, value in disabled.items()}
         compare(f"Faster R-CNN ConvNeXt-T, {options.detector_dtype}, {name}", contestants, options)
 
 

@@ -21,7 +21,6 @@ import torchvision.models.detection
 from fsspec import AbstractFileSystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.transforms import v2
 
 import lightning_convnext_det
@@ -72,7 +71,6 @@ PRIVATE = [
     Private("models/rcnn/box_coder.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/box_losses.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/matcher.py", lambda: torchvision.models.detection, "_utils"),
-    Private("models/rcnn/rpn.py", lambda: RegionProposalNetwork, "_get_top_n_idx"),
 ]
 
 

@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_convnext_det.arguments import Count, Fraction, Positive, check_arguments
+from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows
 from lightning_convnext_det.ops.nms import NMSMethod, Separation, apply_nms
-from lightning_convnext_det.types import Detection
+from lightning_convnext_det.ops.soft_nms import batched_soft_nms
+from lightning_convnext_det.ops.tracing import is_recording
+from lightning_convnext_det.types import Detection, TensorDetections
 
 T = TypeVar("T")
 
@@ -63,6 +68,78 @@ class Selection:
         high = scores > self.score_threshold  # soft NMS lowers scores
         boxes, scores, labels = (values[high][: self.detections_per_image] for values in (boxes, scores, labels))
         return Detection(boxes=boxes, labels=labels, scores=scores)
+
+    def select(
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        labels: Tensor,
+        images: Tensor,
+        num_images: int,
+        num_classes: int,
+        separation: Separation = "torchvision",
+    ) -> TensorDetections:
+        """Choose from the boxes of several images, which are one list; can be exported but for soft NMS.
+
+        Args:
+            boxes: corners (x1, y1, x2, y2) in pixels, float [N, 4].
+            scores: confidences, float [N].
+            labels: classes, int64 [N].
+            images: index of each box's image, int64 [N].
+            num_images: how many images there are.
+            num_classes: how many classes there are.
+            separation: how hard NMS keeps classes apart, see `grouped_nms`.
+
+        Raises:
+            ArgumentError: in an export, with soft NMS.
+        """
+        if self.nms == "hard":
+            keep = batch_nms(boxes, scores, labels, images, num_images, self.nms_threshold, separation, num_classes)
+            scores = scores[keep]
+        else:
+            keep, scores = self._rank(boxes, scores, labels, images, num_images)
+        high = scores > self.score_threshold  # soft NMS lowers scores
+        (boxes, scores, labels), count = fill_rows(
+            (boxes[keep], scores, labels[keep]), images[keep], high, num_images, self.detections_per_image
+        )
+        return TensorDetections(boxes, scores, labels, count)
+
+    def _rank(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, images: Tensor, num_images: int
+    ) -> tuple[Tensor, Tensor]:
+        """Order the boxes of each image by score, which soft NMS lowers before: indices [K] and scores [K]."""
+        if is_recording():
+            if self.nms == "soft":
+                raise ArgumentError("soft NMS cannot be exported; set the detector's nms to 'hard' or 'none'")
+            keep = scores.argsort(descending=True, stable=True)
+            return keep, scores[keep]
+        indices, values = [], []
+        for image in range(num_images):
+            rows = torch.where(images == image)[0]
+            if self.nms == "soft":
+                keep, lowered = batched_soft_nms(boxes[rows], scores[rows], labels[rows], self.soft_nms_sigma)
+            else:
+                keep = scores[rows].argsort(descending=True)
+                lowered = scores[rows][keep]
+            indices.append(rows[keep])
+            values.append(lowered)
+        return torch.cat(indices), torch.cat(values)
+
+
+def split_detections(found: TensorDetections) -> list[Detection]:
+    """Take the detections of each image, without the rows beyond their number; one transfer from the device.
+
+    >>> import torch
+    >>> found = TensorDetections(
+    ...     torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.tensor([2, 0])
+    ... )
+    >>> [len(detection["boxes"]) for detection in split_detections(found)]
+    [2, 0]
+    """
+    return [
+        Detection(boxes=boxes[:count], labels=labels[:count], scores=scores[:count])
+        for boxes, scores, labels, count in zip(found[0], found[1], found[2], found[3].tolist(), strict=True)
+    ]
 
 
 class Setting(Generic[T]):

@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_convnext_det.ops.roi_align_gather import roi_align_by_gather
 from lightning_convnext_det.ops.tracing import is_recording
 
+_MOST_STEPS = 12  # an image of one row in a batch of 4096
+
 
 def roi_align(
     input: Tensor,
@@ -102,6 +104,8 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         aligned: shift boxes by half a pixel, see `roi_align`.
         strides: pixels of the image per pixel of each map; if None, the powers of two nearest to the ratio of the
             unpadded images' heights to the maps'.
+        rounds_stride: take those powers of two although ``strides`` are given, as torchvision does: they differ where
+            all images of a batch are much lower than the batch.
         margin: quantity that 1e-6 is added to before rounding down, so that a box of exactly ``canonical_scale`` gets
             ``canonical_level``: the ``level``, as torchvision, or the ratio of the box's ``side`` to the scale of the
             finest level, as MMDetection.
@@ -117,6 +121,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         canonical_level: int = 4,
         aligned: bool = False,
         strides: Sequence[int] | None = None,
+        rounds_stride: bool = False,
         margin: Literal["level", "side"] = "level",
     ) -> None:
         super().__init__(
@@ -124,6 +129,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         )
         self.aligned = aligned
         self.strides = strides
+        self.rounds_stride = rounds_stride
         self.margin = margin
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
@@ -143,17 +149,41 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         maps = [features for name, features in x.items() if name in self.featmap_names]
         if not maps:
             raise ValueError(f"no map of {self.featmap_names} among those given, {list(x)}")
-        size = max(height for height, _ in image_shapes), max(width for _, width in image_shapes)
-        if self.strides is not None:
+        if self.strides is not None and not self.rounds_stride:
             scales = [1.0 / stride for stride in self.strides]
         else:
-            scales = [2.0 ** round(math.log2(features.shape[-2] / size[0])) for features in maps]
+            tallest = max(height for height, _ in image_shapes)
+            scales = [2.0 ** round(math.log2(features.shape[-2] / tallest)) for features in maps]
         rois = _as_rois(maps[0], boxes)
+        return self._pool(maps, rois, scales, self._assign_levels(rois[:, 1:], scales))
+
+    def pool(self, x: dict[str, Tensor], rois: Tensor, padded_height: int, sizes: Tensor) -> Tensor:
+        """Pool the boxes of all images without reading values of the device; needs ``strides``.
+
+        Args:
+            x: maps by name, fine to coarse, floating [B, C, H, W].
+            rois: image index and corners in pixels of the padded images, float [K, 5].
+            padded_height: height of the batch.
+            sizes: height and width of the images before padding, int64 [B, 2].
+
+        Returns:
+            Pooled features [K, C, height, width], those of ``forward``.
+        """
+        assert self.strides is not None
+        maps = [features for name, features in x.items() if name in self.featmap_names]
+        scales = [1.0 / stride for stride in self.strides]
+        if not self.rounds_stride:
+            return self._pool(maps, rois, scales, self._assign_levels(rois[:, 1:], scales))
+        # a zoom of 2 ** n is exact, and spatial_scale can stay a number
+        zoom, steps = _find_zoom(padded_height, sizes[:, 0].amax())
+        levels = self._assign_levels(rois[:, 1:], scales, zoom, steps)
+        return self._pool(maps, torch.cat((rois[:, :1], rois[:, 1:] * zoom), dim=1), scales, levels)
+
+    def _pool(self, maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor) -> Tensor:
         if len(maps) == 1:
             return roi_align(maps[0], rois, self.output_size, scales[0], self.sampling_ratio, self.aligned)
-        levels = self._assign_levels(rois[:, 1:], scales)
         # not channels last, since the usual head flattens them: transposing while copying costs half as much as later
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        pooled = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], *self.output_size)
         for level, (features, scale) in enumerate(zip(maps, scales, strict=True)):
             chosen = torch.where(levels == level)[0]
             pooled[chosen] = roi_align(
@@ -161,19 +191,30 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
             )
         return pooled
 
-    def _assign_levels(self, boxes: Tensor, scales: list[float]) -> Tensor:
-        """Index of the map of each box, int64 [K]."""
+    def _assign_levels(
+        self, boxes: Tensor, scales: list[float], zoom: Tensor | float = 1.0, steps: Tensor | int = 0
+    ) -> Tensor:
+        """Index of the map of each box, int64 [K]; each scale is 2 ** ``steps`` = ``zoom`` times as large as given."""
         finest, coarsest = -math.log2(scales[0]), -math.log2(scales[-1])
         boxes = boxes.to(torch.float32)
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
         if self.margin == "side":
             finest_scale = self.canonical_scale * 2.0 ** (finest - self.canonical_level)
-            level = torch.floor(torch.log2(side / finest_scale + 1e-6)) + finest
+            level = torch.floor(torch.log2(side * zoom / finest_scale + 1e-6)) + finest
         else:
             level = torch.floor(
                 self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
             )  # torchvision's margin
+            level = level + steps
         return (level.clamp(finest, coarsest) - finest).to(torch.int64)
+
+
+def _find_zoom(padded_height: int, tallest: Tensor) -> tuple[Tensor, Tensor]:
+    """Round padded_height / tallest to 2 ** n, and return it and n; in integers, since a logarithm is not exact."""
+    steps = torch.arange(_MOST_STEPS, device=tallest.device)
+    # 2 ** (n + 0.5) < ratio, squared
+    passed = tallest * tallest * (2 ** (2 * steps + 1)) < padded_height * padded_height
+    return 1 + (passed * 2**steps).sum(), passed.sum()
 
 
 def _check_images(input: Tensor, rois: Tensor) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 
 from lightning_convnext_det.models.rcnn.conventions import Convention
 
@@ -30,9 +29,8 @@ class PyramidAnchors(AnchorGenerator):
     """Anchors over every position of every feature map, float32 whatever the maps' dtype.
 
     >>> anchors = PyramidAnchors([[32], [64]], [1.0], strides=[8, 16])
-    >>> images = ImageList(torch.zeros(2, 3, 32, 32), [(32, 32), (30, 28)])
-    >>> [a.shape for a in anchors(images, [torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 2, 2)])]
-    [torch.Size([20, 4]), torch.Size([20, 4])]
+    >>> [a.shape for a in anchors((32, 32), [torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 2, 2)])]
+    [torch.Size([16, 4]), torch.Size([4, 4])]
 
     Args:
         sizes: side lengths of the anchors of each level in pixels of the resized image.
@@ -54,27 +52,28 @@ class PyramidAnchors(AnchorGenerator):
         if not rounded:
             self.cell_anchors = [_cell_anchors(group, aspect_ratios) for group in sizes]
 
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Place the anchors of a batch.
+    def forward(self, padded_size: tuple[int, int], feature_maps: list[Tensor]) -> list[Tensor]:
+        """Place the anchors of an image; those of all images of a batch are the same.
 
         Args:
-            image_list: the padded batch; its pixels are not read.
-            feature_maps: one [B, C, H, W] for each group of sizes.
+            padded_size: height and width of the padded batch.
+            feature_maps: one [B, C, H, W] for each group of sizes; their values are not read.
 
         Returns:
-            For each image the corners (x1, y1, x2, y2) of all anchors in pixels of the padded batch, level by level,
-            row by row, float32 [A, 4].
+            For each map the corners (x1, y1, x2, y2) of its anchors in pixels of the padded batch, row by row, float32
+            [H * W * anchors per position, 4].
         """
-        if self.strides is None:
-            # only shape, dtype and device of the maps are used: a view of one element stands for each
-            maps = [x.new_empty(1, dtype=torch.float32).expand(x.shape) for x in feature_maps]
-            derived: list[Tensor] = super().forward(image_list, maps)
-            return derived
-        device = feature_maps[0].device
-        self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
-        anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in feature_maps], strides))
-        return [anchors] * len(image_list.image_sizes)
+        placed = []
+        for i, (features, cell) in enumerate(zip(feature_maps, self.cell_anchors, strict=True)):
+            ys, xs = (
+                torch.arange(cells, dtype=torch.int32, device=features.device)
+                * (self.strides[i] if self.strides else side // cells)
+                for cells, side in zip(features.shape[-2:], padded_size, strict=True)
+            )
+            y, x = torch.meshgrid(ys, xs, indexing="ij")
+            shifts = torch.stack((x, y, x, y), dim=-1)[:, :, None]  # [H, W, 1, 4]
+            placed.append((shifts + cell.to(features.device)).reshape(-1, 4))
+        return placed
 
 
 def _cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Box coders: boxes as deltas of other boxes (R-CNN, arXiv:1311.2524, appendix C), torchvision's and MMDetection's."""
+"""Box coders (boxes as deltas of other boxes, R-CNN, arXiv:1311.2524, appendix C), torchvision's and MMDetection's."""
 
 import math
 
@@ -45,10 +45,20 @@ class StdBoxCoder(BoxCoder):
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Move boxes [N, 4] by deltas [N, 4 * K] to boxes [N, 4 * K]."""
-        deltas = rel_codes.reshape(len(rel_codes), rel_codes.shape[1] // 4, 4)  # [N, K, 4]
+        deltas = rel_codes.reshape(rel_codes.shape[0], rel_codes.shape[1] // 4, 4)  # [N, K, 4]
         deltas = deltas * rel_codes.new_tensor(self.stds)
         boxes = boxes.to(rel_codes.dtype)
         centres, sizes = (boxes[:, :2] + boxes[:, 2:]) * 0.5, boxes[:, 2:] - boxes[:, :2]
         centres = centres[:, None] + sizes[:, None] * deltas[..., :2]
         half = sizes[:, None] * deltas[..., 2:].clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * 0.5
         return torch.cat((centres - half, centres + half), dim=2).flatten(1)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Clip boxes [..., 4] to images of (height, width) ``sizes`` [..., 2].
+
+    >>> clip_boxes(torch.tensor([[-1.0, 2.0, 9.0, 9.0]]), torch.tensor([[4, 8]]))
+    tensor([[0., 2., 8., 4.]])
+    """
+    limits = sizes[..., [1, 0, 1, 0]].to(boxes)
+    return torch.minimum(boxes.clamp(min=0), limits)

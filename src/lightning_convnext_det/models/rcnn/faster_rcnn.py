@@ -10,8 +10,8 @@ the other.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
 
 from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
@@ -25,12 +25,13 @@ from lightning_convnext_det.models.rcnn.conventions import (
     resolve_convention,
 )
 from lightning_convnext_det.models.rcnn.matcher import Sampling
-from lightning_convnext_det.models.rcnn.roi_heads import BoxHeadKind, BoxHeads, StageBuilder, create_pooler
-from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwork
-from lightning_convnext_det.models.selection import Selection, SelectsDetections
+from lightning_convnext_det.models.rcnn.roi_heads import BoxHeadKind, BoxHeads, Regions, StageBuilder, create_pooler
+from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwork, Proposals
+from lightning_convnext_det.models.selection import Selection, SelectsDetections, split_detections
 from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.ops.nms import NMSMethod
-from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.ops.tracing import is_recording
+from lightning_convnext_det.types import Detection, Target, TensorDetections
 
 if TYPE_CHECKING:
     from lightning_convnext_det.models.rcnn.roi_heads import CascadeHeads
@@ -204,12 +205,53 @@ class FasterRCNN(SelectsDetections, nn.Module):
             if targets is None:
                 raise ValueError("a detector in training mode needs targets; call eval() to predict")
             prepared = prepare_targets(images, targets, self.num_classes, device)
-        batch, sizes, moved = self.transform([image.to(device) for image in images], prepared)
-        shifted = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in moved] if moved is not None else None
+        batch, shapes, moved = self.transform([image.to(device) for image in images], prepared)
+        sizes = torch.tensor(shapes, device=device)
+        if moved is None:
+            found = split_detections(self.forward_tensors(batch, sizes))
+            return self.transform.restore(found, shapes, [(x.shape[-2], x.shape[-1]) for x in images])
+        shifted: list[Target] = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in moved]
         features = self.backbone(batch)
-        proposals, losses = self.rpn(ImageList(batch, sizes), features, shifted)
-        detections, box_losses = self.roi_heads(features, proposals, sizes, shifted)
-        if self.training:
-            return {**losses, **box_losses}
-        found = [Detection(boxes=d["boxes"], labels=d["labels"] - 1, scores=d["scores"]) for d in detections]
-        return self.transform.restore(found, sizes, [(x.shape[-2], x.shape[-1]) for x in images])
+        proposals, losses = self.rpn(features, (batch.shape[-2], batch.shape[-1]), sizes, shifted)
+        boxes = [own[:count] for own, count in zip(proposals.boxes, proposals.count.tolist(), strict=True)]
+        return {**losses, **self.roi_heads(features, boxes, shapes, shifted)}
+
+    def forward_tensors(self, images: Tensor, sizes: Tensor | None = None) -> TensorDetections:
+        """Detect objects in a batch that `ImageTransform` has made, with results of fixed shape; for evaluation mode.
+
+        ``forward`` in evaluation mode consists of the image transform, this, and the way back to the images given. It
+        can be exported by ``torch.export`` and ``torch.onnx.export(dynamo=True)``, but for soft NMS.
+
+        >>> import torch
+        >>> detector = FasterRCNN(3, backbone="test_convnext", score_threshold=0.0).eval()
+        >>> with torch.no_grad():
+        ...     boxes, scores, labels, count = detector.forward_tensors(torch.randn(2, 3, 64, 96))
+        >>> boxes.shape, scores.shape, labels.shape, count.shape
+        (torch.Size([2, 100, 4]), torch.Size([2, 100]), torch.Size([2, 100]), torch.Size([2]))
+
+        Args:
+            images: normalised images, zero on padding, float32 [B, C, H, W].
+            sizes: height and width of each image without padding, int64 [B, 2]; None if no image is padded.
+        """
+        height, width = images.shape[-2:]
+        if sizes is None:
+            sizes = torch.stack(
+                [torch.full((images.shape[0],), side, device=images.device) for side in (height, width)], 1
+            )
+        features = self.backbone(images)
+        proposals, _ = self.rpn(features, (height, width), sizes)
+        return self.roi_heads.detect(features, _as_regions(proposals, height, sizes))
+
+
+def _as_regions(proposals: Proposals, padded_height: int, sizes: Tensor) -> Regions:
+    """Join the proposals of all images; only an exported graph, whose shapes are fixed, keeps the unused rows."""
+    num_images, length = proposals.scores.shape
+    rows = torch.arange(length, device=sizes.device).expand(num_images, length)
+    used = rows < proposals.count[:, None]
+    images = torch.arange(num_images, device=sizes.device)[:, None].expand(num_images, length)
+    regions = Regions(proposals.boxes.flatten(0, 1), images.flatten(), used.flatten(), padded_height, sizes)
+    if is_recording():
+        return regions
+    chosen = torch.where(regions.used)[0]
+    boxes, images, used = (x[chosen] for x in regions[:3])
+    return regions._replace(boxes=boxes, images=images, used=used)

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import clip_boxes_to_image
 
-from lightning_convnext_det.models.rcnn.box_coder import Stds, create_box_coder
+from lightning_convnext_det.models.rcnn.box_coder import Stds, clip_boxes, create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_box_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
 from lightning_convnext_det.models.rcnn.matcher import Sampling, create_proposal_matcher
 from lightning_convnext_det.models.selection import Selection, Setting
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
-from lightning_convnext_det.types import Detection, Target
+from lightning_convnext_det.types import Target, TensorDetections
 
 BoxHeadKind = Literal["two_fc", "four_conv"]
 FASTER_STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas; torchvision's weights are 1 / std
@@ -38,8 +37,27 @@ class Samples(NamedTuple):
     """Which are boxes of the ground truth, not proposals, bool [S]."""
 
 
+class Regions(NamedTuple):
+    """The boxes of all images of a batch as one list."""
+
+    boxes: Tensor
+    """Corners in pixels of the batch, float32 [R, 4]."""
+    images: Tensor
+    """Index of each box's image, int64 [R]."""
+    used: Tensor
+    """False where a row is only filled up, bool [R]."""
+    padded_height: int
+    """Height of the batch."""
+    sizes: Tensor
+    """Height and width of each image without padding, int64 [B, 2]."""
+
+    def as_rois(self) -> Tensor:
+        """Image index and corners, float32 [R, 5]."""
+        return torch.cat((self.images[:, None].to(self.boxes), self.boxes), dim=1)
+
+
 class BoxHeads(RoIHeads):
-    """Box head of Faster R-CNN: proposals in, losses or detections out.
+    """Box head of Faster R-CNN: proposals in, losses (``forward``) or detections (``detect``) out.
 
     Args:
         pooler: takes features of boxes from the pyramid.
@@ -88,23 +106,30 @@ class BoxHeads(RoIHeads):
         features: dict[str, Tensor],
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        targets: Sequence[Target] | None = None,
-    ) -> tuple[list[Detection], dict[str, Tensor]]:
-        """Compute losses in training, with labels from 1; else detections, with labels from 1."""
-        if self.training:
-            assert targets is not None  # the detector has checked them
-            samples = self.sample(proposals, targets)
-            logits, deltas = self.predict(features, [s.boxes for s in samples], image_shapes)
-            classification, box = self.compute_losses(logits, deltas, samples)
-            return [], {"loss_classification": classification, "loss_box": box}
-        logits, deltas = self.predict(features, proposals, image_shapes)
-        return self.detect(logits, deltas, proposals, image_shapes), {}
+        targets: Sequence[Target],
+    ) -> dict[str, Tensor]:
+        """Compute the losses, in training; labels of targets count from 1."""
+        samples = self.sample(proposals, targets)
+        logits, deltas = self.predict(features, [s.boxes for s in samples], image_shapes)
+        classification, box = self.compute_losses(logits, deltas, samples)
+        return {"loss_classification": classification, "loss_box": box}
+
+    def detect(self, features: dict[str, Tensor], regions: Regions) -> TensorDetections:
+        """Choose the detections of each image; labels count from 0."""
+        logits, deltas = self.classify(features, regions)
+        return self.select(logits, deltas, regions)
 
     def predict(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """Compute logits [R, classes + 1] and deltas [R, 4 * (classes + 1)] of the boxes of all images, float32."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
+        return logits, deltas
+
+    def classify(self, features: dict[str, Tensor], regions: Regions) -> tuple[Tensor, Tensor]:
+        """Compute what ``predict`` does, without reading values of the device."""
+        pooled = self.box_roi_pool.pool(features, regions.as_rois(), regions.padded_height, regions.sizes)
+        logits, deltas = self.box_predictor(self.box_head(pooled))
         return logits, deltas
 
     @torch.no_grad()
@@ -131,41 +156,39 @@ class BoxHeads(RoIHeads):
         classification = F.cross_entropy(logits, labels) if len(labels) else logits.sum()  # 0 if there is no proposal
         return classification, loss
 
-    def move(
-        self, deltas: Tensor, labels: Tensor, boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
+    def move(self, deltas: Tensor, labels: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
         """Move each box by the deltas of one class, and clip it to its image.
 
         Args:
             deltas: of all classes, float [R, 4 * (classes + 1)].
             labels: the class whose deltas to take, int64 [R].
-            boxes: corners in pixels of each image's boxes, float [L, 4].
-            image_shapes: height and width of the images.
+            boxes: corners in pixels, float [R, 4].
+            sizes: height and width of each box's image, int64 [R, 2].
         """
-        rows = torch.arange(len(labels), device=labels.device)
-        own = _by_class(deltas)[rows, labels]
-        moved = self.box_coder.decode_single(own, torch.cat(list(boxes))).split([len(b) for b in boxes])
-        return [clip_boxes_to_image(b, shape) for b, shape in zip(moved, image_shapes, strict=True)]
+        own = _by_class(deltas).gather(1, labels[:, None, None].expand(-1, -1, 4))[:, 0]
+        return clip_boxes(self.box_coder.decode_single(own, boxes), sizes)
 
-    def detect(
-        self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> list[Detection]:
+    def select(self, logits: Tensor, deltas: Tensor, regions: Regions) -> TensorDetections:
         """Choose the detections of each image from the scores and boxes of all classes."""
-        counts = [len(p) for p in proposals]
-        moved = self.box_coder.decode_single(deltas, torch.cat(proposals))
-        all_boxes = torch.split(_by_class(moved), counts)  # [R, classes + 1, 4]
-        all_scores = torch.split(logits.softmax(-1), counts)  # [R, classes + 1]
-        found = []
-        for boxes, scores, shape in zip(all_boxes, all_scores, image_shapes, strict=True):
-            row, column = torch.where(scores[:, 1:] > self.selection.score_threshold)  # column 0 is the background
-            boxes, scores = clip_boxes_to_image(boxes[row, column + 1], shape), scores[row, column + 1]
-            large = (boxes[:, 2:] - boxes[:, :2] >= self.min_side).all(dim=1)
-            found.append(self.selection(boxes[large], scores[large], column[large] + 1, self.separation))
-        return found
+        scores = logits.softmax(-1)[:, 1:]  # column 0 is the background
+        row, label = torch.where((scores > self.selection.score_threshold) & regions.used[:, None])
+        moved = _by_class(self.box_coder.decode_single(deltas, regions.boxes))  # [R, classes + 1, 4]
+        boxes = clip_boxes(moved[row, label + 1], regions.sizes[regions.images[row]])
+        large = torch.where((boxes[:, 2:] - boxes[:, :2] >= self.min_side).all(dim=1))[0]
+        row, label = row[large], label[large]
+        return self.selection.select(
+            boxes[large],
+            scores[row, label],
+            label,
+            regions.images[row],
+            regions.sizes.shape[0],
+            scores.shape[1],
+            self.separation,
+        )
 
 
 def _by_class(deltas: Tensor) -> Tensor:
-    return deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)  # [R, classes + 1, 4], also without boxes
+    return deltas.reshape(deltas.shape[0], deltas.shape[1] // 4, 4)  # [R, classes + 1, 4], also without boxes
 
 
 def create_pooler(strides: Sequence[int], output_size: int, convention: Convention) -> MultiScaleRoIAlign:
@@ -175,7 +198,8 @@ def create_pooler(strides: Sequence[int], output_size: int, convention: Conventi
         output_size,
         convention.roi_sampling_ratio,
         aligned=convention.roi_aligned,
-        strides=strides if convention.fixed_strides else None,
+        strides=strides,
+        rounds_stride=not convention.fixed_strides,
         margin=convention.roi_level_margin,
     )
 
@@ -243,32 +267,26 @@ class CascadeHeads(nn.Module):
         """The stage whose boxes are the detections, and which chooses among them."""
         return self.stages[-1]
 
-    def forward(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-        targets: Sequence[Target] | None = None,
-    ) -> tuple[list[Detection], dict[str, Tensor]]:
-        """Compute the losses of all stages in training, with labels from 1; else detections, with labels from 1."""
-        if self.training:
-            assert targets is not None  # the detector has checked them
-            return [], self._compute_losses(features, proposals, image_shapes, targets)
+    def detect(self, features: dict[str, Tensor], regions: Regions) -> TensorDetections:
+        """Choose the detections of each image by the mean of all stages' logits; labels count from 0."""
         votes = []
         for i, stage in enumerate(self.stages):
-            logits, deltas = stage.predict(features, proposals, image_shapes)
+            logits, deltas = stage.classify(features, regions)
             votes.append(logits)
             if i < len(self.stages) - 1:
-                proposals = stage.move(deltas, logits[:, 1:].argmax(dim=1) + 1, proposals, image_shapes)
-        return self.last.detect(torch.stack(votes).mean(dim=0), deltas, proposals, image_shapes), {}
+                labels = logits[:, 1:].argmax(dim=1) + 1
+                moved = stage.move(deltas, labels, regions.boxes, regions.sizes[regions.images])
+                regions = regions._replace(boxes=moved)
+        return self.last.select(torch.stack(votes).mean(dim=0), deltas, regions)
 
-    def _compute_losses(
+    def forward(
         self,
         features: dict[str, Tensor],
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
         targets: Sequence[Target],
     ) -> dict[str, Tensor]:
+        """Compute the losses of all stages, in training; labels of targets count from 1."""
         losses = {}
         for i, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True), 1):
             samples = stage.sample(proposals, targets)
@@ -291,5 +309,7 @@ def _move_samples(
     """Move samples for the next stage, objects by the deltas of their class; boxes of the ground truth are left out."""
     labels = torch.cat([s.labels for s in samples])
     labels = torch.where(labels > 0, labels, logits[:, 1:].argmax(dim=1) + 1)
-    moved = stage.move(deltas, labels, [s.boxes for s in samples], image_shapes)
-    return [boxes[~s.added] for boxes, s in zip(moved, samples, strict=True)]
+    counts = [len(s.boxes) for s in samples]
+    sizes = deltas.new_tensor(image_shapes).repeat_interleave(torch.tensor(counts, device=deltas.device), dim=0)
+    moved = stage.move(deltas, labels, torch.cat([s.boxes for s in samples]), sizes)
+    return [boxes[~s.added] for boxes, s in zip(torch.split(moved, counts), samples, strict=True)]

@@ -6,21 +6,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import clip_boxes_to_image
 
 from lightning_convnext_det.models.rcnn.anchors import create_anchors
-from lightning_convnext_det.models.rcnn.box_coder import create_box_coder
+from lightning_convnext_det.models.rcnn.box_coder import clip_boxes, create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_delta_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
 from lightning_convnext_det.models.rcnn.matcher import BoxPairs, Sampling, count_samples, create_anchor_matcher
-from lightning_convnext_det.ops.nms import grouped_nms
+from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows
 from lightning_convnext_det.types import Target
 
 _DIVISOR = 32  # images are padded to a multiple of this
-# torchvision's names of the losses, and the names that all detectors here use
-_LOSSES = {"loss_objectness": "loss_objectness", "loss_rpn_box_reg": "loss_rpn_box"}
+
+
+class Proposals(NamedTuple):
+    """Boxes that may hold an object, by descending objectness; zeros beyond ``count``."""
+
+    boxes: Tensor
+    """Corners in pixels of the batch, float32 [B, P, 4]; P is the most that an image can have."""
+    scores: Tensor
+    """Objectness in [0, 1], float32 [B, P]."""
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    """How many each image has, int64 [B]."""
 
 
 class ProposalLimits(NamedTuple):
@@ -78,44 +85,66 @@ class ProposalNetwork(RegionProposalNetwork):
         self._shapes: list[tuple[int, int]] = []
 
     def forward(
-        self, images: ImageList, features: dict[str, Tensor], targets: Sequence[Target] | None = None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Propose boxes float32 [P, 4] by descending objectness for each image; in training also the two losses."""
-        self._shapes = images.image_sizes  # assign_targets_to_anchors is not given them
-        boxes, losses = super().forward(images, features, targets)
-        return boxes, {_LOSSES[name]: value for name, value in losses.items()}
-
-    def filter_proposals(
         self,
-        proposals: Tensor,
-        objectness: Tensor,
-        image_shapes: list[tuple[int, int]],
-        num_anchors_per_level: list[int],
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        features: dict[str, Tensor],
+        padded_size: tuple[int, int],
+        sizes: Tensor,
+        targets: list[Target] | None = None,
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Propose boxes; in training also compute the two losses.
+
+        Args:
+            features: maps of the pyramid by name, fine to coarse, [B, C, H, W].
+            padded_size: height and width of the batch.
+            sizes: height and width of each image without padding, int64 [B, 2].
+            targets: the objects of each image, in training.
+        """
+        maps = list(features.values())
+        objectness, deltas = self.head(maps)
+        logits = [x.permute(0, 2, 3, 1).flatten(1) for x in objectness]  # [B, H * W * A]
+        deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas]  # [B, H * W * A, 4]
+        anchors = self.anchor_generator(padded_size, maps)
+        proposals = self.propose([x.detach() for x in logits], [x.detach() for x in deltas], anchors, sizes)
+        if not self.training:
+            return proposals, {}
+        assert targets is not None  # the detector has checked them
+        self._shapes = [(height, width) for height, width in sizes.tolist()]  # not given to assign_targets_to_anchors
+        of_images = [torch.cat(anchors)] * len(targets)
+        labels, boxes = self.assign_targets_to_anchors(of_images, targets)  # type: ignore[arg-type]  # a dict
+        wanted = self.box_coder.encode(boxes, of_images)
+        losses = self.compute_loss(torch.cat(logits, dim=1), torch.cat(deltas, dim=1).flatten(0, 1), labels, wanted)
+        return proposals, dict(zip(("loss_objectness", "loss_rpn_box"), losses, strict=True))
+
+    def propose(
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
+    ) -> Proposals:
         """Choose the best proposals of each level, then of each image.
 
         Args:
-            proposals: corners in pixels, float [B, A, 4].
-            objectness: logits, float [B, A] or a reshape of it.
-            image_shapes: height and width of each image without padding.
-            num_anchors_per_level: their sum is A.
+            logits: objectness of the anchors of each level, [B, A].
+            deltas: of the same anchors, [B, A, 4].
+            anchors: corners in pixels, [A, 4].
+            sizes: height and width of each image without padding, int64 [B, 2].
         """
-        objectness = objectness.detach().reshape(len(proposals), -1)
-        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, K]
-        counts = torch.tensor(num_anchors_per_level, device=best.device)
-        levels = torch.bucketize(best, counts.cumsum(0), right=True)
-        scores = objectness.gather(1, best).sigmoid()
-        kept = []
-        for boxes, score, index, level, shape in zip(proposals, scores, best, levels, image_shapes, strict=True):
-            boxes = clip_boxes_to_image(boxes[index], shape)
-            sides = boxes[:, 2:] - boxes[:, :2]
-            large = ((sides >= self.min_side) & (sides > 0)).all(dim=1)
-            chosen = torch.where(large & (score >= self.score_thresh))[0]
-            boxes, score, level = boxes[chosen], score[chosen], level[chosen]
-            keep = grouped_nms(boxes, score, level, self.nms_thresh, self.separation)
-            keep = keep[: self.post_nms_top_n()]
-            kept.append((boxes[keep], score[keep]))
-        return [boxes for boxes, _ in kept], [score for _, score in kept]
+        count, limit = sizes.shape[0], self.post_nms_top_n()
+        scores, boxes, levels = [], [], []
+        for level, (of_anchors, own_deltas, own_anchors) in enumerate(zip(logits, deltas, anchors, strict=True)):
+            top = of_anchors.topk(torch.sym_min(self.pre_nms_top_n(), of_anchors.shape[1]), dim=1)
+            chosen = own_deltas.gather(1, top.indices[..., None].expand(-1, -1, 4))
+            moved = self.box_coder.decode_single(chosen.flatten(0, 1), own_anchors[top.indices.flatten()])
+            scores.append(top.values.sigmoid())
+            boxes.append(moved.unflatten(0, (count, -1)))
+            levels.append(torch.full_like(top.indices, level))
+        score, box, level_of = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels, 1)  # [B, K]
+        box = clip_boxes(box, sizes[:, None])
+        sides = box[..., 2:] - box[..., :2]
+        large = ((sides >= self.min_side) & (sides > 0)).all(dim=-1)
+        image, place = torch.where(large & (score >= self.score_thresh))
+        box, score, level_of = box[image, place], score[image, place], level_of[image, place]
+        keep = batch_nms(box, score, level_of, image, count, self.nms_thresh, self.separation, num_groups=len(anchors))
+        own = image[keep]
+        (boxes_of, scores_of), number = fill_rows((box[keep], score[keep]), own, torch.ones_like(own) > 0, count, limit)
+        return Proposals(boxes_of, scores_of, number)
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]

@@ -1,0 +1,117 @@
+"""NMS of the boxes of several images at once, and results of fixed shape: what a detector needs to be exported.
+
+Boxes of all images are one list, each with the index of its image, so no shape depends on how the images differ.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from lightning_convnext_det.ops.nms import Separation, grouped_nms
+from lightning_convnext_det.ops.tracing import is_recording
+
+_LOOPED_GROUPS = 16  # up to so many, an exported graph has one NMS for each
+
+
+def batch_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    images: Tensor,
+    num_images: int,
+    iou_threshold: float,
+    separation: Separation = "torchvision",
+    num_groups: int = 1,
+) -> Tensor:
+    """Return the indices of the boxes that hard NMS keeps, each group of each image on its own.
+
+    >>> import torch
+    >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 9.0]])
+    >>> scores, groups, images = torch.tensor([0.7, 0.8, 0.9]), torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1])
+    >>> batch_nms(boxes, scores, groups, images, 2, iou_threshold=0.5)
+    tensor([1, 2])
+
+    While ``torch.export`` records, there is no loop over images: all boxes go through one NMS (through one for each of
+    up to 16 groups that torchvision's separation takes one by one), images side by side. With one image, only rounding
+    by the separation differs, and only for more than the 1000 boxes from which on torchvision loops over groups.
+
+    Args:
+        boxes: corners (x1, y1, x2, y2) in pixels, at least 0, float [N, 4].
+        scores: confidences, float [N].
+        groups: classes or levels 0 ... num_groups - 1, int64 [N].
+        images: index of each box's image, int64 [N].
+        num_images: how many images there are.
+        iou_threshold: IoU above which the one with the lower score is dropped.
+        separation: how groups are kept apart, see `grouped_nms`.
+        num_groups: how many groups there are.
+
+    Returns:
+        Indices of those that are left, int64 [K]; those of one image by descending score.
+    """
+    if is_recording():
+        return _recorded_nms(boxes, scores, groups, images, iou_threshold, separation, num_groups)
+    kept = []
+    for image in range(num_images):
+        rows = torch.where(images == image)[0]
+        kept.append(rows[grouped_nms(boxes[rows], scores[rows], groups[rows], iou_threshold, separation)])
+    return torch.cat(kept)
+
+
+def _recorded_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    images: Tensor,
+    iou_threshold: float,
+    separation: Separation,
+    num_groups: int,
+) -> Tensor:
+    span = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amax() + 1  # the maximum of nothing is an error
+    if separation == "torchvision" and num_groups <= _LOOPED_GROUPS:
+        aside = torch.nn.functional.pad(images[:, None], (0, 1)).repeat(1, 2)  # x only
+        moved = boxes + aside * span
+        kept = []
+        for group in range(num_groups):
+            rows = torch.where(groups == group)[0]
+            kept.append(rows[nms(moved[rows], scores[rows], iou_threshold)])
+        keep = torch.cat(kept)
+        return keep[scores[keep].sort(descending=True, stable=True).indices]
+    # group g of image i is g + i spans to the right and g spans below: as grouped_nms moves it if there is one image
+    cells = torch.stack((groups + images, groups), dim=1).repeat(1, 2)
+    kept_at_once: Tensor = nms(boxes + cells.to(boxes) * span, scores, iou_threshold)
+    return kept_at_once
+
+
+def fill_rows(
+    values: Sequence[Tensor], images: Tensor, used: Tensor, num_images: int, length: int
+) -> tuple[list[Tensor], Tensor]:
+    """Arrange values of several images in tensors with one row for each image.
+
+    >>> import torch
+    >>> scores, images = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 0, 1, 1])
+    >>> fill_rows([scores], images, torch.tensor([True, True, False, True]), num_images=2, length=3)
+    ([tensor([[0.8000, 0.0000, 0.0000],
+            [0.9000, 0.6000, 0.0000]])], tensor([1, 2]))
+
+    Args:
+        values: each [N, ...]; those of one image in the order wanted.
+        images: index of each value's image, int64 [N].
+        used: which to take, bool [N].
+        num_images: how many images there are.
+        length: how many values an image can have; those beyond are dropped.
+
+    Returns:
+        For each of ``values`` a tensor [num_images, length, ...] with zeros where an image has no more values, and the
+        number of each image's values, int64 [num_images].
+    """
+    member = (images[:, None] == torch.arange(num_images, device=images.device)) & used[:, None]  # [N, B]
+    place = member.cumsum(0).gather(1, images[:, None])[:, 0] - 1
+    place = torch.where(used & (place < length), place, length)  # one place more, for those that are dropped
+    rows = []
+    for value in values:
+        row = value.new_zeros(num_images, length + 1, *value.shape[1:])
+        row[images, place] = value
+        rows.append(row[:, :length])
+    return rows, member.sum(0).clamp(max=length)
