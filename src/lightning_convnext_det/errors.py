@@ -84,6 +84,8 @@ CODES: dict[str, str] = {
     "LCD-I030": "float pixels are out of range",
     "LCD-I031": "pixels are not finite",
     "LCD-I032": "an image in memory has a wrong shape or type",
+    "LCD-I040": "a file is not a video that can be read, or is damaged",
+    "LCD-I041": "a video ends before a frame",
     # data: layouts, paths, loading
     "LCD-L001": "a folder is missing or empty",
     "LCD-L002": "a folder has no known layout",
@@ -92,6 +94,7 @@ CODES: dict[str, str] = {
     "LCD-P001": "images to predict on are not given or not found",
     "LCD-P002": "no image to predict on can be read",
     "LCD-P003": "files of kinds that are not read are passed over in prediction",
+    "LCD-P004": "videos are to be read, and PyAV is not installed",
     "LCD-R001": "shared memory is too small for the workers",
     "LCD-S001": "a file name leads out of the dataset",
     # checkpoints and weights

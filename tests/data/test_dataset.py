@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from lightning_convnext_det.data.batch import UnreadableImage, collate, pack, unpack
-from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
+from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
 from lightning_convnext_det.data.formats.discovery import find_splits, read_split
+from lightning_convnext_det.data.io.inputs import find_images
 from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 from tests.data.builders import Box, TinyImage, make_annotations
@@ -161,7 +162,7 @@ def test_find_images__files_passed_over_are_named(tmp_path: Path, caplog: pytest
 
 
 def test_find_images__heic_needs_pillow_heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_convnext_det.data.dataset.is_image_name", lambda name: name.endswith(".png"))
+    monkeypatch.setattr("lightning_convnext_det.data.io.inputs.is_image_name", lambda name: name.endswith(".png"))
     (tmp_path / "b.HEIC").write_bytes(b"")
     with pytest.raises(DataError, match=r"only .*b\.HEIC \(for HEIC and HEIF: pip install pillow-heif\)"):
         find_images([tmp_path])

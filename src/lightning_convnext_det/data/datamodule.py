@@ -20,10 +20,11 @@ from lightning_convnext_det.arguments import (
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch
-from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset, find_images
+from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
+from lightning_convnext_det.data.io.inputs import find_images
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange
 from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader, find_value_range
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
@@ -77,7 +78,9 @@ class DetectionDataModule(LoadingDataModule):
         train_images: folder of the images when ``train`` is a path (default: looked for around it).
         val_images: folder of the images when ``val`` is a path (default: looked for around it).
         test_images: folder of the images when ``test`` is a path (default: looked for around it).
-        predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', or a list of these.
+        predict: images to predict on: a file, a folder, a pattern such as 'photos/*.jpg', a .txt file with one of these
+            in each line, a video (needs PyAV), or a list of these. Frames of a video are named clip.mp4#000123.
+        predict_recursive: also predict on what is below the folders.
         predict_split: split to predict on, with the dataset's own image ids, in place of ``predict``.
         datasets: own map-style datasets for ``train``, ``val`` and ``test``, in place of ``root``; no part of ``train``
             is held out for validation. ``train_transforms`` applies to the training dataset after its own transforms.
@@ -125,6 +128,7 @@ class DetectionDataModule(LoadingDataModule):
         val_images: str | None = None,
         test_images: str | None = None,
         predict: str | list[str] | None = None,
+        predict_recursive: bool = False,
         predict_split: Stage | None = None,
         datasets: dict[Stage, Dataset] | None = None,  # type: ignore[type-arg]  # jsonargparse builds no other
         batch_size: Count = 4,
@@ -154,6 +158,7 @@ class DetectionDataModule(LoadingDataModule):
         check_arguments(DetectionDataModule.__init__, locals())
         _check_choices(root, datasets, predict, predict_split, class_names, value_range)
         self.train_transforms, self.predict_split = train_transforms, predict_split
+        self.predict_recursive = predict_recursive
         self.in_chans, self.value_range, self.max_pixels = in_chans, value_range, max_pixels
         self._found_range: ValueRange | None = None  # of 16-bit grey images
         self._range_is_known = value_range is not None
@@ -260,7 +265,7 @@ class DetectionDataModule(LoadingDataModule):
                 "[LCD-P001] data.predict is not given: name an image, a folder or a pattern, or a split in "
                 "data.predict_split"
             )
-        files = find_images(self.predict)
+        files = find_images(self.predict, self.predict_recursive, videos=True)
         rank_zero_info(f"{len(files)} images; image_id counts from 1 (data.predict_split keeps the ids of a dataset)")
         images = ImageDataset(files, self._image_reader(files))
         self._num_images = images.counts

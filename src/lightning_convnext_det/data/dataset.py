@@ -1,30 +1,23 @@
 """Datasets of images with boxes, for training and evaluation, and of images alone, for prediction."""
 
-import logging
 from collections.abc import Sequence
-from glob import glob
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_convnext_det.data.annotations import DetectionAnnotations
 from lightning_convnext_det.data.batch import Sample, UnreadableImage
-from lightning_convnext_det.data.io.listing import is_image_name, list_names
 from lightning_convnext_det.data.io.reader import ImageReader
+from lightning_convnext_det.data.io.video import FrameReader, parse_frame_name
 from lightning_convnext_det.data.sampler import Key
 from lightning_convnext_det.data.seeding import SeededDataset, seeded
 from lightning_convnext_det.data.transforms import SampleTransform, transform_sample
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
-
-_warn = rank_zero_only(logging.getLogger(__name__).warning)
-_NO_IMAGES = ("", ".json", ".xml", ".txt", ".yaml", ".yml", ".csv", ".tsv", ".md", ".names", ".cache", ".zip", ".html")
-_SHOWN = 10
 
 
 class DetectionDataset(SeededDataset):
@@ -146,7 +139,7 @@ class ImageDataset(SeededDataset):
         counts: images of this rank's last prediction that were ``read`` and that ``failed``.
 
     Args:
-        files: paths of the images.
+        files: paths of the images, or frames of videos such as ``clip.mp4#000123``.
         read: decodes the images.
     """
 
@@ -156,6 +149,7 @@ class ImageDataset(SeededDataset):
         self.files = [str(file) for file in files]
         self.read = read
         self.counts = {"read": 0, "failed": 0}
+        self._frames = FrameReader()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -164,7 +158,11 @@ class ImageDataset(SeededDataset):
         """Read an image; its target has no boxes, ``image_id`` and ``file_name``."""
         file = self.files[index]
         try:
-            image = self.read(file)
+            frame = parse_frame_name(file)
+            if frame is None:
+                image = self.read(file)
+            else:
+                image = self._frames.read(*frame, self.read.channels, self.read.max_pixels)
         except DataError as error:
             return UnreadableImage(file, str(error))
         target: Target = {
@@ -174,53 +172,3 @@ class ImageDataset(SeededDataset):
             "file_name": file,
         }
         return image, target
-
-
-def find_images(sources: Sequence[str | Path]) -> list[Path]:
-    """List the image files of folders, patterns and single paths, each once.
-
-    Args:
-        sources: files of any name; folders, whose images are taken in sorted order, without subfolders; patterns such
-            as ``photos/**/*.jpg``, of which only images are taken.
-
-    Other files that may be images, such as HEIC without pillow-heif, are counted and named in a warning.
-
-    Raises:
-        DataError: if a source yields none.
-    """
-    found: dict[Path, None] = {}
-    skipped: list[str] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            every = [source / name for name in list_names(source)]
-        elif source.is_file():
-            found[source] = None
-            continue
-        else:
-            every = [Path(name) for name in sorted(glob(str(source), recursive=True))]
-        files = [file for file in every if is_image_name(file.name)]
-        others = [str(file) for file in every if not is_image_name(file.name) and _may_be_an_image(file)]
-        if not files:
-            what = "holds no images itself; for those below it, end it in /**/*" if source.is_dir() else "is not there"
-            what = f"holds no image that can be read, only {_listed(others)}" if others else what
-            raise DataError(f"[LCD-P001] {source} {what}")
-        found.update(dict.fromkeys(files))
-        skipped += others
-    if skipped:
-        _warn(
-            "[LCD-P003] %d files are skipped, as their names are not those of images: %s",
-            len(skipped),
-            _listed(skipped),
-        )
-    return list(found)
-
-
-def _may_be_an_image(file: Path) -> bool:
-    """Whether a file that is not read is worth a word: neither hidden nor of a format that annotations have."""
-    return file.suffix.lower() not in _NO_IMAGES and not file.name.startswith(".") and file.is_file()
-
-
-def _listed(files: Sequence[str]) -> str:
-    shown = ", ".join(files[:_SHOWN]) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
-    heif = any(file.lower().endswith((".heic", ".heif")) for file in files)
-    return shown + (" (for HEIC and HEIF: pip install pillow-heif)" if heif else "")

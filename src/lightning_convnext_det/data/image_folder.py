@@ -22,8 +22,8 @@ from lightning_convnext_det.arguments import (
     check_arguments,
 )
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
-from lightning_convnext_det.data.dataset import find_images
 from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.io.inputs import find_images
 from lightning_convnext_det.data.io.listing import image_names
 from lightning_convnext_det.data.loader import EvaluationLoader, TrainingLoader
 from lightning_convnext_det.data.sampler import Key

@@ -18,6 +18,7 @@ class FusedDetector(nn.Module):
     Takes images [C, H, W] of any sizes and gives one `Detection` for each, as each of the detectors does. An object
     that only some find gets a lower score.
 
+    >>> import torch
     >>> from lightning_convnext_det import FasterRCNN
     >>> detectors = [FasterRCNN(2, backbone="test_convnext", min_size=64, max_size=96).eval() for _ in range(2)]
     >>> with torch.no_grad():

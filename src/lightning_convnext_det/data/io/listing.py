@@ -1,7 +1,7 @@
 """Images in folders."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES
@@ -45,8 +45,13 @@ def image_names(folder: Path) -> list[str]:
     return [name for name in list_names(folder) if is_image_name(name)]
 
 
-def walk_images(folders: Iterable[Path]) -> list[Path]:
-    """The sorted images in folders and everything below them, links followed; hidden folders are passed over."""
+def walk_images(folders: Iterable[Path], also: Callable[[str], bool] | None = None) -> list[Path]:
+    """The sorted images in folders and everything below them, links followed; hidden folders are passed over.
+
+    Args:
+        folders: where to look.
+        also: tells of other file names that they are taken too.
+    """
     found = []
     for folder in folders:
         visited: set[str] = set()  # real paths, as links may lead in a circle
@@ -56,5 +61,5 @@ def walk_images(folders: Iterable[Path]) -> list[Path]:
                 continue
             visited.add(real)
             children[:] = [child for child in children if not child.startswith(".") and child != "__MACOSX"]
-            found += [Path(parent, name) for name in names if is_image_name(name)]
+            found += [Path(parent, name) for name in names if is_image_name(name) or (also and also(name))]
     return sorted(found)

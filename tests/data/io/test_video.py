@@ -1,0 +1,154 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_convnext_det.data.io.inputs import find_images, names_one_image
+from lightning_convnext_det.data.io.video import FrameReader, count_frames, frame_name, parse_frame_name
+from lightning_convnext_det.errors import DataError
+
+av = pytest.importorskip("av")
+COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (20, 20, 20)]
+
+
+def write_video(path: Path, width: int = 64, height: int = 48, rotation: int = 0) -> Path:
+    """Frames of one colour each, with a white upper half."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for color in COLORS:
+            pixels = np.empty((height, width, 3), np.uint8)
+            pixels[:] = color
+            pixels[: height // 2] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("videos") / "a clip.mp4")
+
+
+def color_of(image: Tensor) -> int:
+    """The number of the frame whose colour the lower half has."""
+    mean = image[:, 36:44, 8:56].float().mean((1, 2))
+    return int((torch.tensor(COLORS) - mean).abs().sum(1).argmin())
+
+
+def test_count_frames__of_a_video(video: Path) -> None:
+    assert count_frames(video) == len(COLORS)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 2, 3, 0], [3]])
+def test_frame_reader__in_any_order(video: Path, order: list[int]) -> None:
+    reader = FrameReader()
+    images = [reader.read(video, index) for index in order]
+    assert [color_of(image) for image in images] == order
+    assert {(image.shape, image.dtype) for image in images} == {((3, 48, 64), torch.uint8)}
+    assert images[0][:, 4:20].float().mean() > 240
+
+
+def test_frame_reader__channels(video: Path) -> None:
+    grey, rgba = (FrameReader().read(video, 1, channels) for channels in (1, 4))
+    assert (grey.shape, rgba.shape) == ((1, 48, 64), (4, 48, 64))
+    assert int(rgba[3].min()) == 255
+
+
+def test_frame_reader__begins_anew_in_a_worker(video: Path) -> None:
+    reader = FrameReader()
+    reader.read(video, 3)
+    assert color_of(pickle.loads(pickle.dumps(reader)).read(video, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "index", "message"),
+    [
+        (b"no video", 0, r"LCD-I040.*not a video that can be read"),
+        (None, 5, r"LCD-I041.*has no frame 5; it ends after 5"),
+        (b"", 0, "LCD-I040"),
+    ],
+    ids=["other", "end", "empty"],
+)
+def test_frame_reader__bad_files(video: Path, content: bytes | None, index: int, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(video.read_bytes() if content is None else content)
+    with pytest.raises(DataError, match=message):
+        FrameReader().read(path, index)
+
+
+def test_frame_reader__too_many_pixels(video: Path) -> None:
+    with pytest.raises(DataError, match=r"LCD-I023.*64x48 is more than max_pixels = 100"):
+        FrameReader().read(video, 0, max_pixels=100)
+
+
+def test_frame_reader__without_pyav(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(DataError, match=r"LCD-P004.*pip install 'lightning-convnext-det\[video\]'"):
+        count_frames(video)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/clip.mp4#000007", ("a/clip.mp4", 7)),
+        ("clip.MOV#1234567", ("clip.MOV", 1234567)),
+        ("photo.jpg#000007", None),
+        ("clip.mp4", None),
+        ("clip.mp4#7", None),
+    ],
+)
+def test_parse_frame_name__reads_what_frame_name_writes(name: str, expected: tuple[str, int] | None) -> None:
+    assert parse_frame_name(name) == expected
+    if expected:
+        assert frame_name(*expected) == name
+
+
+# ---- find_images
+
+
+def test_find_images__frames_of_videos(video: Path) -> None:
+    frames = [Path(f"{video}#{i:06d}") for i in range(5)]
+    for source in (video, video.parent, video.parent / "*.mp4"):
+        assert find_images([source], videos=True) == frames
+    assert find_images([frames[2]], videos=True) == [frames[2]]
+    with pytest.raises(DataError, match="holds no image that can be read"):
+        find_images([video.parent])
+
+
+def test_find_images__lists_and_folders_below(tmp_path: Path) -> None:
+    for name in ("a.png", "below/b.jpg", "below/deep/c.PNG", ".hidden/d.png", "below/.e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_images([tmp_path], recursive=True)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.png", "below/b.jpg", "below/deep/c.PNG"]
+    assert find_images([tmp_path]) == [tmp_path / "a.png"]
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"# photos\n\nbelow/*.jpg\n{tmp_path / 'a.png'}\n  below/deep \n", encoding="utf-8-sig")
+    assert find_images([listed]) == [tmp_path / "below/b.jpg", tmp_path / "a.png", tmp_path / "below/deep/c.PNG"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "lists no images"),
+        (b"# a.png\n", "lists no images"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"b.png", "b.png is not"),
+    ],
+)
+def test_find_images__bad_lists(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        find_images([tmp_path / "list.txt"])
+
+
+def test_names_one_image__or_several(tmp_path: Path) -> None:
+    (tmp_path / "odd[1].jpg").touch()
+    assert names_one_image("a.jpg")
+    assert names_one_image(tmp_path / "odd[1].jpg")
+    assert not any(names_one_image(name) for name in (tmp_path, "photos/*.jpg", "list.txt", "clip.mp4"))
+    assert names_one_image("clip.mp4#000003")
