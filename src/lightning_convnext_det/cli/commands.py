@@ -11,6 +11,7 @@ TOOLS = {
     "models": "print size, cost and published accuracy of backbones and detectors",
     "import-weights": "convert third-party weights to a checkpoint",
     "export-backbone": "save a detector's backbone as weights for timm",
+    "thresholds": "choose the score threshold of each class on a split and store it in the checkpoint",
     "demo": "train a detector on synthetic images and draw what it finds",
 }
 EXIT_STATUS = (

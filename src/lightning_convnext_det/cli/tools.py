@@ -1,4 +1,4 @@
-"""Commands beside the trainer's: check, models, import-weights, export-backbone and demo.
+"""Commands beside the trainer's: check, models, import-weights, export-backbone, thresholds and demo.
 
 Each imports what it needs when it runs: `check` takes no torch.
 """
@@ -66,6 +66,13 @@ def demo(arguments: Sequence[str], run: Command) -> int:
     from lightning_convnext_det.cli.demo import run_demo
 
     return run_demo(arguments, run)
+
+
+def thresholds(arguments: Sequence[str], run: Command) -> int:
+    """Choose the score threshold of each class and store it."""
+    from lightning_convnext_det.cli.thresholds import run_thresholds
+
+    return run_thresholds(arguments)
 
 
 def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
@@ -156,5 +163,6 @@ TOOLS: dict[str, Callable[[Sequence[str], Command], int]] = {
     "models": models,
     "import-weights": import_weights_tool,
     "export-backbone": export_backbone,
+    "thresholds": thresholds,
     "demo": demo,
 }

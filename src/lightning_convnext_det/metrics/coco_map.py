@@ -10,7 +10,7 @@ one reaches the threshold is neither right nor wrong. COCO's crowd regions ignor
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_convnext_det.arguments import Range, check_arguments, check_class_names
 from lightning_convnext_det.errors import DivergenceError
-from lightning_convnext_det.metrics.matching import match_detections
+from lightning_convnext_det.metrics.matching import Matches, match_detections
 from lightning_convnext_det.metrics.thresholds import ClassThreshold, choose_thresholds
 from lightning_convnext_det.types import Detection, Target, image_id_of
 
@@ -78,7 +78,8 @@ class DetectionEvaluator:
     Attributes:
         names: of the twelve metrics, ``map`` ... ``mar_large``.
         undefined: why the metrics computed last are nan; None if ``map`` is a number.
-        thresholds: score thresholds of highest F1 at IoU 0.5 for the images computed last, in order of label.
+        thresholds: score thresholds of the classes for the images computed last, at IoU 0.5, in order of label.
+        choose: chooses them; by default those of highest F1.
     """
 
     def __init__(self, class_names: Sequence[str], max_detections: MaxDetections = 100) -> None:
@@ -89,6 +90,7 @@ class DetectionEvaluator:
         self.names = tuple(f"mar_{max_detections}" if name == "mar_100" else name for name in METRICS)
         self.undefined: str | None = None
         self.thresholds: list[ClassThreshold] = []
+        self.choose: Callable[[Matches], list[ClassThreshold]] = choose_thresholds
         self._records: dict[_Key, _Record] = {}
         self._has_warned = False
 
@@ -149,7 +151,7 @@ class DetectionEvaluator:
     def _choose_thresholds(self, records: dict[_Key, _Record]) -> list[ClassThreshold]:
         ordered = [records[key] for key in sorted(records)]
         detections, targets = [r.detection for r in ordered], [r.target for r in ordered]
-        return choose_thresholds(
+        return self.choose(
             match_detections(detections, targets, len(self.class_names), max_detections=self.max_detections)
         )
 
