@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_convnext_det.data.batch import Batch, PackedBatch, pack, unpack
 from lightning_convnext_det.data.dataset import ImageDataset
+from lightning_convnext_det.data.main_guard import check_main_guard
 from lightning_convnext_det.data.sampler import TrainingBatchSampler
 from lightning_convnext_det.data.seeding import SeededDataset
 from lightning_convnext_det.errors import DataError
@@ -59,6 +60,7 @@ class EvaluationLoader(DataLoader[object]):
 
         Raises:
             DataError: if an image cannot be read.
+            SystemExit: if workers would run the user's script again.
         """
         if len(self) > super().__len__():
             yield [], []
@@ -67,6 +69,8 @@ class EvaluationLoader(DataLoader[object]):
             yield self.unpack(batch)
 
     def _packed(self) -> Iterator[PackedBatch]:
+        if self.num_workers:
+            check_main_guard(self.multiprocessing_context)
         try:
             yield from super().__iter__()
         except DataError as error:
