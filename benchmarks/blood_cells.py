@@ -68,7 +68,7 @@ def train_classifier(crops: Path, out: Path, epochs: int) -> Path:
         "--data.scale=[0.5,1.0]", f"--trainer.max_epochs={epochs}", f"--trainer.default_root_dir={out}",
         "--trainer.enable_progress_bar=false", "--data.num_workers=0",
     ]  # fmt: skip
-    assert main(["fit", *arguments]) == 0
+    assert main(["fit", "--plan=false", *arguments]) == 0
     print("classifier", [round(v, 4) for v in read_metric(out, "val/top1")], flush=True)
     return checkpoint
 
@@ -78,7 +78,7 @@ def train_detector(root: Path, out: Path, seed: int, config: Path, arguments: li
     common += ["--data.num_workers=0", f"--seed_everything={seed}"]
     if not read_metric(out, METRICS[0]):
         start = time.process_time()
-        assert main(["fit", f"--config={config}", f"--data.seed={seed}", *common, *arguments]) == 0
+        assert main(["fit", "--plan=false", f"--config={config}", f"--data.seed={seed}", *common, *arguments]) == 0
         print(f"{out.name}: {time.process_time() - start:.0f} s of CPU for the training", flush=True)
         assert main(["test", f"--ckpt_path={out / 'version_0' / 'checkpoints' / 'last.ckpt'}", *common]) == 0
     return [read_metric(out, name)[-1] for name in METRICS]

@@ -51,7 +51,7 @@ def learn(root: Path, out: Path, detector: str, steps: int, seed: int) -> dict[s
     arguments = [*SMALL, *DETECTORS[detector], *(PROPOSALS if "RCNN" in detector else [])]
     status = main(
         [
-            "fit", f"--model={detector}", *arguments, "--model.lr=1e-3", "--model.warmup_steps=20",
+            "fit", "--plan=false", f"--model={detector}", *arguments, "--model.lr=1e-3", "--model.warmup_steps=20",
             "--model.schedule=cosine", f"--data.root={root}", "--data.num_workers=0", f"--data.seed={seed}",
             f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1",
             f"--trainer.check_val_every_n_epoch={steps // 2}", f"--trainer.default_root_dir={out}",

@@ -81,7 +81,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         torch.save({"model": original_state(num_queries=20)}, folder / f"cascade_mask_rcnn_convnext_{size}_3x.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        fit = ["fit", "--data.root=DIR", "--trainer.max_epochs=1", "--model.backbone=test_convnext", *RCNN, *QUIET]
+        fit = [
+            "fit",
+            "--plan=false",
+            "--data.root=DIR",
+            "--trainer.max_epochs=1",
+            "--model.backbone=test_convnext",
+            *RCNN,
+            *QUIET,
+        ]
         assert main(fit) == 0
         shutil.copy("runs/version_0/checkpoints/best.ckpt", "detector.ckpt")
         yield folder
@@ -162,7 +170,7 @@ def test_docs__files_they_name_exist(document: Path) -> None:
     for path in re.findall(r"`((?:configs|benchmarks|notebooks|docs|tests)/[\w./]+)", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(
-        r"`((?:cli|inference|modules|callbacks|convert|models|data|checkpoints|metrics|ops)/[\w./]*)", text
+        r"`((?:cli|planning|inference|modules|callbacks|convert|models|data|checkpoints|metrics|ops)/[\w./]*)", text
     ):
         assert (ROOT / "src" / "lightning_convnext_det" / path).exists(), path
 

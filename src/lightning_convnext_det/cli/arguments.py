@@ -18,6 +18,7 @@ import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_convnext_det.checkpoints.format import is_own
+from lightning_convnext_det.cli.given import names_in_file, names_on_command_line
 from lightning_convnext_det.cli.messages import shorten_refusal
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
@@ -51,6 +52,7 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser: sets its defaults by `Choices`, and names the closest argument to an unknown one."""
 
     set_defaults_by: Callable[["Parser", Choices], None] | None = None
+    plan_by: Callable[["Parser", jsonargparse.Namespace, set[str]], bool] | None = None
     subcommand: str | None = None  # jsonargparse sets it
 
     def add_class_arguments(self, theclass: type, *arguments: Any, **options: Any) -> list[str]:
@@ -84,13 +86,27 @@ class Parser(LightningArgumentParser):
             self.set_defaults_by(self, self._choices(files, flags, namespace))
             args = [*(f"--config={file}" for file in files), *flags]
         parsed: jsonargparse.Namespace = super().parse_args(args, namespace, **options)
+        if self.plan_by is not None and args is not None and self.plan_by(self, parsed, self._given(args, namespace)):
+            parsed = super().parse_args(args, namespace, **options)  # with the plan as defaults
         return parsed
 
-    def _choices(self, files: Sequence[str], flags: Sequence[str], namespace: jsonargparse.Namespace | None) -> Choices:
+    def _given(self, args: Sequence[str], namespace: jsonargparse.Namespace | None) -> set[str]:
+        """Names of the settings that the user has given, wherever arguments are read."""
+        files, flags = _split(args, {"--config": "config"})
+        reader = self._reader()
+        sources: list[Mapping[str, Any]] = [reader.read([]), {} if namespace is None else namespace.as_dict()]
+        sources += [reader.read([f"--config={file}"], env=False) for file in files.get("config", [])]
+        return names_on_command_line(flags).union(*map(names_in_file, sources))
+
+    def _reader(self) -> "_Reader":
         reader = _Reader(exit_on_error=False, env_prefix=self.env_prefix, default_env=self.default_env)
         reader.add_argument("--config", action=jsonargparse.ActionConfigFile)  # type: ignore[attr-defined]  # not in __all__
-        for name in ("model", "data", "ckpt_path", "start_from"):
+        for name in ("model", "data", "trainer", "ckpt_path", "start_from"):
             reader.add_argument(f"--{name}")
+        return reader
+
+    def _choices(self, files: Sequence[str], flags: Sequence[str], namespace: jsonargparse.Namespace | None) -> Choices:
+        reader = self._reader()
         known = {f"--{name}": name for name in ("model", "data", "ckpt_path", "start_from")}
         known |= {f"--{name}.class_path": name for name in ("model", "data")}
         given = {name: values[-1] for name, values in _split(flags, known)[0].items()}

@@ -8,6 +8,7 @@ TRAINER = {
 }
 TOOLS = {
     "check": "list every invalid annotation of a dataset",
+    "plan": "print what fit would set by itself for a dataset, and why",
     "models": "print size, cost and published accuracy of backbones and detectors",
     "import-weights": "convert third-party weights to a checkpoint",
     "export-backbone": "save a detector's backbone as weights for timm",

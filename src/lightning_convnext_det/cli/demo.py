@@ -61,7 +61,7 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
     trained = f"--ckpt_path={checkpoint}"
     images, output = f"--data.predict={folder / 'data' / 'test'}", f"--output.folder={folder / 'predictions'}"
     commands = [
-        ["fit", data, *NETWORK, *TRAINING, *runs, *fit],
+        ["fit", "--plan=false", data, *NETWORK, *TRAINING, *runs, *fit],
         ["test", data, trained, *runs],
         ["predict", images, trained, output, *runs],
     ]

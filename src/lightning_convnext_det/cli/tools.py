@@ -61,6 +61,13 @@ def check(arguments: Sequence[str], run: Command) -> int:
     return 0 if report.clean else 3
 
 
+def plan(arguments: Sequence[str], run: Command) -> int:
+    """Print what fit would set by itself for a dataset, and why."""
+    from lightning_convnext_det.cli.plan import print_plan
+
+    return print_plan(arguments)
+
+
 def demo(arguments: Sequence[str], run: Command) -> int:
     """Train a detector on synthetic images and draw what it finds."""
     from lightning_convnext_det.cli.demo import run_demo
@@ -160,6 +167,7 @@ def _create_parser(command: str, description: str | None = None) -> argparse.Arg
 
 TOOLS: dict[str, Callable[[Sequence[str], Command], int]] = {
     "check": check,
+    "plan": plan,
     "models": models,
     "import-weights": import_weights_tool,
     "export-backbone": export_backbone,

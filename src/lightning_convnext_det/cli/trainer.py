@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,12 +22,15 @@ from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.classification_writer import ClassificationWriter
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+from lightning_convnext_det.callbacks.time_budget import TimeBudget
 from lightning_convnext_det.checkpoints.build_module import check_writer, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.format import FORMAT
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
+from lightning_convnext_det.cli.given import parse_duration
 from lightning_convnext_det.cli.inference import add_inference_arguments, add_to_inference, size_training_tiles
 from lightning_convnext_det.cli.messages import is_raised_in, one_line
+from lightning_convnext_det.cli.planning import TrainingPlanner
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, UserError
@@ -55,7 +59,8 @@ class DetectionCLI(LightningCLI):
     The command line wins over configuration files, which win over the checkpoint given by ``--ckpt_path``.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], only_plan: bool = False) -> None:
+        self._planner = TrainingPlanner(only_plan)
         self._start: str | None = None
         self._checkpoint: dict[str, Any] | None = None  # that of --ckpt_path or --start_from
         self._kind: type[LightningModule] = FasterRCNNModule
@@ -93,13 +98,22 @@ class DetectionCLI(LightningCLI):
             help="fit: start from the network and the weights of this checkpoint; its classes may be others",
         )
         add_inference_arguments(parser)
+        parser.add_argument(
+            "--plan",
+            type=bool,
+            default=True,
+            help="fit: choose what is not given by the data and the machine: resolution, anchors, batch, schedule ...",
+        )
+        parser.add_argument(
+            "--time", type=str | None, default=None, help="fit: wanted length of the training, as 30m or 1h30m"
+        )
         for name in _LINKED:  # a linked argument is not required
             parser.link_arguments(
                 "data", f"model.init_args.{name}", lambda data, name=name: self._classes(name, data), "instantiate"
             )
         for base in (TrainableModule, LightningDataModule):
             parser.add_instantiator(_construct, base)
-        parser.set_defaults_by = self._set_defaults
+        parser.set_defaults_by, parser.plan_by = self._set_defaults, self._plan
         self._set_class_defaults(parser, FasterRCNNModule, DetectionDataModule)
 
     def _set_defaults(self, parser: Parser, choices: Choices) -> None:
@@ -122,6 +136,21 @@ class DetectionCLI(LightningCLI):
         data = ImageFolderDataModule if issubclass(self._kind, ClassifierModule) else DetectionDataModule
         self._set_class_defaults(parser, self._kind, _find_class(choices.data, _DATA) or data, options)
 
+    def _plan(self, parser: Parser, config: Namespace, names: set[str]) -> bool:
+        """Make the plan of a fit the defaults of its parser; False where there is no plan."""
+        if parser.subcommand != "fit" or not config["plan"] or config["ckpt_path"] is not None:
+            return False
+        trained = {} if self._checkpoint is None else self._checkpoint["hyper_parameters"]
+        options = {k: v for k, v in trained.items() if k not in _LINKED}
+        made = self._planner.plan(self._kind, config, names, options)
+        if made is None:
+            return False
+        self._set_class_defaults(
+            parser, self._kind, DetectionDataModule, options | made.chosen("model"), made.chosen("data")
+        )
+        parser.set_defaults({f"trainer.{name}": value for name, value in made.chosen("trainer").items()})
+        return True
+
     def _checkpoint_to_start_from(self, subcommand: str, choices: Choices) -> str | None:
         """The checkpoint of ``--start_from``; one in a configuration file counts for the first part of a training."""
         continues = subcommand != "fit" or choices.ckpt_path is not None
@@ -135,11 +164,12 @@ class DetectionCLI(LightningCLI):
         model: type[LightningModule],
         data: type[LightningDataModule],
         options: Mapping[str, Any] | None = None,
+        data_options: Mapping[str, Any] | None = None,
     ) -> None:
         parser.set_defaults(
             {
                 "model": {"class_path": _path_of(model), "init_args": dict(options or {})},
-                "data": {"class_path": _path_of(data)},
+                "data": {"class_path": _path_of(data), "init_args": dict(data_options or {})},
             }
         )
 
@@ -173,8 +203,10 @@ class DetectionCLI(LightningCLI):
             self.save_config_callback = None
 
     def after_instantiate_classes(self) -> None:
-        """Take the weights of ``--start_from``, and put windows, views and other detectors around the model's."""
+        """Take the weights of ``--start_from`` and the plan's splits, put windows, views and detectors around."""
         add_to_inference(self.model, self.config[self.subcommand], self.datamodule, str(self.subcommand))
+        if isinstance(self.datamodule, DetectionDataModule):
+            self._planner.share_splits(self.datamodule, self.config[self.subcommand]["data"]["init_args"])
         if self._start is not None and self._checkpoint is not None:
             new = take_weights(self.model, self._checkpoint, self._start)
             kept = len(self.model.state_dict()) - len(new)
@@ -224,6 +256,8 @@ class DetectionCLI(LightningCLI):
             config["logger"] = _loggers(Path(config["default_root_dir"])) if not predict else False
         if fit and config["logger"] and not config.get("fast_dev_run"):
             own.append(LearningRateMonitor("step"))
+        if fit and self.config["fit"]["time"] is not None:
+            own.append(TimeBudget(parse_duration(self.config["fit"]["time"])))
         for callback in own:
             if isinstance(callback, ModelCheckpoint) and not self._validates(config):
                 callback.monitor = None  # nothing is measured: the last checkpoint is the best one

@@ -211,6 +211,10 @@ class DetectionDataModule(LoadingDataModule):
         """
         return self._reader.annotations(stage)
 
+    def take_splits(self, other: "DetectionDataModule") -> None:
+        """Take the splits that a data module of the same arguments has read."""
+        self._reader = other._reader
+
     def setup(self, stage: str) -> None:
         """Read the splits of a stage, so that all problems are reported before the first step.
 

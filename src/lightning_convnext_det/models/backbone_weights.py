@@ -98,6 +98,37 @@ def _silence(url: str) -> str | None:
     return reasons[0] if reasons else f"no answer within {_PATIENCE:g} seconds"
 
 
+# licences of timm's weights that let anyone use them for anything, also commercially
+_FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
+
+
+def has_pretrained(name: str) -> bool:
+    """Whether timm has pretrained weights of a network, by its name with or without their tag."""
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and config.has_weights
+
+
+def find_licence(name: str) -> str | None:
+    """The licence of timm's pretrained weights of a network; None where timm names none.
+
+    >>> find_licence("convnext_tiny"), find_licence("convnextv2_atto")
+    ('apache-2.0', 'cc-by-nc-4.0')
+    """
+    config = timm.get_pretrained_cfg(name)
+    return None if config is None or config.license in (None, "unknown") else str(config.license)
+
+
+def is_commercial(licence: str | None) -> bool:
+    """Whether a licence is known to allow commercial use without conditions on it."""
+    return licence in _FREE
+
+
+def missing_weights(name: str) -> str | None:
+    """Reason why the pretrained weights of a network cannot be had; None if they are in the cache or can be fetched."""
+    config = timm.get_pretrained_cfg(name)
+    return "timm has none" if config is None or not config.has_weights else _missing_network(config)
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file without running code.
 

@@ -34,6 +34,7 @@ class TrainableModule(ReliableModule):
     default_backbone_lr_factor = 1.0
     default_gradient_clip: float | None = None
     monitor = "val/map"  # the metric by which the best checkpoint is chosen
+    total_steps: float | None = None  # of the training, where it is decided while it runs (TimeBudget)
     _layers: Layers | None = None
 
     @property
@@ -153,13 +154,14 @@ class TrainableModule(ReliableModule):
 
     def _learning_rate_factor(self) -> Callable[[int], float]:
         options: dict[str, Any] = dict(self.hparams)
-        total = self.trainer.estimated_stepping_batches
+        estimated = self.trainer.estimated_stepping_batches
         milestones = options["milestones"] or []
         steps_per_epoch = self._steps_per_epoch() if milestones else 0
         drops = [epoch * steps_per_epoch for epoch in milestones]
-        warmup = min(options["warmup_steps"], total / 10)
 
         def factor(step: int) -> float:
+            total = self.total_steps or estimated
+            warmup = min(options["warmup_steps"], total / 10)
             if step < warmup:
                 return float((step + 1) / (warmup + 1))
             if options["schedule"] == "step":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_convnext_det.callbacks.divergence import check_weights
 from lightning_convnext_det.callbacks.exact_resume import ExactResume
+from lightning_convnext_det.callbacks.final_validation import FinalValidation
 from lightning_convnext_det.callbacks.run_guard import RunGuard
 from lightning_convnext_det.callbacks.training_mode import TrainingMode
 from lightning_convnext_det.checkpoints.build_module import build_module
@@ -46,9 +47,9 @@ class ReliableModule(pl.LightningModule):
     # ---- runs
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guard the run, train in training mode, and seed each step."""
+        """Guard the run, train in training mode, seed each step, and validate after the last one."""
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
-        kinds = (ExactResume, TrainingMode, RunGuard)
+        kinds = (ExactResume, TrainingMode, FinalValidation, RunGuard)
         return [kind() for kind in kinds if not any(isinstance(c, kind) for c in callbacks)]
 
     def setup(self, stage: str) -> None:

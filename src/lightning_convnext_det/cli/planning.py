@@ -1,0 +1,93 @@
+"""The plan that ``fit`` follows: made when the arguments are parsed, and given to the parser as defaults."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_convnext_det.cli.given import find_given
+from lightning_convnext_det.data.datamodule import DetectionDataModule
+from lightning_convnext_det.data.fingerprint import take_fingerprint
+from lightning_convnext_det.errors import WeightsError
+from lightning_convnext_det.models.backbone_weights import missing_weights
+from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
+from lightning_convnext_det.modules.registry import DETECTORS
+from lightning_convnext_det.planning.draft import Plan
+from lightning_convnext_det.planning.machine import find_machine
+from lightning_convnext_det.planning.plan import plan
+
+
+class PlanPrintedError(Exception):
+    """Ends the command ``plan`` when the plan is printed, before anything is built for training."""
+
+
+class TrainingPlanner:
+    """Plans the trainings of a command line, and keeps the data module whose splits it has read.
+
+    Args:
+        only_plan: stop when the plan is printed.
+    """
+
+    def __init__(self, only_plan: bool = False) -> None:
+        self.only_plan = only_plan
+        self.data: DetectionDataModule | None = None
+        self._data_arguments: dict[str, Any] = {}
+
+    def plan(
+        self, kind: type[LightningModule], config: jsonargparse.Namespace, names: set[str], trained: Mapping[str, Any]
+    ) -> Plan | None:
+        """Make and print the plan of a fit; None where there is none, as for a module or data of the user's own.
+
+        Args:
+            kind: class of the module.
+            config: all arguments, parsed without a plan.
+            names: the settings that the user has given, such as ``model.lr``.
+            trained: arguments of the network that the training starts from; they count as given.
+
+        Raises:
+            WeightsError: if the pretrained weights that are planned cannot be had.
+        """
+        arguments = config["data"].as_dict().get("init_args") or {}
+        own = kind in DETECTORS.values() and config["data"]["class_path"].endswith(f".{DetectionDataModule.__name__}")
+        if not own or not (arguments.get("root") or arguments.get("train")) or arguments.get("datasets"):
+            return None
+        given = {f"model.{name}": value for name, value in trained.items()} | find_given(names, config.as_dict())
+        self.data, self._data_arguments = DetectionDataModule(**arguments), arguments
+        made = self._make(kind, self.data, given, config["trainer"].as_dict())
+        rank_zero_only(made.print)()
+        if self.only_plan:
+            raise PlanPrintedError(made.refusal or "")
+        if made.refusal is not None:
+            raise WeightsError(f"[LCD-W001] {made.refusal}")
+        return made
+
+    def share_splits(self, data: DetectionDataModule, arguments: Mapping[str, Any]) -> None:
+        """Spare a data module of the same arguments reading the splits once more."""
+        same = {name: value for name, value in self._data_arguments.items() if name in SPLITS}
+        if self.data is not None and same == {name: value for name, value in arguments.items() if name in SPLITS}:
+            data.take_splits(self.data)
+
+    @staticmethod
+    def _make(
+        kind: type[LightningModule], data: DetectionDataModule, given: Mapping[str, Any], trainer: Mapping[str, Any]
+    ) -> Plan:
+        train, val = data.annotations("train"), data.annotations("val")
+        assert train is not None
+        machine = find_machine(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
+        return plan(
+            take_fingerprint(train),
+            machine,
+            given,
+            images_to_validate=0 if val is None or trainer.get("limit_val_batches") == 0 else len(val),
+            kind="detr" if issubclass(kind, DeformableDETRModule) else "rcnn",
+            missing_weights=missing_weights,
+        )
+
+
+# the arguments that decide which annotations a data module reads
+SPLITS = (
+    "root", "format", "train", "val", "test", "train_images", "val_images", "test_images", "val_fraction", "seed",
+    "class_names", "classes", "invalid_annotations", "max_pixels", "exif", "train_on_difficult",
+)  # fmt: skip
