@@ -207,3 +207,13 @@ def test_classifier__is_copied_and_saved_whole(tmp_path: Path) -> None:
 
 def test_classifier__takes_images_of_another_device() -> None:
     assert create_classifier("test_convnext").to("meta")(torch.zeros(1, 3, 64, 64)).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_classifier__weights_of_another_precision(dtype: torch.dtype) -> None:
+    classifier = create_classifier("test_convnext", num_classes=3).to(dtype).eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, reference = classifier(images), copy.deepcopy(classifier).float()(images)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), reference, atol=2e-2, rtol=2e-2)

@@ -194,6 +194,21 @@ def test_detector__whole_object_saved_copied_pickled(
     other.train()(list(IMAGES), TARGETS)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float64, 1e-5)], ids=str
+)
+def test_detector__weights_of_another_precision(
+    build: Callable[..., nn.Module], dtype: torch.dtype, tolerance: float
+) -> None:
+    detector = build().to(dtype)
+    reference = copy.deepcopy(detector).float()  # of the same, rounded weights
+    for one, other in zip(detect(detector, IMAGES), detect(reference, IMAGES), strict=True):
+        assert (one["boxes"].dtype, one["scores"].dtype) == (torch.float32, torch.float32)
+        torch.testing.assert_close(one["scores"][:5], other["scores"][:5], atol=tolerance, rtol=0)
+    losses = detector.train()(list(IMAGES), TARGETS)
+    assert all(loss.dtype in (torch.float32, dtype) and loss.isfinite() for loss in losses.values())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_detector__moves_images_and_targets_to_its_device(build: Callable[..., nn.Module]) -> None:
     detector = build().cuda()

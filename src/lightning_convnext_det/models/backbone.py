@@ -141,6 +141,9 @@ class TimmPyramid(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps, finest first, of normalised images [B, in_chans, H, W]."""
+        weight = next(self.net.parameters(), images)
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            images = images.to(weight.dtype)  # after double()
         # ConvNeXt floors odd sizes, the FPN then cannot add levels
         images = pad_to_multiple(images, self.strides[-1]).contiguous(memory_format=self.memory_format)
         with _in_evaluation_mode(_frozen_modules(self.net) if self.training else ()):

@@ -110,7 +110,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [B, num_classes] of images [B, C, H, W], uint8 or float in 0..1."""
-        logits: Tensor = self.net(self.normalize(images.to(_device(self))))
+        weight = next(self.net.parameters())
+        logits: Tensor = self.net(self.normalize(images.to(weight.device)).to(weight.dtype))
         return logits
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from lightning_convnext_det.models.selection import Selection, SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.models.tensor_detections import join_detections, keep_first, split_detections
 from lightning_convnext_det.ops.nms import NMSMethod
+from lightning_convnext_det.ops.precision import weight_precision
 from lightning_convnext_det.types import Detection, Target, TensorDetections
 
 
@@ -249,7 +250,8 @@ class DeformableDETR(SelectsDetections, nn.Module):
         # where the images are: an XLA device would compile again for each number of objects
         prepared = prepare_targets(images, targets, self.num_classes, images[0].device if len(images) else device)
         batch, sizes, moved = self.transform(images, prepared)
-        outputs = self.predict(batch.to(device), sizes)
+        with weight_precision(self.levels.embedding):
+            outputs = self.predict(batch.to(device), sizes)
         boxes = [_normalize(t["boxes"], size) for t, size in zip(moved, sizes, strict=True)]
         objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple).to(device)
         losses: dict[str, Tensor] = self.criterion(outputs.decoder, objects, outputs.proposals)
@@ -268,7 +270,9 @@ class DeformableDETR(SelectsDetections, nn.Module):
             frames: groups of images that do not share their padding, see `PyramidLevels.place` (default: the batch is
                 one group, so that the padding of an image has a little influence on its detections).
         """
-        return self.select(self._run(self.levels(self.backbone, images, sizes, frames)), images, sizes)
+        with weight_precision(self.levels.embedding):
+            outputs = self._run(self.levels(self.backbone, images, sizes, frames))
+        return self.select(outputs, images, sizes)
 
     def predict(self, batch: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Outputs:
         """Run backbone, encoder and decoder on a batch.
@@ -306,7 +310,7 @@ class DeformableDETR(SelectsDetections, nn.Module):
             batch: the images, of which only the shape counts.
             sizes: (height, width) of every image without its padding, int64 [B, 2]; None if no image is padded.
         """
-        logits, boxes = outputs.decoder.logits[-1], outputs.decoder.boxes[-1]
+        logits, boxes = outputs.decoder.logits[-1].float(), outputs.decoder.boxes[-1].float()
         best = min(self.detections_per_image, logits.shape[1] * logits.shape[2])
         scores = logits.sigmoid()  # [B, Q, C]
         if outputs.usable is not None:

@@ -26,9 +26,14 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def apply_in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
-    """Run a head in the precision of its weights under autocast: bfloat16 steps are 4 pixels wide above 512."""
+    """Run a head in float32, or in the wider precision of its weights: bfloat16 steps are 4 pixels wide above 512."""
+    dtype = next(head.parameters()).dtype
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # torch has no autocast for meta
-        y: Tensor = head(x.to(next(head.parameters()).dtype))
+        if dtype in (torch.float16, torch.bfloat16):
+            weights = {name: weight.float() for name, weight in head.named_parameters()}
+            y: Tensor = torch.func.functional_call(head, weights, (x.float(),))
+        else:
+            y = head(x.to(dtype))
     return y
 
 

@@ -30,6 +30,7 @@ from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwo
 from lightning_convnext_det.models.selection import Selection, SelectsDetections, split_detections
 from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.ops.nms import NMSMethod
+from lightning_convnext_det.ops.precision import weight_precision
 from lightning_convnext_det.ops.tracing import is_recording
 from lightning_convnext_det.types import Detection, Target, TensorDetections
 
@@ -211,10 +212,11 @@ class FasterRCNN(SelectsDetections, nn.Module):
             found = split_detections(self.forward_tensors(batch, sizes))
             return self.transform.restore(found, shapes, [(x.shape[-2], x.shape[-1]) for x in images])
         shifted: list[Target] = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in moved]
-        features = self.backbone(batch)
-        proposals, losses = self.rpn(features, (batch.shape[-2], batch.shape[-1]), sizes, shifted)
-        boxes = [own[:count] for own, count in zip(proposals.boxes, proposals.count.tolist(), strict=True)]
-        return {**losses, **self.roi_heads(features, boxes, shapes, shifted)}
+        with weight_precision(self.rpn.head.cls_logits.weight):
+            features = self.backbone(batch)
+            proposals, losses = self.rpn(features, (batch.shape[-2], batch.shape[-1]), sizes, shifted)
+            boxes = [own[:count] for own, count in zip(proposals.boxes, proposals.count.tolist(), strict=True)]
+            return {**losses, **self.roi_heads(features, boxes, shapes, shifted)}
 
     def forward_tensors(self, images: Tensor, sizes: Tensor | None = None) -> TensorDetections:
         """Detect objects in a batch that `ImageTransform` has made, with results of fixed shape; for evaluation mode.
@@ -238,9 +240,10 @@ class FasterRCNN(SelectsDetections, nn.Module):
             sizes = torch.stack(
                 [torch.full((images.shape[0],), side, device=images.device) for side in (height, width)], 1
             )
-        features = self.backbone(images)
-        proposals, _ = self.rpn(features, (height, width), sizes)
-        return self.roi_heads.detect(features, _as_regions(proposals, height, sizes))
+        with weight_precision(self.rpn.head.cls_logits.weight):
+            features = self.backbone(images)
+            proposals, _ = self.rpn(features, (height, width), sizes)
+            return self.roi_heads.detect(features, _as_regions(proposals, height, sizes))
 
 
 def _as_regions(proposals: Proposals, padded_height: int, sizes: Tensor) -> Regions:
