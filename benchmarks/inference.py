@@ -19,25 +19,53 @@ from lightning_convnext_det import DetectionDataModule, load_module
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
 from lightning_convnext_det.metrics.matching import match_detections
 from lightning_convnext_det.models.fused import FusedDetector, augment_detector
+from lightning_convnext_det.models.views import View, ViewDetector, parse_views
 from lightning_convnext_det.types import Detection, Target
 
 Samples = list[tuple[Tensor, Target]]
 SHRUNK = 0.3
 WIDTH, HEIGHT = 4000, 2000
-TTA = ("flip", "flip,scales=0.8:1.0:1.25", "scales=0.8:1.0:1.25")
+TILINGS = ((144, "nmm"), (144, "nms"), (144, "wbf"), (240, "nmm"))
+VIEWS = parse_views("flip,scales=0.8:1.0:1.25")
+FLIPS = parse_views("flip")
 
 
-def metrics(detector: nn.Module, samples: Samples, names: list[str]) -> str:
-    evaluator = DetectionEvaluator(names)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for image, target in samples:
-            evaluator.update(detector([image]), [target])
-    seconds = (time.perf_counter() - start) / len(samples)
+class Recorded(nn.Module):
+    """Gives the detections of a view again, one image after the other, so that each is computed once."""
+
+    def __init__(self, detections: list[Detection]) -> None:
+        super().__init__()
+        self.detections, self.position = detections, -1
+
+    def forward(self, images: list[Tensor]) -> list[Detection]:
+        self.position = (self.position + 1) % len(self.detections)
+        return [self.detections[self.position]]
+
+
+def metrics(detectors: list[nn.Module], samples: Samples, names: list[str]) -> str:
+    evaluator, fused = DetectionEvaluator(names), FusedDetector(detectors)
+    for image, target in samples:
+        evaluator.update(fused([image]), [target])
     found = evaluator.compute()
-    return (
-        f"{100 * found['map']:.2f} | {100 * found['map_50']:.2f} | {100 * found['map_75']:.2f} | {1000 * seconds:.0f}"
-    )
+    return " | ".join(f"{100 * found[name]:.2f}" for name in ("map", "map_50", "map_75"))
+
+
+def compare(detectors: list[nn.Module], samples: Samples, names: list[str]) -> None:
+    """Print the AP of each detector and of all together, in one view and in several."""
+    seen: list[dict[View, Recorded]] = []
+    print("| detector | AP | AP50 | AP75 |\n|---|---|---|---|")
+    for number, detector in enumerate(detectors, 1):
+        seen.append({})
+        for view in VIEWS:
+            looking = ViewDetector(detector, view)
+            with torch.inference_mode():
+                seen[-1][view] = Recorded([looking([image])[0] for image, _ in samples])
+        for views in ([View()], FLIPS, VIEWS):
+            row = metrics([seen[-1][view] for view in views], samples, names)
+            print(f"| seed {number}, {len(views)} views | {row} |", flush=True)
+    for views in ([View()], FLIPS, VIEWS):
+        row = metrics([of_one[view] for of_one in seen for view in views], samples, names)
+        print(f"| ensemble, {len(views)} views | {row} |", flush=True)
 
 
 def canvas(samples: Samples) -> tuple[Tensor, Target]:
@@ -80,28 +108,21 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--images", type=int, default=None, help="test images to use (default: all)")
     parser.add_argument("--drawing", default=None, help="PNG of a part of the large image with boxes")
+    parser.add_argument("--only_tiles", action="store_true", help="leave out the comparison of AP")
     given = parser.parse_args()
     modules = [load_module(path) for path in given.checkpoints]
     data = DetectionDataModule(given.root, num_workers=0, batch_size=1)
     samples = [(batch[0][0], batch[1][0]) for batch in data.test_dataloader()][: given.images]
     names, detectors = modules[0].class_names, [module.detector for module in modules]
-    print(f"{len(samples)} test images\n\n| detector | AP | AP50 | AP75 | ms per image |\n|---|---|---|---|---|")
-    for i, detector in enumerate(detectors, 1):
-        for tta in (None, *TTA):
-            print(
-                f"| seed {i}, tta {tta} | {metrics(augment_detector(detector, tta=tta), samples, names)} |", flush=True
-            )
-    ensemble = FusedDetector(detectors)
-    print(f"| ensemble | {metrics(ensemble, samples, names)} |", flush=True)
-    print(f"| ensemble, tta flip | {metrics(augment_detector(ensemble, tta='flip'), samples, names)} |", flush=True)
+    if not given.only_tiles:
+        print(f"{len(samples)} test images\n")
+        compare(detectors, samples, names)
 
     image, target = canvas(samples)
     print(f"\n{WIDTH} x {HEIGHT} pixels, {len(target['boxes'])} objects, scores from 0.3")
     print("\n| tiles | recall | precision | detections | seconds |\n|---|---|---|---|---|")
-    for options in (
-        {},
-        *({"tiles": t, "tile_merge": m} for t, m in ((144, "nmm"), (144, "nms"), (144, "wbf"), (240, "nmm"))),
-    ):
+    tilings = [{"tiles": side, "tile_merge": merge} for side, merge in TILINGS]
+    for options in [{}, *tilings]:
         start = time.perf_counter()
         with torch.inference_mode():
             found = augment_detector(detectors[0], **options, batch_size=16)([image])[0]

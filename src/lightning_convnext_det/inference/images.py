@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
+from lightning_convnext_det.data.io.video import FrameReader, parse_frame_name
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.models.image_transform import OVERSHOOT
 
@@ -18,19 +19,21 @@ ImageSource = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32]
 """A file, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
 
 
-def read_source(image: object, name: str) -> Tensor:
+def read_source(image: object, name: str, frames: FrameReader | None = None) -> Tensor:
     """The pixels of an image, uint8 or float32 in 0..1, [3, H, W].
 
     Args:
         image: an `ImageSource`.
         name: what messages call it.
+        frames: reads frames of videos, ``clip.mp4#000123``; one reader decodes a video once (default: a new one).
 
     Raises:
         DataError: if it cannot be read, or its shape or pixels are not those of an RGB image.
         TypeError: if it is not an image.
     """
     if isinstance(image, str | Path):
-        return read_image(image)
+        frame = parse_frame_name(image)
+        return read_image(image) if frame is None else (frames or FrameReader()).read(*frame)
     if isinstance(image, Image.Image):
         pixels = to_rgb_tensor(image, name=name)
     elif isinstance(image, np.ndarray):

@@ -1,27 +1,38 @@
-"""Inference on single images and lists."""
+"""Inference on images, lists, folders and videos; with windows, test-time augmentation and ensembles."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self, cast, overload
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
 from lightning_convnext_det.errors import ArgumentError, DivergenceError
 from lightning_convnext_det.inference.images import ImageSource, read_source
 from lightning_convnext_det.inference.prediction import Prediction
+from lightning_convnext_det.inference.sources import (
+    SourceImage,
+    check_is_one,
+    list_sources,
+    progress_bar,
+    read_batches,
+)
+from lightning_convnext_det.models.fused import FusedDetector, augment_detector
+from lightning_convnext_det.models.tiling import Overlap
 from lightning_convnext_det.modules import load_module
+from lightning_convnext_det.modules.registry import load_members
 from lightning_convnext_det.ops.nms import NMSMethod
+from lightning_convnext_det.ops.window_merging import TileMerge
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection
 from lightning_convnext_det.visualization import SCORE_THRESHOLD
 
 
 class Predictor:
-    """Finds objects in an image or a list of images.
+    """Finds objects in an image, in a list of images, or in folders and videos of any length (`stream`).
 
     An image is a path, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W], uint8 or floats in 0..1; the
     result is a `Prediction` whose boxes are corners (x1, y1, x2, y2) in pixels of that image.
@@ -50,6 +61,11 @@ class Predictor:
         nms: kind of NMS: ``hard``, ``soft`` or ``none`` (default: the detector's own).
         score_thresholds: the best threshold of each class in order of label, as modules have them after a training;
             None stands for 0.3.
+        tiles: find objects in windows of this side in pixels, and in the whole image (default: no windows).
+        tile_overlap: share of a window that the next one covers at least.
+        tile_merge: box of an object that several windows see: ``nmm``, ``nms`` or ``wbf``, see `merge_windows`.
+        tta: fuse the detections in several views of each image, e.g. ``flip,scales=0.8:1.0:1.25`` (default: one view).
+        progress: show a progress bar for more than 20 images, where standard error is a terminal.
 
     Raises:
         ValueError: if names and ids do not fit the detector or each other, or a number is out of range.
@@ -68,6 +84,11 @@ class Predictor:
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
         nms: NMSMethod | None = None,
         score_thresholds: Sequence[Fraction | None] | None = None,
+        tiles: Count | None = None,
+        tile_overlap: Overlap = 0.2,
+        tile_merge: TileMerge = "nmm",
+        tta: str | None = None,
+        progress: bool = True,
     ) -> None:
         check_arguments(Predictor.__init__, locals())
         check_class_names(class_names)
@@ -84,39 +105,55 @@ class Predictor:
         self._kept = torch.tensor([self._label(name) for name in self.classes], dtype=torch.int64)
         self.batch_size = batch_size
         self.precision = precision
+        self.tiles, self.tile_overlap, self.tile_merge, self.tta = tiles, tile_overlap, tile_merge, tta
+        self.progress = progress
+        self._augmented()  # refuses views that cannot be read
 
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         device: str | torch.device = "auto",
         score_threshold: float | Literal["best"] | None = None,
         classes: Sequence[str] | None = None,
         batch_size: int = 8,
         precision: Literal["32-true", "bf16-mixed"] = "32-true",
         nms: NMSMethod | None = None,
+        tiles: int | None = None,
+        tile_overlap: float = 0.2,
+        tile_merge: TileMerge = "nmm",
+        tta: str | None = None,
+        progress: bool = True,
     ) -> Self:
         """Load the detector, its classes and their ids from a checkpoint of this package; needs no network or dataset.
 
         Args:
-            path: a local file.
+            path: a local file; several are an ensemble, whose detections are fused. Their classes must be the same.
             device: where to compute; ``auto`` is a CUDA device if there is one, else the CPU.
             score_threshold: leave out boxes with a lower score; ``best`` leaves out those below the threshold of their
-                class that the checkpoint holds. The detector's own threshold applies before.
+                class that the checkpoint holds, which are not those of fused scores (``tta``, an ensemble). The
+                detector's own threshold applies before.
             classes: names of the classes to keep (default: all).
             batch_size: images that go through the network at once.
             precision: ``32-true`` or ``bf16-mixed``.
             nms: kind of NMS: ``hard``, ``soft`` or ``none`` (default: as in the checkpoint).
+            tiles: find objects in windows of this side in pixels, and in the whole image (default: no windows).
+            tile_overlap: share of a window that the next one covers at least.
+            tile_merge: box of an object that several windows see: ``nmm``, ``nms`` or ``wbf``.
+            tta: fuse the detections in several views of each image, e.g. ``flip,scales=0.8:1.0:1.25``.
+            progress: show a progress bar for more than 20 images, where standard error is a terminal.
 
         Raises:
             CheckpointError: if the file is missing, damaged or not of this package.
             ValueError: if another argument cannot be used.
             DivergenceError: if a weight is not finite.
         """
-        module = load_module(path)
-        place = _device(device)
+        first, *others = [path] if isinstance(path, str | Path) else path
+        module, place = load_module(first), _device(device)
+        members = load_members(others, module.class_names)
+        detector = FusedDetector([module.detector, *members]) if members else module.detector
         return cls(
-            module.detector.to(place),
+            detector.to(place),
             module.class_names,
             module.category_ids,
             device=place,
@@ -125,7 +162,12 @@ class Predictor:
             batch_size=batch_size,
             precision=precision,
             nms=nms,
-            score_thresholds=module.score_thresholds,
+            score_thresholds=None if members or tta else module.score_thresholds,
+            tiles=tiles,
+            tile_overlap=tile_overlap,
+            tile_merge=tile_merge,
+            tta=tta,
+            progress=progress,
         )
 
     @overload
@@ -137,7 +179,8 @@ class Predictor:
 
         Args:
             images: files and Pillow images are turned upright by their EXIF orientation; arrays [H, W, 3] are RGB
-                (OpenCV reads BGR: reverse the last axis); tensors are [3, H, W]; both uint8 or floats in 0..1.
+                (OpenCV reads BGR: reverse the last axis); tensors are [3, H, W]; both uint8 or floats in 0..1. In a
+                list, paths may also name folders, patterns, ``.txt`` lists and videos, see `stream`.
 
         Returns:
             For an image a `Prediction`, for a list a list. Boxes are in pixels of the upright image.
@@ -145,14 +188,34 @@ class Predictor:
         Raises:
             DataError: if an image cannot be read, or its shape or pixels are not those of an RGB image.
             TypeError: if an item is not an image.
+            ValueError: if a single path names several images.
         """
-        if not isinstance(images, list | tuple):
-            return self._predict([cast(ImageSource, images)], ["the image"])[0]
-        found = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            found += self._predict(batch, [f"images[{start + i}]" for i in range(len(batch))])
-        return found
+        if isinstance(images, list | tuple):
+            return list(self.stream(images))
+        check_is_one(images)
+        return self._predict([SourceImage(cast(ImageSource, images), read_source(images, "the image"))])[0]
+
+    def stream(self, images: ImageSource | Iterable[ImageSource], recursive: bool = False) -> Iterator[Prediction]:
+        """Find objects in images as they come, ``batch_size`` at a time; for folders and videos of any length.
+
+        Args:
+            images: an image, a list or an iterator of images. A path may be that of a folder, a pattern such as
+                ``photos/*.jpg``, a ``.txt`` file with one path in each line, or a video (needs PyAV), whose frames are
+                named ``clip.mp4#000123``. Of these, what cannot be read is named in a warning and left out.
+            recursive: also take what is below the folders.
+
+        Yields:
+            A `Prediction` for each image, in order.
+
+        Raises:
+            DataError: if an image that is given itself cannot be read, or none of a folder's.
+            TypeError: if an item is not an image.
+        """
+        sources = list_sources(images, recursive)
+        with progress_bar(sources, self.progress) as bar:
+            for batch in read_batches(sources, self.batch_size):
+                yield from self._predict(batch)
+                bar.advance(bar.task_ids[0], len(batch))
 
     def draw(
         self,
@@ -170,19 +233,22 @@ class Predictor:
             score_threshold: boxes with a lower score are not drawn (default: the predictor's own; if it has none, the
                 best of their class, or 0.3 where that is not known).
         """
-        found = self._predict([image], ["the image"])[0] if prediction is None else prediction
+        found = self(image) if prediction is None else prediction
         own = None if self.score_threshold == "best" else self.score_threshold
         return found._draw(read_source(image, "the image"), own if score_threshold is None else score_threshold, font)
 
-    def _predict(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Prediction]:
-        images = [read_source(source, name) for source, name in zip(sources, names, strict=True)]
+    def _augmented(self) -> nn.Module:
+        return augment_detector(
+            self.detector, self.tiles, self.tile_overlap, self.tile_merge, self.tta, self.batch_size
+        )
+
+    def _predict(self, batch: Sequence[SourceImage]) -> list[Prediction]:
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
         with _borrowed(self.detector, self.device, self.nms), torch.inference_mode(), amp:
-            detections: list[Detection] = self.detector([image.to(self.device) for image in images])
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        return [self._prediction(*found) for found in zip(detections, sources, sizes, strict=True)]
+            detections: list[Detection] = self._augmented()([image.pixels.to(self.device) for image in batch])
+        return [self._prediction(found, *image) for found, image in zip(detections, batch, strict=True)]
 
-    def _prediction(self, detection: Detection, source: ImageSource, size: tuple[int, int]) -> Prediction:
+    def _prediction(self, detection: Detection, source: ImageSource, pixels: Tensor) -> Prediction:
         labels, scores = detection["labels"].cpu(), detection["scores"].to("cpu", torch.float32)
         given = None if self.score_threshold in (None, "best") else [self.score_threshold] * len(self.class_names)
         least = self.score_thresholds if self.score_threshold == "best" else cast(list[float] | None, given)
@@ -197,7 +263,7 @@ class Predictor:
             self.class_names,
             self.category_ids,
             source,
-            size,
+            (pixels.shape[1], pixels.shape[2]),
             drawn_from=least or self.score_thresholds or SCORE_THRESHOLD,
         )
 
@@ -211,17 +277,19 @@ class Predictor:
 def _borrowed(detector: nn.Module, device: torch.device, nms: NMSMethod | None) -> Iterator[None]:
     """Set a detector up for inference, and give its modes, device and ``nms`` back: a training may go on with it."""
     training = {module: module.training for module in detector.modules()}
-    home, own_nms = _device_of(detector), getattr(detector, "nms", None)
+    home = _device_of(detector)
+    members = list(detector.detectors) if isinstance(detector, FusedDetector) else [detector]
+    own_nms = [getattr(member, "nms", None) for member in members]
     try:
         detector.eval()
         if home != device:
             detector.to(device)
-        if nms is not None:
-            detector.nms = nms  # type: ignore[assignment]  # every detector has the choice
+        for member in members if nms is not None else ():
+            member.nms = nms  # type: ignore[assignment]  # every detector has the choice
         yield
     finally:
-        if nms is not None:
-            detector.nms = own_nms  # type: ignore[assignment]
+        for member, own in zip(members, own_nms, strict=True) if nms is not None else ():
+            member.nms = own  # type: ignore[assignment]
         if home != device:
             detector.to(home)
         for module, mode in training.items():
