@@ -23,10 +23,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     "DetectionModule": {"num_classes": 2},
     "FasterRCNN": {"num_classes": 2},
     "FasterRCNNModule": {"num_classes": 2},
+    "FusedDetector": {"detectors": []},
     "ImageFolderDataModule": {},
     "Prediction": {"boxes": [], "labels": [], "scores": [], "class_names": []},
     "PredictionWriter": {},
     "Predictor": {"detector": None, "class_names": []},
+    "TiledDetector": {"detector": None},
 }
 
 
