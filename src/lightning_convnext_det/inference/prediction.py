@@ -196,7 +196,7 @@ class Prediction:
             ValueError: if the prediction has no image.
         """
         check_arguments(Prediction.plot, locals())
-        return self._draw(self._pixels(), score_threshold, font)
+        return self.draw_on(self._pixels(), score_threshold, font)
 
     def save(self, path: str | Path, format: FileFormat | None = None, image_id: int = 1) -> None:
         """Write the objects to a file: an image with those drawn that `plot` draws, or all of them as data.
@@ -270,7 +270,8 @@ class Prediction:
         }
         return texts[kind]()
 
-    def _draw(self, pixels: Tensor, score_threshold: float | None, font: str | None) -> Image.Image:
+    def draw_on(self, pixels: Tensor, score_threshold: float | None = None, font: str | None = None) -> Image.Image:
+        """Draw the objects on a copy of an image, uint8 or float in 0..1 [3, H, W]; arguments as in `plot`."""
         least = self.drawn_from if score_threshold is None else [score_threshold] * len(self.class_names)
         drawn = self._select(self.scores >= torch.tensor(least)[self.labels])
         colors = class_colors(self.class_names)

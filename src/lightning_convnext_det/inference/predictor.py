@@ -235,7 +235,7 @@ class Predictor:
         """
         found = self(image) if prediction is None else prediction
         own = None if self.score_threshold == "best" else self.score_threshold
-        return found._draw(read_source(image, "the image"), own if score_threshold is None else score_threshold, font)
+        return found.draw_on(read_source(image, "the image"), own if score_threshold is None else score_threshold, font)
 
     def _augmented(self) -> nn.Module:
         return augment_detector(
