@@ -82,6 +82,13 @@ def thresholds(arguments: Sequence[str], run: Command) -> int:
     return run_thresholds(arguments)
 
 
+def report(arguments: Sequence[str], run: Command) -> int:
+    """Show what a detector does on a split: one HTML page."""
+    from lightning_convnext_det.cli.report import run_report
+
+    return run_report(arguments, commands.TOOLS["report"])
+
+
 def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
     """Convert third-party weights to a checkpoint."""
     parser = _create_parser("import-weights")
@@ -172,5 +179,6 @@ TOOLS: dict[str, Callable[[Sequence[str], Command], int]] = {
     "import-weights": import_weights_tool,
     "export-backbone": export_backbone,
     "thresholds": thresholds,
+    "report": report,
     "demo": demo,
 }

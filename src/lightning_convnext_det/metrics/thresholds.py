@@ -60,12 +60,12 @@ def choose_thresholds(
     chosen = []
     for label, num_objects in enumerate(matches.num_objects.tolist()):
         counts = (matches.label == label) & ~matches.is_ignored[0]
-        curve = _Curve(matches.score[counts], matches.is_true_positive[0][counts], num_objects)
+        curve = ScoreCurve(matches.score[counts], matches.is_true_positive[0][counts], num_objects)
         chosen.append(curve.choose(precision, recall))
     return chosen
 
 
-class _Curve:
+class ScoreCurve:
     """Precision, recall and F1 at every cut between two different scores, by descending score."""
 
     def __init__(self, scores: NDArray[np.float32], is_right: NDArray[np.bool_], num_objects: int) -> None:
@@ -87,6 +87,7 @@ class _Curve:
         self.f1 = 2 * right / (kept + num_objects)
 
     def choose(self, precision: float | None, recall: float | None) -> ClassThreshold:
+        """The threshold of highest F1, or of a wanted precision or recall."""
         if self.num_objects == 0 or not self.recall.any():
             return ClassThreshold(None, np.nan if self.num_objects == 0 else 0.0, 0.0, 0.0, self.num_objects, False)
         if precision is not None:
