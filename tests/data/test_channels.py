@@ -3,10 +3,13 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
@@ -14,6 +17,8 @@ from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.reader import find_value_range
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.inference.predictor import Predictor
+from lightning_convnext_det.modules.registry import load_module, save_module, start_module
 from tests.training import create_module, create_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader. does not have many workers")
@@ -111,6 +116,73 @@ def test_data_module__range_of_the_dataset_is_said_once_and_kept(
     given = DetectionDataModule(str(root), num_workers=0, value_range=(0, 511))
     assert sorted(int(i.max()) for images, _ in given.val_dataloader() for i in images) == [255, 255]
     assert DetectionDataModule(str(root)).state_dict() == {}
+
+
+class Brightest(Callback):
+    """Notes the brightest value of each image that is predicted or trained on."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def on_predict_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+        self.values += [int(image.max()) for image in batch[0]]
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+        self.values += [int(image.max()) for image in batch[0]]
+
+
+@pytest.mark.heavy
+def test_checkpoint__holds_the_range_of_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    root = write_coco(tmp_path / "a", [ramp, ramp])
+    dark = write_coco(tmp_path / "b", [ramp // 8, ramp // 8])
+    options = {"num_workers": 0, "train_transforms": "none"}
+
+    def trainer() -> tuple[pl.Trainer, list[int]]:
+        notes = Brightest()
+        return create_trainer(tmp_path, enable_checkpointing=False, callbacks=[notes]), notes.values
+
+    module = create_module(1, in_chans=1)
+    fitting, _ = trainer()
+    fitting.fit(module, datamodule=DetectionDataModule(str(root), **options))
+    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_module(tmp_path / "a.ckpt")
+    started = start_module(tmp_path / "a.ckpt", 1)
+    assert module.grey_range == loaded.grey_range == started.grey_range == (0, 4095, False)
+    for one in (module, loaded):  # 511 of 4095; the range of these images alone would give 255
+        predicting, values = trainer()
+        predicting.predict(one, datamodule=DetectionDataModule(predict=str(dark / "val"), **options))
+        assert set(values) == {32}
+    continuing, values = trainer()
+    continuing.fit(started, datamodule=DetectionDataModule(str(dark), **options))
+    assert set(values) == {32}
+    caplog.set_level(logging.INFO)
+    predicting, values = trainer()
+    given = DetectionDataModule(predict=str(dark / "val"), value_range=(0, 511), **options)
+    predicting.predict(loaded, datamodule=given)
+    assert set(values) == {255}
+    assert "data.value_range [0, 511] replaces the model's [0, 4095]" in caplog.text
+
+
+def test_predictor__range_of_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (64, 72), dtype=np.uint16)
+    file = write_grey16(tmp_path / "a.png", values)
+    module = create_module(1, in_chans=1, score_threshold=0.0)
+    module.grey_range = (0, 4095, False)
+    save_module(module, tmp_path / "a.ckpt")
+    predictor = Predictor.from_checkpoint(tmp_path / "a.ckpt", device="cpu")
+    scaled = torch.from_numpy((values.astype(np.int64) * 255 + 2047) // 4095).to(torch.uint8)[None]
+    with Image.open(file) as image:
+        for source in (file, image, scaled):
+            assert torch.equal(predictor(source).scores, predictor(scaled).scores)
+    drawn = predictor.draw(file, score_threshold=1.0)
+    assert drawn.tobytes() == predictor.draw(scaled, score_threshold=1.0).tobytes()
+    Predictor.from_checkpoint(tmp_path / "a.ckpt", value_range=(0, 511))
+    assert "value_range (0, 511) replaces the checkpoint's (0, 4095)" in caplog.text
+    with pytest.raises(DataError, match=r"LCD-I032.*shape \[3, 64, 72\]; the detector takes 1 channels: \[1, height"):
+        predictor(torch.zeros(3, 64, 72, dtype=torch.uint8))
+    with pytest.raises(DataError, match="LCD-I027"):
+        predictor(write_grey16(tmp_path / "b.png", values * 8))
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

@@ -1,5 +1,6 @@
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,16 @@ def test_detection_module__metrics_of_each_class(loader: DataLoader[Batch], tmp_
         assert [row["epoch"] for row in rows] == ["0"] * 300 + ["1"] * 300
         assert not math.isnan(float(rows[0]["map"]))  # classes 0 and 1 have objects
         assert math.isnan(float(rows[2]["map"]))
-    create_trainer(tmp_path / "none", enable_checkpointing=False).fit(create_module(), loader, loader)
-    assert not list((tmp_path / "none").rglob("*.csv"))
+
+
+def test_detection_module__table_of_classes_without_a_logger(
+    loader: DataLoader[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, options, found in (("a", {}, 1), ("b", {"fast_dev_run": True}, 0), (None, {}, 0)):
+        create_trainer(folder, enable_checkpointing=False, **options).validate(create_module(), loader, verbose=False)
+        assert len(list(tmp_path.rglob("val_per_class.csv"))) == found
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
 
 
 @pytest.mark.heavy

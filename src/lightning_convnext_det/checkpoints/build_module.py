@@ -15,6 +15,7 @@ from lightning_convnext_det.checkpoints.format import (
     NOTHING_TO_FETCH,
     accepted,
     is_own,
+    read_grey_range,
     read_score_thresholds,
 )
 from lightning_convnext_det.checkpoints.validation import bytes_held, find_contradiction, find_misfit
@@ -84,6 +85,8 @@ def build_module(
         module.set_classes(names, ids)  # its constructor need not have these arguments
     if not others and hasattr(module, "score_thresholds"):
         module.score_thresholds = read_score_thresholds(read.content[FORMAT], module.num_classes)
+    if hasattr(module, "grey_range"):
+        module.grey_range = read_grey_range(read.content[FORMAT])
     built: pl.LightningModule = module.eval()
     return built
 

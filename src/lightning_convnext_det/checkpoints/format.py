@@ -32,6 +32,14 @@ def read_score_thresholds(section: object, num_classes: int) -> list[float | Non
     return values
 
 
+def read_grey_range(section: object) -> tuple[int, int, bool] | None:
+    """The range of 16-bit grey values in a checkpoint's own section, and whether others are clipped."""
+    values = section.get("grey_range") if isinstance(section, dict) else None
+    if not isinstance(values, list) or [type(value) for value in values] != [int, int, bool]:
+        return None
+    return (values[0], values[1], values[2]) if 0 <= values[0] < values[1] <= 65535 else None
+
+
 def is_own(kind: type) -> bool:
     """Whether a class is this package's, not a user's."""
     return is_own_name(kind.__module__)

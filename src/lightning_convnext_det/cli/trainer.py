@@ -24,7 +24,7 @@ from lightning_convnext_det.callbacks.classification_writer import Classificatio
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.callbacks.time_budget import TimeBudget
 from lightning_convnext_det.checkpoints.build_module import check_writer, read_checkpoint, take_weights
-from lightning_convnext_det.checkpoints.format import FORMAT
+from lightning_convnext_det.checkpoints.format import FORMAT, read_grey_range
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
 from lightning_convnext_det.cli.given import parse_duration
@@ -209,6 +209,7 @@ class DetectionCLI(LightningCLI):
             self._planner.share_splits(self.datamodule, self.config[self.subcommand]["data"]["init_args"])
         if self._start is not None and self._checkpoint is not None:
             new = take_weights(self.model, self._checkpoint, self._start)
+            self.model.grey_range = read_grey_range(self._checkpoint[FORMAT])
             kept = len(self.model.state_dict()) - len(new)
             sys.stderr.write(f"{self._start}: {kept} tensors kept, {len(new)} begin anew for other classes\n")
 

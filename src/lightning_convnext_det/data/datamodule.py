@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
@@ -23,10 +24,11 @@ from lightning_convnext_det.data.batch import Batch
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations
+from lightning_convnext_det.data.grey_range import RangeChoice
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.inputs import find_images
-from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange
-from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader, find_value_range
+from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRange
+from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
 from lightning_convnext_det.data.splits import SplitReader, Stage, warn_of_shared_images, warn_of_unlearned_objects
 from lightning_convnext_det.data.transforms import (
@@ -105,7 +107,8 @@ class DetectionDataModule(LoadingDataModule):
             the others; ``drop`` drops all; ``refuse`` refuses all.
         in_chans: channels of the images: 1 for grey, 3 for RGB, 4 for RGBA (default: those that the model takes).
         value_range: lowest and highest value of 16-bit grey images, which become 0 and 255; values outside are clipped
-            (default: the smallest range of 8, 10, 12, 14 or 16 bits that holds the values of the images).
+            (default: the range that the model was trained with, else the smallest of 8, 10, 12, 14 or 16 bits that
+            holds the values of the images).
         max_pixels: larger images are an error.
         exif: whether boxes refer to images turned by their EXIF orientation; ``auto`` goes by the annotated sizes.
         train_on_difficult: train on objects that VOC marks as difficult.
@@ -160,8 +163,7 @@ class DetectionDataModule(LoadingDataModule):
         self.train_transforms, self.predict_split = train_transforms, predict_split
         self.predict_recursive = predict_recursive
         self.in_chans, self.value_range, self.max_pixels = in_chans, value_range, max_pixels
-        self._found_range: ValueRange | None = None  # of 16-bit grey images
-        self._range_is_known = value_range is not None
+        self._range = RangeChoice(value_range)
         self._num_images = {"read": 0, "failed": 0}  # of this rank's prediction
         self._transforms = create_transforms(
             train_transforms, sizes, max_size, crop_size, scale_range, vertical_flip, color_jitter
@@ -294,13 +296,13 @@ class DetectionDataModule(LoadingDataModule):
         return cast(Batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
     def state_dict(self) -> dict[str, list[int]]:
-        """The range of values found for 16-bit grey images; empty for others."""
-        return {} if self._found_range is None else {"value_range": list(self._found_range)}
+        """The range of values of 16-bit grey images; empty for others."""
+        return {} if self._range.current is None else {"value_range": list(self._range.current)}
 
     def load_state_dict(self, state_dict: dict[str, list[int]]) -> None:
         """Take the range of values that a model was trained with."""
-        low, high = state_dict["value_range"]
-        self._found_range, self._range_is_known = (low, high), True
+        low, high, *clip = state_dict["value_range"]
+        self._range.take(GreyRange(low, high, bool(clip and clip[0])))
 
     def _dataset(self, stage: Stage, training: bool) -> DetectionDataset | UserDataset | None:
         """The dataset of a stage; None if validation is switched off."""
@@ -322,15 +324,13 @@ class DetectionDataModule(LoadingDataModule):
             raise ArgumentError(
                 f"the model takes {channels} channels; images have 1, 3 or 4: give data.datasets of your own"
             )
-        if not self._range_is_known and (found := find_value_range(paths)):
-            self._found_range = found[0]
-            rank_zero_info(
-                f"16-bit grey images with values up to {found[1]}: {list(found[0])} becomes 0 to 255 "
-                "(data.value_range sets another range)"
-            )
-        self._range_is_known = True
-        chosen = self.value_range or self._found_range
-        return ImageReader(channels, chosen or WHOLE_RANGE, self.value_range is not None, self.max_pixels)
+        self._range.take(getattr(module, "grey_range", None))
+        self._range.find(paths)
+        chosen = self._range.current
+        if module is not None and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            module.grey_range = chosen  # its checkpoints hold it: prediction reads other images alike
+        low, high, clip = chosen or GreyRange(*WHOLE_RANGE, clip=False)
+        return ImageReader(channels, (low, high), clip, self.max_pixels)
 
 
 def _check_choices(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
+from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRange
 from lightning_convnext_det.data.io.video import FrameReader, parse_frame_name
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.models.image_transform import OVERSHOOT
@@ -19,27 +20,47 @@ ImageSource = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.float32]
 """A file, a Pillow image, an array [H, W, 3] in RGB or a tensor [3, H, W]; uint8 or floats in 0..1."""
 
 
-def read_source(image: object, name: str, frames: FrameReader | None = None) -> Tensor:
-    """The pixels of an image, uint8 or float32 in 0..1, [3, H, W].
+class PixelFormat(NamedTuple):
+    """The pixels that a detector takes."""
+
+    channels: Channels = 3
+    """Files and Pillow images are converted to them; arrays and tensors must have them."""
+    grey: GreyRange | None = None
+    """Values of 16-bit grey files and Pillow images that become 0 and 255; None for all of them."""
+
+
+def read_source(
+    image: object,
+    name: str,
+    frames: FrameReader | None = None,
+    pixel_format: PixelFormat = PixelFormat(),  # noqa: B008  # it cannot be changed
+) -> Tensor:
+    """The pixels of an image, uint8 or float32 in 0..1, [channels, H, W].
 
     Args:
         image: an `ImageSource`.
         name: what messages call it.
         frames: reads frames of videos, ``clip.mp4#000123``; one reader decodes a video once (default: a new one).
+        pixel_format: that of the detector.
 
     Raises:
         DataError: if it cannot be read, or its shape or pixels are not those of an RGB image.
         TypeError: if it is not an image.
     """
+    channels, grey = pixel_format
     if isinstance(image, str | Path):
         frame = parse_frame_name(image)
-        return read_image(image) if frame is None else (frames or FrameReader()).read(*frame)
+        if frame is not None:
+            return (frames or FrameReader()).read(*frame)
+        if grey is None:
+            return read_image(image, channels=channels)
+        return read_image(image, channels=channels, value_range=(grey.low, grey.high), clip=grey.clip)
     if isinstance(image, Image.Image):
-        pixels = to_rgb_tensor(image, name=name)
+        pixels = to_rgb_tensor(image, True, name, channels, grey or GreyRange(*WHOLE_RANGE, clip=True))
     elif isinstance(image, np.ndarray):
-        pixels = _read_array(image, name)
+        pixels = _read_array(image, name, channels)
     elif isinstance(image, Tensor):
-        pixels = _read_tensor(image, name)
+        pixels = _read_tensor(image, name, channels)
     else:
         raise TypeError(
             f"{name} is of type {type(image).__name__}; give a path, a Pillow image, an array [height, width, 3], "
@@ -53,9 +74,9 @@ def read_source(image: object, name: str, frames: FrameReader | None = None) -> 
     return pixels
 
 
-def _read_array(image: NDArray[np.generic], name: str) -> Tensor:
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise _shape_error(name, "array", image.shape)
+def _read_array(image: NDArray[np.generic], name: str, channels: Channels) -> Tensor:
+    if image.ndim != 3 or image.shape[2] != channels:
+        raise _shape_error(name, "array", image.shape, channels)
     if image.dtype.kind != "f" and image.dtype != np.uint8:
         raise DataError(f"[LCD-I032] {name} holds {image.dtype} pixels; give uint8, or floats in 0..1")
     # a copy: torch warns of arrays that cannot be written to, and refuses those that run backwards
@@ -63,9 +84,9 @@ def _read_array(image: NDArray[np.generic], name: str) -> Tensor:
     return _checked(torch.from_numpy(copy).permute(2, 0, 1), name)
 
 
-def _read_tensor(image: Tensor, name: str) -> Tensor:
-    if image.dim() != 3 or image.shape[0] != 3:
-        raise _shape_error(name, "tensor", image.shape)
+def _read_tensor(image: Tensor, name: str, channels: Channels) -> Tensor:
+    if image.dim() != 3 or image.shape[0] != channels:
+        raise _shape_error(name, "tensor", image.shape, channels)
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
@@ -73,7 +94,12 @@ def _read_tensor(image: Tensor, name: str) -> Tensor:
     return _checked(image.detach().to(torch.float32), name)
 
 
-def _shape_error(name: str, kind: Literal["array", "tensor"], shape: Sequence[int]) -> DataError:
+def _shape_error(name: str, kind: Literal["array", "tensor"], shape: Sequence[int], wanted: Channels) -> DataError:
+    if wanted != 3:
+        expected = f"[height, width, {wanted}]" if kind == "array" else f"[{wanted}, height, width]"
+        return DataError(
+            f"[LCD-I032] {name} has the shape {list(shape)}; the detector takes {wanted} channels: {expected}"
+        )
     last = kind == "array"
     channels, opposite = (shape[-1:], shape[:1]) if last else (shape[:1], shape[-1:])
     if len(shape) == 4:

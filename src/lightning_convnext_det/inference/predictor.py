@@ -1,5 +1,6 @@
 """Inference on images, lists, folders and videos; with windows, test-time augmentation and ensembles."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
+from lightning_convnext_det.data.io.pixels import Channels, GreyRange
 from lightning_convnext_det.errors import ArgumentError, DivergenceError
-from lightning_convnext_det.inference.images import ImageSource, read_source
+from lightning_convnext_det.inference.images import ImageSource, PixelFormat, read_source
 from lightning_convnext_det.inference.prediction import Prediction
 from lightning_convnext_det.inference.sources import (
     SourceImage,
@@ -20,6 +22,7 @@ from lightning_convnext_det.inference.sources import (
     progress_bar,
     read_batches,
 )
+from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.fused import FusedDetector, augment_detector
 from lightning_convnext_det.models.tiling import Overlap
 from lightning_convnext_det.modules import load_module
@@ -29,6 +32,8 @@ from lightning_convnext_det.ops.window_merging import TileMerge
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection
 from lightning_convnext_det.visualization import SCORE_THRESHOLD
+
+_logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -66,6 +71,8 @@ class Predictor:
         tile_merge: box of an object that several windows see: ``nmm``, ``nms`` or ``wbf``, see `merge_windows`.
         tta: fuse the detections in several views of each image, e.g. ``flip,scales=0.8:1.0:1.25`` (default: one view).
         progress: show a progress bar for more than 20 images, where standard error is a terminal.
+        value_range: values of 16-bit grey files and Pillow images that become 0 and 255; those outside are clipped
+            (default: 0 and 65535, with a warning).
 
     Raises:
         ValueError: if names and ids do not fit the detector or each other, or a number is out of range.
@@ -89,6 +96,7 @@ class Predictor:
         tile_merge: TileMerge = "nmm",
         tta: str | None = None,
         progress: bool = True,
+        value_range: tuple[int, int] | None = None,
     ) -> None:
         check_arguments(Predictor.__init__, locals())
         check_class_names(class_names)
@@ -107,6 +115,9 @@ class Predictor:
         self.precision = precision
         self.tiles, self.tile_overlap, self.tile_merge, self.tta = tiles, tile_overlap, tile_merge, tta
         self.progress = progress
+        channels = next((part.in_chans for part in detector.modules() if isinstance(part, TimmPyramid)), 3)
+        grey = None if value_range is None else GreyRange(*value_range, clip=True)
+        self.pixel_format = PixelFormat(cast(Channels, channels), grey)
         self._augmented()  # refuses views that cannot be read
 
     @classmethod
@@ -124,6 +135,7 @@ class Predictor:
         tile_merge: TileMerge = "nmm",
         tta: str | None = None,
         progress: bool = True,
+        value_range: tuple[int, int] | None = None,
     ) -> Self:
         """Load the detector, its classes and their ids from a checkpoint of this package; needs no network or dataset.
 
@@ -142,6 +154,7 @@ class Predictor:
             tile_merge: box of an object that several windows see: ``nmm``, ``nms`` or ``wbf``.
             tta: fuse the detections in several views of each image, e.g. ``flip,scales=0.8:1.0:1.25``.
             progress: show a progress bar for more than 20 images, where standard error is a terminal.
+            value_range: values of 16-bit grey that become 0 and 255 (default: those of the training).
 
         Raises:
             CheckpointError: if the file is missing, damaged or not of this package.
@@ -152,7 +165,7 @@ class Predictor:
         module, place = load_module(first), _device(device)
         members = load_members(others, module.class_names)
         detector = FusedDetector([module.detector, *members]) if members else module.detector
-        return cls(
+        predictor = cls(
             detector.to(place),
             module.class_names,
             module.category_ids,
@@ -168,7 +181,18 @@ class Predictor:
             tile_merge=tile_merge,
             tta=tta,
             progress=progress,
+            value_range=value_range,
         )
+        predictor._take_range(module.grey_range)
+        return predictor
+
+    def _take_range(self, trained: tuple[int, int, bool] | None) -> None:
+        """Read 16-bit grey as the training did; where another range is given, say so."""
+        given = self.pixel_format.grey
+        if trained is not None and given is None:
+            self.pixel_format = self.pixel_format._replace(grey=GreyRange(*trained))
+        elif trained is not None and given is not None and given[:2] != trained[:2]:
+            _logger.warning("value_range %s replaces the checkpoint's %s", given[:2], trained[:2])
 
     @overload
     def __call__(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
@@ -193,7 +217,8 @@ class Predictor:
         if isinstance(images, list | tuple):
             return list(self.stream(images))
         check_is_one(images)
-        return self._predict([SourceImage(cast(ImageSource, images), read_source(images, "the image"))])[0]
+        pixels = read_source(images, "the image", pixel_format=self.pixel_format)
+        return self._predict([SourceImage(cast(ImageSource, images), pixels)])[0]
 
     def stream(self, images: ImageSource | Iterable[ImageSource], recursive: bool = False) -> Iterator[Prediction]:
         """Find objects in images as they come, ``batch_size`` at a time; for folders and videos of any length.
@@ -213,7 +238,7 @@ class Predictor:
         """
         sources = list_sources(images, recursive)
         with progress_bar(sources, self.progress) as bar:
-            for batch in read_batches(sources, self.batch_size):
+            for batch in read_batches(sources, self.batch_size, self.pixel_format):
                 yield from self._predict(batch)
                 bar.advance(bar.task_ids[0], len(batch))
 
@@ -235,7 +260,9 @@ class Predictor:
         """
         found = self(image) if prediction is None else prediction
         own = None if self.score_threshold == "best" else self.score_threshold
-        return found.draw_on(read_source(image, "the image"), own if score_threshold is None else score_threshold, font)
+        pixels = read_source(image, "the image", pixel_format=self.pixel_format)
+        rgb = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels[:3]
+        return found.draw_on(rgb, own if score_threshold is None else score_threshold, font)
 
     def _augmented(self) -> nn.Module:
         return augment_detector(

@@ -15,7 +15,7 @@ from lightning_convnext_det.data.io.inputs import find_images, names_one_image
 from lightning_convnext_det.data.io.video import FrameReader
 from lightning_convnext_det.data.loader import report_unreadable
 from lightning_convnext_det.errors import ArgumentError, DataError
-from lightning_convnext_det.inference.images import ImageSource, read_source
+from lightning_convnext_det.inference.images import ImageSource, PixelFormat, read_source
 
 _logger = logging.getLogger(__name__)
 LONG = 20  # images from which on a progress bar is shown
@@ -70,7 +70,7 @@ def check_is_one(image: object) -> None:
         )
 
 
-def read_batches(sources: Iterable[Source], batch_size: int) -> Iterator[list[SourceImage]]:
+def read_batches(sources: Iterable[Source], batch_size: int, pixel_format: PixelFormat) -> Iterator[list[SourceImage]]:
     """Read images in batches; those of folders, lists and videos that cannot be read are named and left out.
 
     Raises:
@@ -82,7 +82,7 @@ def read_batches(sources: Iterable[Source], batch_size: int) -> Iterator[list[So
         batch = []
         for source in wanted:
             try:
-                batch.append(SourceImage(source.image, read_source(source.image, source.name, frames)))
+                batch.append(SourceImage(source.image, read_source(source.image, source.name, frames, pixel_format)))
             except DataError as error:
                 if source.is_given:
                     raise

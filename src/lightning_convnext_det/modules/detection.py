@@ -1,9 +1,7 @@
 """Training, evaluation and prediction of any detector, as a LightningModule."""
 
-import csv
 import inspect
 import logging
-from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 import torch
@@ -19,12 +17,14 @@ from lightning_convnext_det.checkpoints.format import (
     is_own,
     own_base,
     plain,
+    read_grey_range,
     read_score_thresholds,
 )
 from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator, MaxDetections
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.modules.metric_table import write_per_class
 from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
 from lightning_convnext_det.types import Detection
 
@@ -79,7 +79,7 @@ class DetectionModule(TrainableModule):
         warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
         max_detections: how many detections of an image the metrics count, the best by score; COCO's rule is 100.
         log_per_class: log the AP of each class too; in any case it is written to ``val_per_class.csv``, or
-            ``test_per_class.csv``, in the folder of the logs.
+            ``test_per_class.csv``, in the folder of the logs or ``default_root_dir``.
         detector: the detector's own arguments.
     """
 
@@ -119,6 +119,7 @@ class DetectionModule(TrainableModule):
         self.detector = self.build_detector(num_classes, **detector)
         self.evaluator = DetectionEvaluator(self.class_names, max_detections)
         self.score_thresholds: list[float | None] | None = None
+        self.grey_range: tuple[int, int, bool] | None = None  # of 16-bit grey images; the data module sets it
         self._inference: list[nn.Module] = []  # one, or none; in a list, which hides it from checkpoints
 
     def build_detector(self, num_classes: int) -> nn.Module:
@@ -269,21 +270,7 @@ class DetectionModule(TrainableModule):
         self.log_dict({k: v for k, v in shown.items() if not k.endswith(("/map", "/map_50"))}, batch_size=1)
         if self.hparams.get("log_per_class"):
             self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1)
-        self._write_per_class(stage, [metrics[f"map/{name}"] for name in self.class_names])
-
-    def _write_per_class(self, stage: str, values: list[float]) -> None:
-        """Append the AP of each class to a table in the folder of the logs, if there are logs."""
-        folder = self.trainer.log_dir if self.trainer.loggers else None  # asked on all ranks, which agree on it
-        if folder is None or not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False):
-            return
-        path = Path(folder, f"{stage}_per_class.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        begins = not path.exists()
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerows([("epoch", "step", "class", "map")] * begins)
-            where = self.current_epoch, self.global_step
-            table.writerows((*where, name, value) for name, value in zip(self.class_names, values, strict=True))
+        write_per_class(self, stage, {name: metrics[f"map/{name}"] for name in self.class_names})
 
     def predict_step(self, batch: Batch | list[Tensor] | Tensor, batch_idx: int) -> list[Detection]:
         """Detect objects in a batch of images, with or without targets; boxes are in pixels of the images given."""
@@ -318,6 +305,8 @@ class DetectionModule(TrainableModule):
         checkpoint[FORMAT] = {"format": 1, **describe_class(type(self)), **classes}
         if self.score_thresholds is not None:
             checkpoint[FORMAT]["score_thresholds"] = self.score_thresholds
+        if self.grey_range is not None:
+            checkpoint[FORMAT]["grey_range"] = list(self.grey_range)
         if not is_own(type(self)) and (arguments := self._detector_arguments()) is not None:
             checkpoint[FORMAT]["arguments"] = arguments
 
@@ -347,6 +336,7 @@ class DetectionModule(TrainableModule):
             raise CheckpointError(f"[LCD-D120] {class_difference(list(names), self.class_names)}")
         super().on_load_checkpoint(checkpoint)
         self.score_thresholds = read_score_thresholds(checkpoint.get(FORMAT), self.num_classes)
+        self.grey_range = read_grey_range(checkpoint.get(FORMAT)) or self.grey_range
 
 
 def _annotated(batch: object) -> Batch:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_convnext_det.checkpoints.build_module import build_module, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.file import write_checkpoint_file
-from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH
+from lightning_convnext_det.checkpoints.format import FORMAT, NOTHING_TO_FETCH, read_grey_range
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
 from lightning_convnext_det.modules.classification import ClassifierModule
@@ -120,6 +120,7 @@ def start_module(
         raise CheckpointError(f"[LCD-K013] {path} holds a classifier; give it as backbone_weights of a detector")
     module = DETECTORS[content[FORMAT]["module"]](**{**trained, **changes, **classes})
     take_weights(module, content, path)
+    module.grey_range = read_grey_range(content[FORMAT])
     return module
 
 

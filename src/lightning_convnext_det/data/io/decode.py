@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.files import open_file
-from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, ValueRange, check_mode, pixels_of
+from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRange, ValueRange, check_mode, pixels_of
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where pixels become tensors: headers are read without torch's two seconds
@@ -174,16 +174,24 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSize:
     return read_header(path, max_pixels).size
 
 
-def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image") -> "Tensor":
+def to_rgb_tensor(
+    image: Image.Image,
+    upright: bool = True,
+    name: str = "image",
+    channels: Channels = 3,
+    grey: GreyRange = GreyRange(*WHOLE_RANGE, clip=True),  # noqa: B008  # it cannot be changed
+) -> "Tensor":
     """Convert a Pillow image to a uint8 RGB tensor.
 
     Args:
         image: of any mode that holds colours; left as it is.
         upright: apply the orientation of its EXIF block.
         name: what messages call it.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA.
+        grey: values of 16-bit grey that become 0 and 255.
 
     Returns:
-        RGB, uint8 [3, H, W].
+        RGB, uint8 [channels, H, W].
 
     Raises:
         UnreadableError: a DataError, if it is damaged or its pixels are not colours, such as floats.
@@ -193,7 +201,8 @@ def to_rgb_tensor(image: Image.Image, upright: bool = True, name: str = "image")
         image.load()
     except OSError as error:
         raise UnreadableError.of("LCD-I002", name, f"the image is damaged or cut short ({error})") from error
-    return _oriented(pixels_of(image, name), orientation)
+    low, high, clip = grey
+    return _oriented(pixels_of(image, name, channels, (low, high), clip), orientation)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Pixels of a decoded Pillow image as uint8 tensors: grey, RGB or RGBA, and 16-bit grey by its range of values."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,17 @@ Channels = Literal[1, 3, 4]
 ValueRange = tuple[int, int]
 """Values of 16-bit grey that become 0 and 255."""
 WHOLE_RANGE: ValueRange = (0, 65535)
+
+
+class GreyRange(NamedTuple):
+    """Values of 16-bit grey that become 0 and 255, and what happens to others."""
+
+    low: int
+    high: int
+    clip: bool
+    """Whether values outside become 0 or 255, or are an error."""
+
+
 _MODES: dict[Channels, str] = {1: "L", 3: "RGB", 4: "RGBA"}
 _COLOUR_MODES = ("RGB", "RGBX", "L", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBA", "LA", "PA", "P", "RGBa", "La")
 
