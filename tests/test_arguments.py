@@ -70,7 +70,7 @@ def test_check_arguments__values_that_fit(given: dict[str, Any]) -> None:
         ({"pair": (0.5, 2)}, "pair is (0.5, 2); it must be above 0 and at most 1"),
         ({"method": "sort"}, "method is 'sort'; choose hard or soft; did you mean 'soft'?"),
         ({"method": True}, "method is True; choose hard or soft"),
-        ({"rule": 10}, "rule is 10; choose auto; it must be at least 1 and at most 9"),
+        ({"rule": 10}, "rule is 10; choose auto or a number at least 1 and at most 9"),
     ],
 )
 def test_check_arguments__values_that_do_not(given: dict[str, Any], message: str) -> None:

@@ -151,6 +151,10 @@ def _show(value: object) -> str:
 def _remedy(hint: Any, value: object) -> str:
     choices, ranges = [str(choice) for choice in _choices(hint)], dict.fromkeys(_ranges(hint))
     close = difflib.get_close_matches(str(value), choices, n=1)
-    parts = [f"choose {', '.join(choices[:-1])}{' or ' * (len(choices) > 1)}{choices[-1]}"] if choices else []
-    parts += [f"it must be {' or '.join(map(repr, ranges))}"] if ranges else []
+    numbers = " or ".join(map(repr, ranges))
+    listed = f"{', '.join(choices[:-1])}{' or ' * (len(choices) > 1)}{choices[-1]}" if choices else ""
+    if choices:
+        parts = [f"choose {listed}{f' or a number {numbers}' * bool(ranges)}"]
+    else:
+        parts = [f"it must be {numbers}"] if ranges else []
     return "; ".join([*parts, *(f"did you mean '{match}'?" for match in close)])

@@ -186,7 +186,7 @@ def _load_font(path: str | None, size: int) -> ImageFont.FreeTypeFont:
 
 def _canvas(image: Image.Image | Tensor) -> tuple[Image.Image, int]:
     """Return an RGB copy to draw on, and the factor by which it is enlarged."""
-    canvas = _to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else _to_pil(image)
+    canvas = _to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else to_pil(image)
     scale = max(1, math.ceil(_ENLARGE_BELOW / math.prod(canvas.size) ** 0.5))
     if scale > 1:
         canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.BICUBIC)
@@ -201,7 +201,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
 
 
-def _to_pil(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
+    """Convert a tensor [1, 3 or 4, H, W], uint8 or float in 0..1, to an RGB image.
+
+    Raises:
+        TypeError: if the tensor has another shape or type.
+    """
     if (
         image.dim() != 3
         or image.shape[0] not in (1, 3, 4)

@@ -146,7 +146,7 @@ def test_prediction_writer__a_list_of_drawings_that_names_files_elsewhere_is_not
     folder = tmp_path / "p"
     folder.mkdir()
     names = ["../precious.jpg", str(tmp_path / "precious.jpg"), "x/../../precious.jpg"]
-    (folder / ".predictions-0.drawn").write_text("".join(f"{json.dumps(name)}\n" for name in names))
+    (folder / ".predictions-0.drawn").write_text("".join(f"{json.dumps([name, 1])}\n" for name in names))
     predict(PredictionWriter(folder), loader("a.jpg"))
     assert (tmp_path / "precious.jpg").read_text() == "data"
 
@@ -171,7 +171,8 @@ def test_prediction_writer__failure_leaves_no_results(tmp_path: Path) -> None:
 
 def test_prediction_writer__a_killed_run_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / ".predictions-3.part").write_text("7\t{}\n")
-    (tmp_path / ".predictions-3.drawn").write_text('"half.jpg"\n"half.jpg"\n"gone.jpg"\n"cut sho')
+    listed = '["half.jpg", 1]\n["half.jpg", 1]\n["gone.jpg", 2]\n["cut sho'
+    (tmp_path / ".predictions-3.drawn").write_text(listed)
     (tmp_path / "half.jpg").write_text("")
     predict(PredictionWriter(tmp_path), loader("a.jpg"))
     assert visible(tmp_path) == ["a.jpg", "predictions.json"]
@@ -183,11 +184,11 @@ def test_prediction_writer__a_kill_at_any_time_leaves_a_list_of_the_drawings(tmp
 
     class Watching(Foretold):
         def predict_step(self, batch: Batch, batch_idx: int) -> list[Detection]:
-            listed.append((tmp_path / ".predictions-0.drawn").read_text().split())
+            listed.append((tmp_path / ".predictions-0.drawn").read_text().splitlines())
             return super().predict_step(batch, batch_idx)
 
     predict(PredictionWriter(tmp_path), loader("a.jpg", "b.jpg", "c.jpg"), Watching())
-    assert listed == [[], ['"a.jpg"', '"b.jpg"']]
+    assert listed == [[], ['["a.jpg", 1]', '["b.jpg", 2]']]
 
 
 @pytest.mark.parametrize("name", ["名前.jpg", "a\nb.jpg", "q\"uote'.jpg", "caf\udce9.jpg", "no suffix", ".hidden.jpg"])
@@ -210,7 +211,9 @@ def test_prediction_writer__a_target_without_file_name_is_called_by_its_id(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"score_threshold": 30}, "score_threshold is 30; it must be at least 0", id="percent"),
+        pytest.param(
+            {"score_threshold": 30}, "score_threshold is 30; choose best or a number at least 0", id="percent"
+        ),
         pytest.param({"draw_limit": -1}, "draw_limit is -1", id="negative limit"),
     ],
 )

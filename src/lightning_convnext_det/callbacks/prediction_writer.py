@@ -1,37 +1,51 @@
-"""Callback that writes the predictions of a detector: COCO results, and images with boxes drawn."""
+"""Callback that writes the predictions of a detector: tables, annotation files, crops, and images with boxes drawn."""
 
-import heapq
-import itertools
+import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_convnext_det.arguments import Fraction, NonNegativeInt, check_arguments
+from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, check_arguments
+from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch, split_batch
+from lightning_convnext_det.data.writers.files import hidden, remove_files
+from lightning_convnext_det.data.writers.parquet import (
+    FOLDER,
+    FinishedPart,
+    ImageKey,
+    ParquetWriter,
+    check_pyarrow,
+    clear_parts,
+    read_part,
+)
+from lightning_convnext_det.data.writers.rank_results import TABLES, Format, RankResults
+from lightning_convnext_det.data.writers.tables import merge_to_csv, merge_to_json, write_line
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.metrics.coco_results import coco_results
+from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection, image_id_of
-from lightning_convnext_det.visualization import SCORE_THRESHOLD, class_colors, draw_detections
+from lightning_convnext_det.visualization import SCORE_THRESHOLD
 
-_RESULTS = "predictions.json"
-_LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the noise of JPEG are drawn as PNG
+_MERGED = {"coco": ("predictions.json", merge_to_json), "csv": ("predictions.csv", merge_to_csv)}
 
 
 # Not Lightning's BasePredictionWriter: that one warns of every loader without a batch sampler, whose indices are no use
 # here, for an image that cannot be read is left out of its batch.
 class PredictionWriter(Callback):
-    """Writes the predictions of a detector: a file of COCO results, and the images with boxes drawn.
+    """Writes the predictions of a detector in the formats asked for, and the images with boxes drawn.
 
-    ``predictions.json`` is a list of ``{image_id, category_id, bbox, score, category_name, file_name}`` with the
-    dataset's own category ids and boxes (x, y, width, height) in pixels of the upright image: all that the detector
-    returns. pycocotools reads it. It appears when the prediction is complete, with the images of all ranks.
+    Format ``coco`` is ``predictions.json``, a list of ``{image_id, category_id, bbox, score, category_name,
+    file_name}`` with the dataset's own category ids and boxes (x, y, width, height) in pixels of the upright image,
+    which pycocotools reads. It appears when the prediction is complete, with the images of all ranks.
 
     >>> import torch
     >>> from tempfile import mkdtemp
@@ -39,39 +53,50 @@ class PredictionWriter(Callback):
     >>> from lightning_convnext_det import FasterRCNNModule
     >>> module = FasterRCNNModule(1, ["cat"], backbone="test_convnext", min_size=64, max_size=96)
     >>> images = [torch.rand(3, 64, 80)]
-    >>> writer = PredictionWriter(mkdtemp())
+    >>> writer = PredictionWriter(mkdtemp(), formats="coco,csv")
     >>> trainer = pl.Trainer(callbacks=[writer], logger=False, accelerator="cpu", enable_progress_bar=False)
     >>> _ = trainer.predict(module, DataLoader([images], batch_size=None, num_workers=0))
-    >>> sorted(path.name for path in writer.folder.glob("*.json"))
-    ['predictions.json']
+    >>> sorted(path.name for path in writer.folder.glob("predictions.*"))
+    ['predictions.csv', 'predictions.json']
 
-    A drawing has the name of its image; where that is taken, the image id is added. What an earlier prediction wrote
-    into the folder is replaced; other files are left alone.
+    ``csv`` is ``predictions.csv``, ``parquet`` a folder of parts that a prediction which was ended goes on with; these
+    three hold all that the detector returns. ``yolo``, ``voc`` and ``labelme`` are folders of annotation files,
+    ``crops`` one of the objects by class; these and the drawings hold what reaches ``score_threshold``. Files have the
+    name of their image; where that is taken, the image id is added. What an earlier prediction wrote into the folder
+    is replaced; other files are left alone.
 
     Args:
         folder: where to write.
-        score_threshold: boxes with a lower score are not drawn; the file holds them.
+        score_threshold: boxes with a lower score are left out of drawings, crops and annotation files; ``best`` is the
+            threshold of their class in the checkpoint, or 0.3 where it has none.
         draw: write images with boxes, names and scores.
         draw_limit: draw no more than this many images; all if not given.
         font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
+        formats: ``coco``, ``csv``, ``parquet``, ``yolo``, ``voc``, ``labelme`` and ``crops``, separated by commas.
+        images_per_part: images of a Parquet file; the batch that fills it goes in whole.
     """
 
     def __init__(
         self,
         folder: str | Path = "predictions",
-        score_threshold: Fraction = SCORE_THRESHOLD,
+        score_threshold: Fraction | Literal["best"] = "best",
         draw: bool = True,
         draw_limit: NonNegativeInt | None = None,
         font: str | None = None,
+        formats: str | list[str] = "coco",
+        images_per_part: Count = 1000,
     ) -> None:
         check_arguments(PredictionWriter.__init__, locals())
         self.folder = Path(folder)
-        self.score_threshold = score_threshold
+        self.score_threshold: float | Literal["best"] = score_threshold
         self.draw = draw
         self.draw_limit = draw_limit
         self.font = font
-        self._part: _Part | None = None
-        self._limit: int | None = None  # of this rank
+        self.formats = _check_formats(formats)
+        self.images_per_part = images_per_part
+        self._results: RankResults | None = None
+        self._fingerprint = ""
+        self._num_drawn = 0  # by an earlier prediction that is continued
         self._num_images = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -80,14 +105,20 @@ class PredictionWriter(Callback):
         Raises:
             ValueError: if the folder cannot be written to.
         """
-        self._part = None
-        if stage != "predict" or not trainer.is_global_zero:
+        self._results, self._fingerprint, self._num_drawn = None, "", 0
+        if stage != "predict":
+            return
+        data = getattr(trainer, "datamodule", None)
+        continues = "parquet" in self.formats and isinstance(data, LoadingDataModule)
+        if isinstance(data, LoadingDataModule):
+            data.find_finished = partial(self._find_finished, trainer, pl_module) if continues else None
+        if not trainer.is_global_zero:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if _clear(self.folder):
+            if not continues and self._clear():
                 rank_zero_info(f"the earlier results in '{self.folder}' are replaced")
-            _hidden(self.folder, 0, "part").touch()
+            hidden(self.folder, 0, "part").touch()
         except OSError as error:
             raise ArgumentError(
                 f"cannot write predictions to folder '{self.folder}' ({error}); choose another"
@@ -100,18 +131,28 @@ class PredictionWriter(Callback):
             TypeError: if the module has no ``class_names`` and ``category_ids``.
             ValueError: if the folder is not the one that rank 0 has prepared.
         """
-        names, ids = (getattr(pl_module, name, None) for name in ("class_names", "category_ids"))
-        if names is None or ids is None:
-            raise TypeError(
-                f"{type(pl_module).__name__} has no class_names and category_ids; PredictionWriter names boxes by them"
-            )
-        rank = trainer.global_rank
-        if not _hidden(self.folder, 0, "part").exists():
+        names, ids = _classes_of(pl_module)
+        rank, data = trainer.global_rank, getattr(trainer, "datamodule", None)
+        if not hidden(self.folder, 0, "part").exists():
             raise ArgumentError(f"rank {rank} does not see the '{self.folder}' of rank 0; choose a shared folder")
-        self._part = _Part(self.folder, rank, list(names), list(ids))
+        if "parquet" in self.formats and isinstance(data, LoadingDataModule) and not self._fingerprint:
+            self._find_finished(trainer, pl_module, [])  # the data do not know their images before they are read
+        parquet = None
+        if "parquet" in self.formats:
+            parquet = ParquetWriter(self.folder / FOLDER, rank, self.images_per_part, self._fingerprint, names, ids)
+        limit = 0 if not self.draw else None if self.draw_limit is None else max(0, self.draw_limit - self._num_drawn)
+        self._results = RankResults(
+            self.folder,
+            rank,
+            self.formats,
+            names,
+            ids,
+            self._thresholds(pl_module, len(names)),
+            None if limit is None else _share(limit, rank, trainer.world_size),
+            self.font,
+            parquet,
+        )
         self._num_images = 0
-        limit = self.draw_limit if self.draw else 0
-        self._limit = None if limit is None else _share(limit, rank, trainer.world_size)
 
     def on_predict_batch_end(
         self,
@@ -122,14 +163,14 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the records of a batch and draw its images.
+        """Write the results of a batch.
 
         An image without ``image_id`` gets the next number: 1, 2, ... on one rank, in turn on several.
 
         Raises:
             DivergenceError: if a box or score is not finite.
         """
-        assert self._part is not None  # opened when the prediction began
+        assert self._results is not None  # opened when the prediction began
         images, targets = split_batch(batch)
         names: Sequence[Mapping[str, object]] = targets or [{}] * len(images)
         for image, target, detection in zip(images, names, outputs, strict=True):
@@ -141,136 +182,150 @@ class PredictionWriter(Callback):
             found = Detection(
                 boxes=detection["boxes"].cpu(), labels=detection["labels"].cpu(), scores=detection["scores"].cpu()
             )
-            self._part.write(found, image_id, file_name)
-            if self._limit is None or self._part.num_drawn < self._limit:
-                self._part.draw(image, found, image_id, file_name, self.score_threshold, self.font)
+            self._results.write(image, found, image_id, file_name)
+        self._results.end_batch()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what is left of this rank's results."""
+        if self._results is not None:
+            self._results.finish()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Merge the parts of all ranks into ``predictions.json``."""
+        """Merge the parts of all ranks into ``predictions.json`` and ``predictions.csv``."""
         if stage != "predict":
             return
+        if isinstance(data := getattr(trainer, "datamodule", None), LoadingDataModule):
+            data.find_finished = None
         self._close()
         # not at the end of the epoch: a rank without images has none
         trainer.strategy.barrier("PredictionWriter: parts complete")
-        if trainer.is_global_zero:
-            parts = [_hidden(self.folder, rank, "part") for rank in range(trainer.world_size)]
-            parts = [part for part in parts if part.exists()]
-            _merge(parts, self.folder / _RESULTS)
-            for part in parts:
-                part.unlink()
-            rank_zero_info(f"predictions are in '{self.folder / _RESULTS}'")
+        if not trainer.is_global_zero:
+            return
+        ranks: list[int | str] = [*range(trainer.world_size), "finished"]
+        parts = [path for rank in ranks if (path := hidden(self.folder, rank, "part")).exists()]
+        for name, (file, merge) in _MERGED.items():
+            if name in self.formats:
+                merge(parts, self.folder / file)
+                rank_zero_info(f"predictions are in '{self.folder / file}'")
+        for part in parts:
+            part.unlink()
+        for name in sorted(set(self.formats) - set(TABLES)):
+            rank_zero_info(f"predictions are in '{self.folder / name}'")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove this rank's part of the results, which will not be completed; drawings stay until the next run."""
         self._close()
         with suppress(OSError):  # the exception may be that the folder cannot be used
-            _hidden(self.folder, trainer.global_rank, "part").unlink()
+            hidden(self.folder, trainer.global_rank, "part").unlink()
 
     def _close(self) -> None:
-        if self._part is not None:
-            self._part.close()
+        if self._results is not None:
+            self._results.close()
+
+    def _thresholds(self, pl_module: pl.LightningModule, num_classes: int) -> list[float]:
+        if self.score_threshold != "best":
+            return [self.score_threshold] * num_classes
+        best: Sequence[float | None] | None = getattr(pl_module, "score_thresholds", None)
+        return [SCORE_THRESHOLD if value is None else value for value in best or [None] * num_classes]
+
+    # ---- going on with a prediction that was ended
+
+    def _find_finished(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Sequence[ImageKey]
+    ) -> Collection[int]:
+        """The ids of the images that finished parts hold; what does not belong to them is removed. Collective."""
+        answer: tuple[str, frozenset[int], int] | None = None
+        if trainer.is_global_zero:
+            fingerprint = _fingerprint(pl_module, self._options(trainer))
+            parts = clear_parts(self.folder / FOLDER, fingerprint, images)
+            finished = frozenset(image_id for part in parts for image_id, _ in part.images)
+            answer = fingerprint, finished, self._keep(parts, finished, pl_module)
+            if finished:
+                rank_zero_info(
+                    f"{len(finished)} of {len(images)} images are done: their results in '{self.folder}' stay, and the "
+                    "prediction goes on with the others; choose another folder to begin anew"
+                )
+        answer = trainer.strategy.broadcast(answer)
+        assert answer is not None  # rank 0 has it
+        self._fingerprint, finished, self._num_drawn = answer
+        return finished
+
+    def _keep(self, parts: Sequence[FinishedPart], finished: Collection[int], pl_module: pl.LightningModule) -> int:
+        """Remove the results of images that are not finished, and tell how many drawings stay."""
+        self._remove_tables()
+        _, num_drawn = remove_files(self.folder, finished)
+        hidden(self.folder, 0, "part").touch()
+        if any(name in self.formats for name in TABLES):
+            names, ids = _classes_of(pl_module)
+            with open(hidden(self.folder, "finished", "part"), "w") as file:
+                found = [(*key, detection) for part in parts for detection, key in read_part(part, ids)]
+                for image_id, file_name, detection in sorted(found, key=lambda entry: entry[0]):
+                    write_line(file, image_id, coco_results(detection, image_id, file_name, names, ids))
+        return num_drawn
+
+    def _clear(self) -> bool:
+        """Remove the results of an earlier prediction; tell whether there were any."""
+        parts = list((self.folder / FOLDER).glob("part-*.parquet"))
+        clear_parts(self.folder / FOLDER, None)
+        removed, _ = remove_files(self.folder)
+        return bool(self._remove_tables() + removed + len(parts))
+
+    def _remove_tables(self) -> int:
+        own = [self.folder / file for file, _ in _MERGED.values()] + list(self.folder.glob(".predictions-*.part"))
+        found = [path for path in own if path.is_file()]
+        for path in found:
+            path.unlink()
+        return len(found)
+
+    def _options(self, trainer: pl.Trainer) -> dict[str, object]:
+        """What the files of the images depend on, beside the module."""
+        return {
+            "formats": sorted(set(self.formats) - set(TABLES)),
+            "drawings": [self.score_threshold, self.draw, self.draw_limit, self.font],
+            "precision": str(trainer.precision),
+        }
 
 
-class _Part:
-    """Files of one rank: a line of results per image, its drawings, and a list of their names.
+def _check_formats(formats: str | list[str]) -> list[Format]:
+    known: tuple[Format, ...] = get_args(Format)
+    names = [name.strip() for name in formats.split(",")] if isinstance(formats, str) else list(formats)
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"formats: there is no '{name}'; {suggest(name, list(known))}")
+    if "parquet" in names:
+        check_pyarrow()
+    return [name for name in known if name in names]
 
-    Both files are JSON in ASCII, so that they hold any file name.
-    """
 
-    def __init__(self, folder: Path, rank: int, class_names: list[str], category_ids: list[int]) -> None:
-        self.folder = folder
-        self.class_names, self.category_ids = class_names, category_ids
-        self.colors = class_colors(class_names)
-        self.num_drawn = 0
-        with ExitStack() as files:
-            self._records = files.enter_context(open(_hidden(folder, rank, "part"), "w"))
-            self._drawings = files.enter_context(open(_hidden(folder, rank, "drawn"), "w"))
-            self._files = files.pop_all()
+def _classes_of(pl_module: pl.LightningModule) -> tuple[list[str], list[int]]:
+    names, ids = (getattr(pl_module, name, None) for name in ("class_names", "category_ids"))
+    if names is None or ids is None:
+        raise TypeError(
+            f"{type(pl_module).__name__} has no class_names and category_ids; PredictionWriter names boxes by them"
+        )
+    return list(names), list(ids)
 
-    def write(self, detection: Detection, image_id: int, file_name: str) -> None:
-        records = coco_results(detection, image_id, file_name, self.class_names, self.category_ids)
-        if records:
-            self._records.write(f"{image_id}\t{', '.join(json.dumps(record) for record in records)}\n")
 
-    def draw(
-        self,
-        image: Tensor,
-        detection: Detection,
-        image_id: int,
-        file_name: str,
-        score_threshold: float,
-        font: str | None,
-    ) -> None:
-        kept = detection["scores"] >= score_threshold
-        names = [self.class_names[label] for label in detection["labels"][kept].tolist()]
-        drawing = draw_detections(image, detection["boxes"][kept], names, detection["scores"][kept], self.colors, font)
-        path = _reserve(self.folder, Path(file_name), image_id)
-        self._drawings.write(f"{json.dumps(path.name)}\n")
-        self._drawings.flush()  # a rank that is killed has listed its drawings, too
-        # full resolution of colour: half of it blurs coloured text
-        drawing.save(path, quality=92, subsampling=0) if path.suffix == ".jpg" else drawing.save(path)
-        self.num_drawn += 1
+def _fingerprint(pl_module: pl.LightningModule, options: Mapping[str, object]) -> str:
+    """A digest of the weights and the settings that predictions depend on."""
+    networks: list[nn.Module] = [pl_module, *getattr(pl_module, "_inference", [])]  # windows, views and ensembles
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, part in network.named_modules():
+            facts = dict(part.hparams) if isinstance(part, pl.LightningModule) else vars(part)
+            settings = {k: v for k, v in facts.items() if k != "training" and k[:1] != "_" and _is_plain(v)}
+            digest.update(f"{name} {type(part).__name__} {sorted(settings.items())}".encode())
+    return digest.hexdigest()
 
-    def close(self) -> None:
-        self._files.close()
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _share(number: int, rank: int, world_size: int) -> int:
     return number // world_size + (rank < number % world_size)
-
-
-def _hidden(folder: Path, rank: int, ending: str) -> Path:
-    return folder / f".predictions-{rank}.{ending}"
-
-
-def _clear(folder: Path) -> bool:
-    """Remove the files of an earlier prediction from a folder; tell whether there were any."""
-    lists = list(folder.glob(".predictions-*.drawn"))
-    drawings = [folder / name for path in lists for name in _listed(path)]
-    own = {folder / _RESULTS, *drawings, *folder.glob(".predictions-*.part")}
-    found = [path for path in own if path.parent == folder and path.is_file()]
-    for path in [*found, *lists]:
-        path.unlink()
-    return bool(found)
-
-
-def _listed(path: Path) -> Iterator[str]:
-    """Read the names in a list of drawings; skip a line that a crash has truncated."""
-    for line in path.read_text(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            yield str(json.loads(line))
-
-
-def _reserve(folder: Path, image: Path, image_id: int) -> Path:
-    """Create an empty file for the drawing of an image, under a name that no rank and no file of the user has."""
-    suffix = ".png" if image.suffix.lower() in _LOSSLESS else ".jpg"
-    for name in _names(image.stem, image_id):
-        path = folder / f"{name}{suffix}"
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return path
-    raise AssertionError("names do not end")
-
-
-def _names(stem: str, image_id: int) -> Iterator[str]:
-    yield stem
-    yield f"{stem}-{image_id}"
-    yield from (f"{stem}-{image_id}-{i}" for i in itertools.count(2))
-
-
-def _merge(parts: Sequence[Path], target: Path) -> None:
-    """Write the lines of all parts, each sorted by image id, as one JSON list; the target is complete or absent."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    with ExitStack() as files:
-        lines = [files.enter_context(open(part)) for part in parts]
-        out = files.enter_context(open(temporary, "w"))
-        separator = "[\n"
-        for line in heapq.merge(*lines, key=lambda line: int(line.partition("\t")[0])):
-            out.write(separator + line.partition("\t")[2].rstrip("\n"))
-            separator = ",\n"
-        out.write("\n]\n" if separator == ",\n" else "[]\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, target)

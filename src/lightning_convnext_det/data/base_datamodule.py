@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightning_convnext_det.data.loader import (
 )
 from lightning_convnext_det.data.sampler import EvaluationSampler, Key, TrainingBatchSampler
 from lightning_convnext_det.data.seeding import SeededDataset, run_seed
+from lightning_convnext_det.data.writers.parquet import ImageKey
 
 _logger = logging.getLogger(__name__)
 PREFETCH = 2  # batches per worker: torch's default
@@ -28,6 +30,9 @@ _Loader = TypeVar("_Loader", TrainingLoader, EvaluationLoader, ImageLoader)
 
 class LoadingDataModule(LightningDataModule):
     """Base of the data modules: creates loaders that share an epoch between ranks and can resume.
+
+    A writer of predictions sets ``find_finished``: it is asked, on all ranks, for the ids of those images, of which it
+    is given the ids and file names, that an earlier prediction has finished.
 
     Args:
         predict: images to predict on.
@@ -61,6 +66,7 @@ class LoadingDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.persistent_workers = persistent_workers
         self.timeout = timeout
+        self.find_finished: Callable[[Sequence[ImageKey]], Collection[int]] | None = None
         self.allow_zero_length_dataloader_with_multiple_devices = True  # evaluation of fewer images than devices
 
     def run_seed(self) -> int:
@@ -89,7 +95,12 @@ class LoadingDataModule(LightningDataModule):
 
     def evaluation_loader(self, kind: type[_Loader], dataset: SeededDataset) -> _Loader:
         """Create a loader of this rank's part of the images; over all ranks each image comes once."""
-        return self._loader(kind, dataset, EvaluationSampler(len(dataset), *self._replicas()), self.batch_size)
+        keys = None if self.find_finished is None else dataset.keys()
+        images: int | list[int] = len(dataset)
+        if keys is not None and self.find_finished is not None:
+            finished = self.find_finished(keys)
+            images = [i for i, (image_id, _) in enumerate(keys) if image_id not in finished]
+        return self._loader(kind, dataset, EvaluationSampler(images, *self._replicas()), self.batch_size)
 
     def _loader(
         self,

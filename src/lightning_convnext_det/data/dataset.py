@@ -67,6 +67,11 @@ class DetectionDataset(SeededDataset):
     def __len__(self) -> int:
         return len(self.annotations)
 
+    def keys(self) -> list[tuple[int, str]]:
+        """Id and file name of each image."""
+        table = self.annotations
+        return [(int(image_id), str(table.path(i))) for i, image_id in enumerate(table.image_ids)]
+
     @property
     def landscape(self) -> NDArray[np.bool_]:
         """Whether each image is at least as wide as it is high, bool [N]."""
@@ -153,6 +158,10 @@ class ImageDataset(SeededDataset):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def keys(self) -> list[tuple[int, str]]:
+        """Id and file name of each image."""
+        return list(enumerate(self.files, 1))
 
     def __getitem__(self, index: int) -> Sample | UnreadableImage:
         """Read an image; its target has no boxes, ``image_id`` and ``file_name``."""

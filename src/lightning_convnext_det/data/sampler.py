@@ -5,7 +5,7 @@ the sampler of a loader by its own on several ranks unless it is the first, and 
 it is the second (``trainer/connectors/data_connector.py``, lightning 2.6). So ``use_distributed_sampler`` may stay on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,15 +133,17 @@ class EvaluationSampler(DistributedSampler[int], SequentialSampler):
     [[0, 1, 2], [3, 4]]
 
     Args:
-        num_images: number of images in the split.
+        images: number of images in the split, or the positions of those to take.
         num_replicas: number of ranks.
         rank: this rank.
     """
 
-    def __init__(self, num_images: int, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, images: int | Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
+        chosen = range(images) if isinstance(images, int) else images
+        num_images = len(chosen)
         # rounded up, so that rank 0 is not the idle one when there are fewer images than ranks
         bounds = [-(-num_images * replica // num_replicas) for replica in (rank, rank + 1)]
-        self.indices = range(bounds[0], bounds[1])
+        self.indices = chosen[bounds[0] : bounds[1]]
         self.epoch = 0
 
     def __len__(self) -> int:

@@ -20,6 +20,10 @@ class SeededDataset(Dataset[Any]):
         """Number of images."""
         raise NotImplementedError
 
+    def keys(self) -> list[tuple[int, str]] | None:
+        """Id and file name of each image; None where they are not known before an image is read."""
+        return None
+
 
 def run_seed() -> int:
     """The number given to ``seed_everything``, else the seed of torch's generator."""

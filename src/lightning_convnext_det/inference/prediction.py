@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.arguments import Fraction, check_arguments
-from lightning_convnext_det.data.writers.annotations import COLUMNS, labelme_json, table_rows, voc_xml, yolo_text
+from lightning_convnext_det.data.writers.annotations import COLUMNS, labelme_json, table_row, voc_xml, yolo_text
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.images import ImageSource, read_source
 from lightning_convnext_det.metrics.coco_results import CocoResult, coco_results
@@ -259,7 +259,7 @@ class Prediction:
         name, found = self._file_name(image_id), self._detection()
         if kind == "csv":
             with io.StringIO() as file:
-                rows = table_rows(found, image_id, name, self.class_names, self.class_ids)
+                rows = [table_row(record) for record in self.to_coco(image_id)]
                 csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
                 return file.getvalue()
         texts: dict[str, Callable[[], str]] = {

@@ -40,8 +40,7 @@ def coco_results(
     Raises:
         DivergenceError: if a box or score is not finite.
     """
-    if not (detection["boxes"].isfinite().all() and detection["scores"].isfinite().all()):
-        raise DivergenceError(f"[LCD-E010] the boxes or scores predicted for '{file_name}' are not finite")
+    check_finite(detection, file_name)
     records = []
     corners, scores = _decimal(detection["boxes"].flatten()), _decimal(detection["scores"])
     for i, label in enumerate(detection["labels"].tolist()):
@@ -52,6 +51,12 @@ def coco_results(
             category_name=class_names[label], file_name=file_name,
         ))  # fmt: skip
     return records
+
+
+def check_finite(detection: Detection, file_name: str) -> None:
+    """Raise a DivergenceError if a box or score is not finite."""
+    if not (detection["boxes"].isfinite().all() and detection["scores"].isfinite().all()):
+        raise DivergenceError(f"[LCD-E010] the boxes or scores predicted for '{file_name}' are not finite")
 
 
 def _decimal(values: Tensor) -> list[float]:

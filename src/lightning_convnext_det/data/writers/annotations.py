@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
+from lightning_convnext_det.metrics.coco_results import CocoResult
 from lightning_convnext_det.types import Detection
 
 COLUMNS = ("image_id", "file_name", "category_id", "category_name", "score", "x1", "y1", "x2", "y2")
@@ -20,29 +21,17 @@ Row = tuple[int, str, int, str, float, float, float, float, float]
 """The values of `COLUMNS`."""
 
 
-def table_rows(
-    detection: Detection, image_id: int, file_name: str, class_names: Sequence[str], category_ids: Sequence[int]
-) -> list[Row]:
-    """One row per detection, in its order; numbers are the shortest decimals that are equal in float32.
+def table_row(record: CocoResult) -> Row:
+    """The row of a detection in a table; its corners are equal to the detection's in float32.
 
-    >>> box, label, score = torch.tensor([[1.0, 2.5, 30.0, 40.0]]), torch.tensor([0]), torch.tensor([0.9])
-    >>> found = Detection(boxes=box, labels=label, scores=score)
-    >>> table_rows(found, 7, "a.jpg", ["cat"], [17])
-    [(7, 'a.jpg', 17, 'cat', 0.9, 1.0, 2.5, 30.0, 40.0)]
-
-    Args:
-        detection: on the CPU, boxes in pixels of the image.
-        image_id: the dataset's own id of the image.
-        file_name: of the image.
-        class_names: in order of label.
-        category_ids: the dataset's own ids, in order of label.
+    >>> table_row({"image_id": 7, "file_name": "a.jpg", "category_id": 17, "category_name": "cat", "score": 0.9,
+    ...            "bbox": [1.0, 2.5, 29.0, 37.5]})
+    (7, 'a.jpg', 17, 'cat', 0.9, 1.0, 2.5, 30.0, 40.0)
     """
-    labels, corners, scores = detection["labels"].tolist(), decimals(detection["boxes"]), decimals(detection["scores"])
-    rows: list[Row] = []
-    for i, label in enumerate(labels):
-        x1, y1, x2, y2 = corners[4 * i : 4 * i + 4]
-        rows.append((image_id, file_name, category_ids[label], class_names[label], scores[i], x1, y1, x2, y2))
-    return rows
+    x, y, width, height = record["bbox"]
+    x2, y2 = decimals(torch.tensor([x + width, y + height], dtype=torch.float64))
+    category = record["category_id"], record["category_name"]
+    return (record["image_id"], record["file_name"], *category, record["score"], x, y, x2, y2)
 
 
 def yolo_text(detection: Detection, size: tuple[int, int]) -> str:

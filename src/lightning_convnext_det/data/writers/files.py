@@ -1,0 +1,115 @@
+"""Files of one image each in a folder of results: unique names, a list of what was written, and its removal.
+
+Each rank lists its files before it writes them, so that the next prediction can replace them whatever ended this one.
+The lists are JSON in ASCII, which holds any file name.
+"""
+
+import itertools
+import json
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+_KEPT = "kept"  # in place of a rank, in the name of the list of what is kept
+
+
+def hidden(folder: Path, rank: int | str, ending: str) -> Path:
+    """A hidden file of a rank's own in the folder of results."""
+    return folder / f".predictions-{rank}.{ending}"
+
+
+class FileList:
+    """Reserves names in a folder of results and lists them.
+
+    Args:
+        folder: of the results.
+        rank: of the process that writes.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self._file: TextIO = open(hidden(folder, rank, "drawn"), "w")  # noqa: SIM115  # closed by close()
+
+    def reserve(self, parent: Path, stem: str, suffix: str, image_id: int) -> Path:
+        """Create an empty file for an image, under a name that no rank and no file of the user has.
+
+        Args:
+            parent: folder of the file, in the folder of results.
+            stem: of the image's name; where that is taken, the image id is added.
+            suffix: of the file.
+            image_id: of the image.
+        """
+        parent.mkdir(parents=True, exist_ok=True)
+        for name in _names(stem, image_id):
+            path = parent / f"{name}{suffix}"
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            self._file.write(f"{json.dumps([path.relative_to(self.folder).as_posix(), image_id])}\n")
+            self._file.flush()  # a rank that is killed has listed its files, too
+            return path
+        raise AssertionError("names do not end")
+
+    def close(self) -> None:
+        """Close the list."""
+        self._file.close()
+
+
+def remove_files(folder: Path, keep: Collection[int] = ()) -> tuple[int, int]:
+    """Remove the files that an earlier prediction has written for its images.
+
+    Args:
+        folder: of the results.
+        keep: ids of images whose files stay.
+
+    Returns:
+        How many files were removed, and how many stay in the folder itself: drawings.
+    """
+    lists = list(folder.glob(".predictions-*.drawn"))
+    listed = [entry for path in lists for entry in _listed(path)]
+    stay = [(name, image_id) for name, image_id in listed if image_id in keep]
+    removed = 0
+    for name, image_id in listed:
+        if image_id not in keep and (path := _inside(folder, name)) is not None and path.is_file():
+            path.unlink()
+            removed += 1
+            _remove_empty(path.parent, folder)
+    if stay:
+        hidden(folder, _KEPT, "tmp").write_text("".join(f"{json.dumps(entry)}\n" for entry in stay))
+        hidden(folder, _KEPT, "tmp").replace(hidden(folder, _KEPT, "drawn"))
+    for path in lists:
+        if not stay or path != hidden(folder, _KEPT, "drawn"):
+            path.unlink()
+    return removed, sum("/" not in name for name, _ in stay)
+
+
+def _listed(path: Path) -> Iterator[tuple[str, int]]:
+    """The names and image ids in a list; a line that a crash has truncated is skipped."""
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, TypeError):
+            name, image_id = json.loads(line)
+            yield str(name), int(image_id)
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The path of a listed file, unless it leads out of the folder: others may have written the list."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    resolved = (folder / path).parent.resolve()
+    return folder / path if resolved == folder.resolve() or folder.resolve() in resolved.parents else None
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    with suppress(OSError):  # not empty
+        while folder != root:
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _names(stem: str, image_id: int) -> Iterator[str]:
+    yield stem
+    yield f"{stem}-{image_id}"
+    yield from (f"{stem}-{image_id}-{i}" for i in itertools.count(2))
