@@ -149,19 +149,20 @@ def models(arguments: Sequence[str], run: Command) -> int:
     parser = _create_parser(
         "models",
         "Print parameters (M), multiply-adds (G; backbones at 224x224, detectors at 800x1333), channels, strides and "
-        "published ImageNet-1k top-1 of backbones and detectors.",
+        "published ImageNet-1k top-1 of backbones and detectors, and the licence of the backbone's pretrained weights.",
     )
     parser.add_argument("pattern", nargs="?", default="*", help="such as '*convnext_tiny*'; also any timm name")
     options = parser.parse_args(arguments)
     from lightning_convnext_det.models.model_stats import list_facts
 
-    line = "{:<44} {:>9} {:>8}  {:<20} {:<12} {:>5}  {}\n"
-    sys.stdout.write(line.format("model", "params M", "GFLOPs", "channels", "strides", "top-1", "weights"))
+    line = "{:<44} {:>9} {:>8}  {:<20} {:<12} {:>5}  {:<20} {}\n"
+    sys.stdout.write(line.format("model", "params M", "GFLOPs", "channels", "strides", "top-1", "weights", "licence"))
     for facts in list_facts(options.pattern):
         channels, strides = (" ".join(map(str, values)) for values in (facts.channels, facts.strides))
         numbers = f"{facts.parameters / 1e6:.2f}", f"{facts.gflops:.2f}"
         top1 = "-" if facts.top1 is None else f"{facts.top1:.1f}"
-        sys.stdout.write(line.format(facts.name, *numbers, channels, strides, top1, facts.weights or "-"))
+        weights, licence = facts.weights or "-", facts.licence or "-"
+        sys.stdout.write(line.format(facts.name, *numbers, channels, strides, top1, weights, licence))
     return 0
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.models.backbone import TimmPyramid, pad_to_multiple
+from lightning_convnext_det.models.backbone_weights import find_licence
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeads
@@ -60,6 +61,7 @@ class ModelFacts:
         strides: strides of these feature maps.
         top1: published ImageNet-1k accuracy of the backbone in per cent; None if not listed here.
         weights: timm's tag of the weights with that accuracy.
+        licence: of the backbone's pretrained weights that are taken for its name; None where timm names none.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ModelFacts:
     strides: tuple[int, ...]
     top1: float | None
     weights: str | None
+    licence: str | None
 
 
 def list_facts(pattern: str = "*") -> Iterator[ModelFacts]:
@@ -156,4 +159,5 @@ def _facts(name: str, backbone: str, net: nn.Module, gflops: float, pyramid: Tim
     if tag and tag != weights:  # other weights have another accuracy
         top1, weights = None, None
     parameters = sum(p.numel() for p in net.parameters())
-    return ModelFacts(name, parameters, gflops, tuple(pyramid.channels), tuple(pyramid.strides), top1, weights)
+    channels, strides = tuple(pyramid.channels), tuple(pyramid.strides)
+    return ModelFacts(name, parameters, gflops, channels, strides, top1, weights, find_licence(backbone))
