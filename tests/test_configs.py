@@ -101,4 +101,4 @@ def test_config__says_how_it_is_used(config: Path) -> None:
     text = config.read_text()
     assert text.startswith("# ")
     assert f"--config configs/{config.relative_to(config.parents[0]).name}" in text
-    assert set(yaml.safe_load(text)) <= {"seed_everything", "model", "data", "trainer", "checkpoint", "output"}
+    assert set(yaml.safe_load(text)) <= {"seed_everything", "plan", "model", "data", "trainer", "checkpoint", "output"}

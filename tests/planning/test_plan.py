@@ -1,11 +1,14 @@
 """Plans of made datasets and machines: the decisions that an experienced trainer would check."""
 
+import inspect
 from io import StringIO
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from rich.console import Console
 
+from lightning_convnext_det import DeformableDETR, DetectionDataModule, DetectionModule, FasterRCNN
 from lightning_convnext_det.planning.draft import Plan, show
 from lightning_convnext_det.planning.machine import Machine
 from lightning_convnext_det.planning.plan import plan
@@ -48,7 +51,7 @@ def test_plan__tiny_objects_are_enlarged_as_far_as_it_goes_and_tiles_are_named()
 def test_plan__one_huge_object_needs_no_large_images() -> None:
     made = make("one huge object")
     assert made["model.min_size"] == 480
-    assert made["model.anchor_sizes"][-1][0] >= 256
+    assert made["model.anchor_sizes"][-1][0] >= 200
     assert make("one huge object", LAPTOP)["model.min_size"] == 240
 
 
@@ -89,6 +92,8 @@ GIVEN = [
     ({"model.lr": 0.5}, {"model.lr": 0.5}),
     # twice the batch, root of two times the rate
     ({"data.batch_size": 8}, {"data.batch_size": 8, "model.lr": 1.4e-4}),
+    ({"data.batch_size": 1}, {"data.batch_size": 1, "model.lr": 5e-5}),
+    ({"start_from": "a.ckpt", "model.pretrained_backbone": False}, {"model.lr": 1e-4}),
     ({"model.pretrained_backbone": False}, {"model.lr": 1.4e-3, "trainer.max_steps": 18000}),
     ({"model.min_size": 320}, {"model.max_size": 432}),
     ({"model.min_size": [320, 640]}, {"model.max_size": 856}),
@@ -146,6 +151,19 @@ def test_plan__licences_that_forbid_commercial_use_are_named() -> None:
 def test_plan__of_a_detector_with_queries_has_no_anchors() -> None:
     made = plan(SETS["one class"], GPU, kind="detr")
     assert not [setting.name for setting in made.settings if "anchor" in setting.name or "rpn" in setting.name]
+    on_cpu = plan(SETS["one class"], LAPTOP, kind="detr")
+    known = set(inspect.signature(DeformableDETR).parameters) | set(inspect.signature(DetectionModule).parameters)
+    assert set(on_cpu.chosen("model")) <= known
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, GPU])
+def test_plan__sets_only_what_there_is(machine: Machine) -> None:
+    modules = set(inspect.signature(FasterRCNN).parameters) | set(inspect.signature(DetectionModule).parameters)
+    for name in SETS:
+        made = make(name, machine)
+        assert set(made.chosen("model")) <= modules
+        assert set(made.chosen("data")) <= set(inspect.signature(DetectionDataModule).parameters)
+        assert set(made.chosen("trainer")) <= set(inspect.signature(Trainer).parameters)
 
 
 def test_plan__print_shows_settings_and_reasons() -> None:

@@ -36,7 +36,7 @@ class TrainingPlanner:
         self._data_arguments: dict[str, Any] = {}
 
     def plan(
-        self, kind: type[LightningModule], config: jsonargparse.Namespace, names: set[str], trained: Mapping[str, Any]
+        self, kind: type[LightningModule], config: jsonargparse.Namespace, names: set[str], start: str | None
     ) -> Plan | None:
         """Make and print the plan of a fit; None where there is none, as for a module or data of the user's own.
 
@@ -44,7 +44,7 @@ class TrainingPlanner:
             kind: class of the module.
             config: all arguments, parsed without a plan.
             names: the settings that the user has given, such as ``model.lr``.
-            trained: arguments of the network that the training starts from; they count as given.
+            start: the checkpoint that the training starts from; its network counts as given.
 
         Raises:
             WeightsError: if the pretrained weights that are planned cannot be had.
@@ -53,7 +53,10 @@ class TrainingPlanner:
         own = kind in DETECTORS.values() and config["data"]["class_path"].endswith(f".{DetectionDataModule.__name__}")
         if not own or not (arguments.get("root") or arguments.get("train")) or arguments.get("datasets"):
             return None
-        given = {f"model.{name}": value for name, value in trained.items()} | find_given(names, config.as_dict())
+        everything = config.as_dict()
+        if start is not None:
+            names = names | {f"model.{name}" for name in everything["model"]["init_args"] if name not in _TRAINING}
+        given = {**find_given(names, everything), "start_from": start}
         self.data, self._data_arguments = DetectionDataModule(**arguments), arguments
         made = self._make(kind, self.data, given, config["trainer"].as_dict())
         rank_zero_only(made.print)()
@@ -86,6 +89,8 @@ class TrainingPlanner:
         )
 
 
+# arguments of a module that are of its training, not of its network
+_TRAINING = ("lr", "warmup_steps", "schedule", "max_detections")
 # the arguments that decide which annotations a data module reads
 SPLITS = (
     "root", "format", "train", "val", "test", "train_images", "val_images", "test_images", "val_fraction", "seed",

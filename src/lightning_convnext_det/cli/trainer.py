@@ -22,7 +22,9 @@ from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.classification_writer import ClassificationWriter
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+from lightning_convnext_det.callbacks.stage_unfreezing import StageUnfreezing
 from lightning_convnext_det.callbacks.time_budget import TimeBudget
+from lightning_convnext_det.callbacks.weight_averaging import EMAWithWarmup
 from lightning_convnext_det.checkpoints.build_module import check_writer, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.format import FORMAT, read_grey_range
 from lightning_convnext_det.cli.arguments import Choices, Parser
@@ -40,6 +42,7 @@ from lightning_convnext_det.modules.optimization import TrainableModule
 from lightning_convnext_det.modules.registry import MODULES
 from lightning_convnext_det.ops.nms import NMSMethod
 
+CALLBACKS = (EMAWithWarmup, StageUnfreezing)  # known by their bare names in --trainer.callbacks+=NAME once imported
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the dataset answers
 _DATA = {kind.__name__: kind for kind in (DetectionDataModule, ImageFolderDataModule)}
 _LIGHTNING_WORDS = ("best", "last", "hpc", "registry")  # values of ckpt_path that Lightning looks up itself
@@ -142,7 +145,7 @@ class DetectionCLI(LightningCLI):
             return False
         trained = {} if self._checkpoint is None else self._checkpoint["hyper_parameters"]
         options = {k: v for k, v in trained.items() if k not in _LINKED}
-        made = self._planner.plan(self._kind, config, names, options)
+        made = self._planner.plan(self._kind, config, names, self._start)
         if made is None:
             return False
         self._set_class_defaults(

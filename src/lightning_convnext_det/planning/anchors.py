@@ -16,7 +16,9 @@ DEFAULT_SIZES, DEFAULT_RATIOS = ((32,), (64,), (128,), (256,), (512,)), (0.5, 1.
 _BASES = tuple(round(4 * 2 ** (i / 3)) for i in range(16))  # of the finest level: 4 to 128 pixels, 3 to the octave
 _STEPS = (1.41, 1.68, 2.0)  # from one level to the next
 _SAMPLED = 500  # boxes for the search; coverage is then known to 2 per cent, and that of the result is of all boxes
-GAIN = 0.03  # of coverage at which five aspect ratios are worth their time instead of three
+# what an unusual choice must add to the sum of both coverages: five aspect ratios cost time in every image, and levels
+# that are no octaves apart look for objects of nearly one size at several resolutions
+FIVE_RATIOS, NO_OCTAVES = 0.1, 0.05
 
 
 class Coverage(NamedTuple):
@@ -64,13 +66,13 @@ def choose_anchors(
     shapes = _ratio_sets(boxes) if ratios is None else [tuple(ratios)]
     start = (DEFAULT_SIZES if sizes is None else ladders[0], DEFAULT_RATIOS if ratios is None else shapes[0])
     least = measure_coverage(boxes, *start)
-    best, best_score = start, sum(measure_coverage(sample, *start))
-    found = [(sum(measure_coverage(sample, *pair)), pair) for pair in product(ladders, shapes)]
+    least_score = _score(sample, *start)
+    found = [(_score(sample, *pair), pair) for pair in product(ladders, shapes)]
     for score, pair in sorted(found, key=lambda entry: -entry[0]):
-        better = score > best_score + 0.01 + (GAIN if len(pair[1]) > len(best[1]) else 0)
-        if better and all(a >= b for a, b in zip(measure_coverage(boxes, *pair), least, strict=True)):
-            best, best_score = pair, score
-    return best
+        covers = all(a >= b for a, b in zip(measure_coverage(boxes, *pair), least, strict=True))
+        if covers and score > least_score + 0.01:
+            return pair
+    return start
 
 
 def measure_coverage(boxes: NDArray[np.float64], sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> Coverage:
@@ -84,6 +86,12 @@ def measure_coverage(boxes: NDArray[np.float64], sizes: Sequence[Sequence[float]
             anchor = size / np.sqrt(ratio), size * np.sqrt(ratio)
             best = np.maximum(best, _iou(boxes, anchor, stride / 4))
     return Coverage(float((best >= 0.5).mean()), float((best >= 0.7).mean())) if len(boxes) else Coverage(0, 0)
+
+
+def _score(boxes: NDArray[np.float64], sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> float:
+    """Both coverages, less what unusual anchors cost."""
+    costs = FIVE_RATIOS * (len(ratios) > 3) + NO_OCTAVES * (sizes[1][0] < 1.9 * sizes[0][0])
+    return sum(measure_coverage(boxes, sizes, ratios)) - costs
 
 
 def _iou(boxes: NDArray[np.float64], anchor: tuple[float, float], shift: float) -> NDArray[np.float64]:

@@ -17,8 +17,9 @@ def plan_hardware(draft: Draft, fingerprint: Fingerprint, machine: Machine) -> N
             "no accelerator: the cores compute, and decoding takes little",
         )
     else:
-        workers = max(1, min(16, machine.cores // machine.devices))
-        why = f"{machine.cores} cores for {machine.devices} device{'s' * (machine.devices > 1)}"
+        batch = int(draft.get("data.batch_size", 2))
+        workers = max(1, min(16, machine.cores // machine.devices, max(4, 2 * batch)))
+        why = f"{machine.cores} cores for {machine.devices} device{'s' * (machine.devices > 1)}, {batch} images a step"
     draft.choose("data.num_workers", workers, why)
     if fingerprint.images >= MANY and not machine.is_cpu:
         _plan_random_sizes(draft)

@@ -6,6 +6,7 @@ from lightning_convnext_det.data.fingerprint import Fingerprint
 from lightning_convnext_det.planning.draft import Draft
 from lightning_convnext_det.planning.machine import Machine
 from lightning_convnext_det.planning.memory import images_that_fit
+from lightning_convnext_det.planning.network import starts_from_random_weights
 
 # images from which a batch of so many is worth its fewer steps: 16 is COCO's in all published recipes; of 2, that
 # twice the steps in as many images are better on small sets was measured: 0.285 against 0.244 mAP on small objects
@@ -25,7 +26,8 @@ def plan_optimization(draft: Draft, fingerprint: Fingerprint, machine: Machine, 
     if fits < share:
         share, why = max(1, fits), f"{why}; more do not fit into {machine.memory / 2**30:.0f} GiB"
     batch = int(draft.choose("data.batch_size", share, why))
-    accumulated = max(1, wanted // (batch * machine.devices))
+    # a batch that is given is meant as it is
+    accumulated = 1 if "data.batch_size" in draft.given else max(1, wanted // (batch * machine.devices))
     if accumulated > 1 or "trainer.accumulate_grad_batches" in draft.given:
         reason = f"a step sees {batch * machine.devices * accumulated} images"
         accumulated = int(draft.choose("trainer.accumulate_grad_batches", accumulated, reason))
@@ -38,10 +40,10 @@ def plan_optimization(draft: Draft, fingerprint: Fingerprint, machine: Machine, 
 def _plan_rate(draft: Draft, total: int, kind: str) -> None:
     if kind == "detr":
         lr, base, source = 2e-4, 32, "Deformable DETR's, arXiv:2010.04159"
-    elif draft.get("model.pretrained_backbone") or draft.get("model.backbone_weights"):
-        (lr, base), source = PRETRAINED, "ConvNeXt's on COCO, arXiv:2201.03545"
-    else:
+    elif starts_from_random_weights(draft):
         (lr, base), source = RANDOM, "measured from random weights"
+    else:
+        (lr, base), source = PRETRAINED, "ConvNeXt's on COCO, arXiv:2201.03545"
     if draft.get("model.base_batch_size") is not None:
         base = int(draft.get("model.base_batch_size"))
         draft.choose("model.lr", lr, f"{source}; scaled by base_batch_size, which is given")

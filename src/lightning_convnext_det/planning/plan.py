@@ -40,18 +40,18 @@ def plan(
         fingerprint: of the training split.
         machine: that trains.
         given: settings of the user by name, such as ``model.lr``, ``data.batch_size`` or ``trainer.max_steps``;
-            ``time`` is the wanted length in seconds.
+            ``time`` is the wanted length in seconds, ``start_from`` a detector to start from.
         images_to_validate: size of the validation split; 0 without one.
         kind: ``rcnn`` for detectors with anchors, ``detr`` for those with queries.
         missing_weights: reason why the pretrained weights of a backbone cannot be had, None if they can.
     """
     draft = Draft(given or {})
-    plan_network(draft, machine, missing_weights)
+    plan_network(draft, machine, kind, missing_weights)
     scale = plan_resolution(draft, fingerprint, machine)
     if kind == "rcnn":
         plan_anchors(draft, fingerprint, scale)
     plan_crowding(draft, fingerprint, machine, kind)
     total = plan_optimization(draft, fingerprint, machine, kind)
-    plan_schedule(draft, fingerprint, machine, total, images_to_validate)
+    plan_schedule(draft, fingerprint, machine, total, images_to_validate, kind)
     plan_hardware(draft, fingerprint, machine)
     return draft.finish()

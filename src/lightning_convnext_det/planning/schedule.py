@@ -5,19 +5,23 @@ import math
 from lightning_convnext_det.data.fingerprint import Fingerprint
 from lightning_convnext_det.planning.draft import Draft
 from lightning_convnext_det.planning.machine import Machine
+from lightning_convnext_det.planning.network import starts_from_random_weights
 
-PASSES = 24  # over the images: detectron2's "2x" of COCO
+PASSES = {"rcnn": 24, "detr": 50}  # over the images: detectron2's "2x" of COCO; Deformable DETR's, arXiv:2010.04159
 FEWEST, MOST = 3000, 90_000  # steps; 90,000 of 16 images are COCO's "1x"
+MOST_ON_CPU = 6000  # an hour or two
 RANDOM_FACTOR = 3  # from random weights, where time is cheap; He et al., arXiv:1811.08883, need 3 to 6 times as many
 EVALUATION = 0.4  # of the time of a training image: no backward pass
 SHARE = 0.1  # of the time that validation may take
 VALIDATIONS = 20  # at most in a run
 
 
-def plan_schedule(draft: Draft, fingerprint: Fingerprint, machine: Machine, total: int, to_validate: int) -> None:
+def plan_schedule(
+    draft: Draft, fingerprint: Fingerprint, machine: Machine, total: int, to_validate: int, kind: str
+) -> None:
     """Choose the steps by the images, and validate so often that it costs less than a tenth of the time."""
     per_epoch = max(1, math.ceil(fingerprint.images / total))
-    steps = _plan_steps(draft, fingerprint, machine, total, per_epoch)
+    steps = _plan_steps(draft, fingerprint, machine, total, kind)
     warmup = 100 if steps is None or steps < 5000 else 500
     draft.choose("model.warmup_steps", warmup, "a tenth of the training at most")
     draft.choose("model.schedule", "cosine", "to zero at the last step")
@@ -34,7 +38,7 @@ def plan_schedule(draft: Draft, fingerprint: Fingerprint, machine: Machine, tota
         draft.choose("trainer.check_val_every_n_epoch", math.ceil(often / per_epoch), f"epochs; {why}")
 
 
-def _plan_steps(draft: Draft, fingerprint: Fingerprint, machine: Machine, total: int, per_epoch: int) -> int | None:
+def _plan_steps(draft: Draft, fingerprint: Fingerprint, machine: Machine, total: int, kind: str) -> int | None:
     """The optimizer steps; None where a wanted time decides."""
     epochs, limit = draft.given.get("trainer.max_epochs"), draft.given.get("trainer.max_steps")
     if draft.given.get("time") is not None:
@@ -48,13 +52,12 @@ def _plan_steps(draft: Draft, fingerprint: Fingerprint, machine: Machine, total:
         return int(limit)
     if epochs is not None:
         draft.choose("trainer.max_epochs", epochs, "")
-        return None if epochs == -1 else int(epochs) * per_epoch
-    random = not (draft.get("model.pretrained_backbone") or draft.get("model.backbone_weights"))
-    factor = RANDOM_FACTOR if random and not machine.is_cpu else 1
-    wanted = PASSES * fingerprint.images / total
-    steps = factor * int(min(MOST, max(FEWEST, wanted)))
+        return None if epochs == -1 else int(epochs) * math.ceil(fingerprint.images / total)
+    factor = RANDOM_FACTOR if starts_from_random_weights(draft) and not machine.is_cpu else 1
+    wanted = PASSES[kind] * fingerprint.images / total
+    steps = factor * int(min(MOST_ON_CPU if machine.is_cpu else MOST, max(FEWEST, wanted)))
     passes = steps * total / max(1, fingerprint.images)
     start = "; three times as long from random weights" if factor > 1 else ""
-    draft.choose("trainer.max_steps", steps, f"{passes:.3g} passes over {fingerprint.images:,} images{start}")
+    draft.choose("trainer.max_steps", steps, f"{passes:,.0f} passes over {fingerprint.images:,} images{start}")
     draft.choose("trainer.max_epochs", -1, "max_steps decides")
     return steps
