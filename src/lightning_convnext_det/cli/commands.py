@@ -13,6 +13,7 @@ TOOLS = {
     "import-weights": "convert third-party weights to a checkpoint",
     "export-backbone": "save a detector's backbone as weights for timm",
     "thresholds": "choose the score threshold of each class on a split and store it in the checkpoint",
+    "compare": "tell whether two detectors differ by more than the chance of the images",
     "report": "show what a detector does on a split: one HTML page",
     "demo": "train a detector on synthetic images and draw what it finds",
 }

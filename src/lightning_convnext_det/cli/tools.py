@@ -89,6 +89,13 @@ def report(arguments: Sequence[str], run: Command) -> int:
     return run_report(arguments, commands.TOOLS["report"])
 
 
+def compare(arguments: Sequence[str], run: Command) -> int:
+    """Tell whether two detectors differ by more than the chance of the images."""
+    from lightning_convnext_det.cli.compare import run_compare
+
+    return run_compare(arguments, commands.TOOLS["compare"])
+
+
 def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
     """Convert third-party weights to a checkpoint."""
     parser = _create_parser("import-weights")
@@ -181,5 +188,6 @@ TOOLS: dict[str, Callable[[Sequence[str], Command], int]] = {
     "export-backbone": export_backbone,
     "thresholds": thresholds,
     "report": report,
+    "compare": compare,
     "demo": demo,
 }

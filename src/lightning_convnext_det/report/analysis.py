@@ -33,7 +33,7 @@ from lightning_convnext_det.types import Detection, Target
 from lightning_convnext_det.visualization import SCORE_THRESHOLD
 
 IOUS = (*np.linspace(0.5, 0.95, 10).tolist(),)
-SAMPLES = 1000  # resamples of the bootstrap; fewer for large splits, see _num_samples
+SAMPLES = 1000  # resamples of the bootstrap; fewer for large splits, see num_samples
 _LAECE_IOU = 0.1  # least IoU of a true positive in LaECE: Oksuz et al., arXiv:2307.00934
 _MOST_WORK = 2e8  # detections x resamples
 
@@ -86,14 +86,14 @@ def analyse(evaluation: Evaluation, samples: int = SAMPLES, seed: int = 0) -> An
     thresholds = choose_thresholds(matches)
     limits = [SCORE_THRESHOLD if t.threshold is None else t.threshold for t in thresholds]
     metrics = _coco_metrics(evaluation, names)
-    intervals, num_samples = _intervals(matches, objects, names, samples, seed)
+    intervals, taken = _intervals(matches, objects, names, samples, seed)
     loose = match_detections(detections, targets, len(names), (_LAECE_IOU,))
     laece, class_laece = localization_aware_ece(loose, find_overlaps(loose, boxes, objects).matched_iou)
     table = reliability(matches, overlaps.matched_iou)
     return Analysis(
         metrics=metrics,
         intervals=intervals,
-        num_samples=num_samples,
+        num_samples=taken,
         thresholds=thresholds,
         limits=limits,
         curves=[_curve(matches, label) for label in range(len(names))],
@@ -113,6 +113,11 @@ def analyse(evaluation: Evaluation, samples: int = SAMPLES, seed: int = 0) -> An
     )
 
 
+def num_samples(num_detections: int, wanted: int) -> int:
+    """How many resamples the bootstrap takes: fewer than wanted for many detections, at least 100."""
+    return max(100, min(wanted, int(_MOST_WORK / max(1, num_detections))))
+
+
 def _coco_metrics(evaluation: Evaluation, names: list[str]) -> dict[str, float]:
     evaluator = DetectionEvaluator(names)
     evaluator.update(
@@ -126,7 +131,7 @@ def _intervals(
     matches: Matches, objects: Objects, names: list[str], samples: int, seed: int
 ) -> tuple[dict[str, tuple[float, float]], int]:
     num_images = len(objects.offset) - 1
-    samples = max(100, min(samples, int(_MOST_WORK / max(1, len(matches.score)))))
+    samples = num_samples(len(matches.score), samples)
     drawn = bootstrap_ap(matches, objects.per_image(len(names)), resampling_weights(max(1, num_images), samples, seed))
     ap = average_precision(matches)
     estimates = {"map": float(mean_over_classes(ap.mean(0))), "map_50": float(mean_over_classes(ap[0]))}
