@@ -29,6 +29,7 @@ from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules.registry import MODULES
 from tests.convert.test_importer import original_state
+from tests.data.io.test_video import write_video
 from tests.test_layers import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ]
         assert main(fit) == 0
         shutil.copy("runs/version_0/checkpoints/best.ckpt", "detector.ckpt")
+        shutil.copy("detector.ckpt", "second.ckpt")
+        write_video(folder / "clip.mp4")
         yield folder
 
 

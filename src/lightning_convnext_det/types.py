@@ -23,7 +23,7 @@ class Target(TypedDict):
     labels: Tensor
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     iscrowd: NotRequired[Tensor]
-    """Regions that evaluation ignores, by the share of a detection inside, bool or int [N]; absent in training."""
+    """Regions that evaluation ignores, by the share of a detection inside, bool or int [N]; left out of training."""
     difficult: NotRequired[Tensor]
     """VOC's difficult objects, which evaluation ignores by their IoU with a detection, bool [N]; absent in training."""
     area: NotRequired[Tensor]

@@ -90,10 +90,12 @@ class DetectionDataModule(LoadingDataModule):
         num_workers: worker processes that read images; 0 reads in the main process (default: one per core, at most 4).
         train_transforms: augmentation of training images: ``none``; ``flip``: horizontal flip; ``multiscale``: flip,
             resize to one of ``sizes``, in half of the cases after a random crop; ``lsj``: flip, scale by 0.1 to 2, crop
-            or pad to a square. Or a transform of torchvision v2, or any callable on image and target.
+            or pad to a square; ``tiles``: flip, crop to a window of ``crop_size`` at the image's own resolution, in
+            which an object counts if 40 % of its area are visible. Or a transform of torchvision v2, or any callable
+            on image and target.
         sizes: shorter sides for ``multiscale`` in pixels.
         max_size: largest longer side for ``multiscale`` in pixels.
-        crop_size: side of the square for ``lsj`` in pixels.
+        crop_size: side of the square for ``lsj`` and of the windows for ``tiles`` in pixels; --tiles sets it.
         scale_range: smallest and largest scale for ``lsj``.
         vertical_flip: also flip vertically with probability 0.5.
         color_jitter: change brightness, contrast and saturation by up to this factor.

@@ -1,4 +1,4 @@
-"""Augmentation of training images and their boxes: four presets of torchvision v2 transforms.
+"""Augmentation of training images and their boxes: five presets of torchvision v2 transforms.
 
 ``ShortestSide`` and ``LargeScaleJitter`` round sides to the nearest pixel, at least 1; torchvision's RandomShortestSize
 and ScaleJitter round down, to 0 for very narrow images. All random numbers come from torch's CPU generator, which
@@ -18,13 +18,14 @@ from lightning_convnext_det.arguments import Count, NonNegative, Positive, check
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.types import Target
 
-Preset = Literal["none", "flip", "multiscale", "lsj"]
+Preset = Literal["none", "flip", "multiscale", "lsj", "tiles"]
 SampleTransform: TypeAlias = v2.Transform | Callable[[tv_tensors.Image, Target], tuple[tv_tensors.Image, Target]]
 """A transform of an image, uint8 [C, H, W], and its target; ``boxes`` is a ``tv_tensors.BoundingBoxes``."""
 RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
 """Presets that set the final size of an image; the detector must not resize it again in training."""
 MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR, arXiv:2005.12872, section 4
 MIN_VISIBLE_SIDE = 1.0  # pixels; the proposal heads cannot regress a box without area
+MIN_VISIBLE_SHARE = 0.4  # of an object's area in a window from which it is an object to learn
 FILL = 114  # mean of ImageNet's mean colour 124, 116, 104: close to 0 once normalised, as the padding of detectors
 
 # torchvision has no types: its classes are Any to the type checker
@@ -143,6 +144,54 @@ class RandomSquareCrop(v2.Transform):
         return tv_tensors.wrap(square, like=inpt)
 
 
+class RandomTile:
+    """Crop a window of an image and its objects, as `tile_windows` would divide it, at a random position.
+
+    In half of the cases the window contains the centre of a random object, if there are any: most windows of an aerial
+    image are empty. Boxes are cut at its borders. An object of which less than 40 % of the area is visible becomes a
+    crowd region (``iscrowd``), which detectors leave out of training. An image that is no larger stays as it is.
+
+    >>> target = Target(boxes=torch.tensor([[0.0, 0.0, 9.0, 9.0]]), labels=torch.tensor([1]))
+    >>> window, _ = RandomTile(64)(torch.zeros(3, 100, 200), target)
+    >>> window.shape
+    torch.Size([3, 64, 64])
+
+    Args:
+        side: of the window in pixels.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Crop an image [C, H, W], and cut its boxes."""
+        boxes = as_corners(target["boxes"], image).as_subclass(Tensor)
+        height, width = image.shape[-2:]
+        center = None
+        if len(boxes) and torch.rand(()) < 0.5:
+            box = boxes[int(torch.randint(len(boxes), ()))]
+            center = (box[:2] + box[2:]) / 2
+        left = self._start(width, None if center is None else float(center[0]))
+        top = self._start(height, None if center is None else float(center[1]))
+        window = image[:, top : top + self.side, left : left + self.side]
+        low, high = boxes.new_tensor([left, top]), boxes.new_tensor([left + window.shape[2], top + window.shape[1]])
+        cut = torch.cat([boxes[:, :2].clamp(low, high), boxes[:, 2:].clamp(low, high)], dim=1)
+        visible = (cut[:, 2:] - cut[:, :2]).prod(1)
+        share = visible / (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-6)
+        kept = visible > 0
+        crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(boxes)))).bool() | (share < MIN_VISIBLE_SHARE)
+        changed = Target(**{**target, "boxes": as_corners((cut - low.repeat(2))[kept], window)})
+        changed["labels"], changed["iscrowd"] = target["labels"][kept], crowd[kept]
+        return tv_tensors.wrap(window, like=image) if isinstance(image, tv_tensors.Image) else window, changed
+
+    def _start(self, side: int, center: float | None) -> int:
+        """Draw the first pixel of the window along one side; with a centre, of a window that contains it."""
+        low, high = 0, max(side - self.side, 0)
+        if center is not None:
+            low, high = max(low, int(center) - self.side + 1), min(high, int(center))
+        return int(torch.randint(low, max(low, high) + 1, ()))
+
+
 def create_transforms(
     preset: Preset | SampleTransform,
     sizes: Sequence[Count] = MULTISCALE_SIZES,
@@ -157,12 +206,13 @@ def create_transforms(
     Args:
         preset: ``none``; ``flip``: horizontal flip with probability 0.5; ``multiscale``: flip, then resize to one of
             ``sizes``, in half of the cases after a random crop (DETR, arXiv:2005.12872); ``lsj``: flip, resize to 0.1
-            to 2 times ``crop_size``, crop or pad to that square (arXiv:2012.07177). A transform or another callable
-            on image and target is returned as it is.
+            to 2 times ``crop_size``, crop or pad to that square (arXiv:2012.07177); ``tiles``: flip, crop to a window
+            of ``crop_size`` at the image's own resolution, see `RandomTile`. A transform or another callable on image
+            and target is returned as it is.
         sizes: shorter sides for ``multiscale`` in pixels. Its crop scales with the largest of them; for 800, as in
             DETR, it is: resize to 400, 500 or 600, crop to 384 ... 600.
         max_size: largest longer side for ``multiscale`` in pixels.
-        crop_size: side of the square for ``lsj`` in pixels.
+        crop_size: side of the square for ``lsj`` and of the windows for ``tiles`` in pixels.
         scale_range: smallest and largest scale for ``lsj``.
         vertical_flip: also flip vertically with probability 0.5, e.g. for aerial or microscope images.
         color_jitter: change brightness, contrast and saturation by up to this factor; 0.4 is common.
@@ -182,7 +232,7 @@ def create_transforms(
         if vertical_flip or color_jitter:
             raise ArgumentError("vertical_flip and color_jitter belong to presets; put them into your train_transforms")
         return preset
-    steps: list[v2.Transform] = []
+    steps: list[v2.Transform | RandomTile] = []
     if preset != "none":
         steps.append(v2.RandomHorizontalFlip())
     if vertical_flip:
@@ -195,6 +245,8 @@ def create_transforms(
         steps.append(v2.RandomChoice([resize, v2.Compose([shorter, crop, resize])]))
     elif preset == "lsj":
         steps += [LargeScaleJitter(crop_size, scale_range), RandomSquareCrop(crop_size)]
+    elif preset == "tiles":
+        steps.append(RandomTile(crop_size))
     if color_jitter > 0:
         steps.append(v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter))
     return v2.Compose(steps) if steps else None
@@ -213,7 +265,8 @@ def transform_sample(transform: SampleTransform, image: Tensor, target: Target) 
         target: with ``boxes`` and ``labels``.
 
     Returns:
-        The new image and its target: ``boxes``, ``labels``, and the ``image_id`` and ``file_name`` that were given.
+        The new image and its target: ``boxes``, ``labels``, ``iscrowd`` if the transform says so, and the ``image_id``
+        and ``file_name`` that were given.
 
     Raises:
         TypeError: if the transform does not return an image and a target with ``boxes`` and ``labels``.
@@ -237,6 +290,8 @@ def transform_sample(transform: SampleTransform, image: Tensor, target: Target) 
     visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_VISIBLE_SIDE).all(dim=1)
     labels = found["labels"].as_subclass(Tensor)[visible]
     changed: Target = {"boxes": boxes[visible], "labels": labels}
+    if "iscrowd" in found and len(found["iscrowd"]) == len(visible):
+        changed["iscrowd"] = found["iscrowd"].as_subclass(Tensor).bool()[visible]
     if "image_id" in target:
         changed["image_id"] = target["image_id"]
     if "file_name" in target:
