@@ -76,7 +76,11 @@ class LoadingDataModule(LightningDataModule):
         return run_seed() if self.trainer is None else int(self.trainer.strategy.broadcast(run_seed()))
 
     def training_loader(
-        self, kind: type[TrainingLoader], dataset: SeededDataset, landscape: NDArray[np.bool_]
+        self,
+        kind: type[TrainingLoader],
+        dataset: SeededDataset,
+        landscape: NDArray[np.bool_],
+        repeat_factors: NDArray[np.float64] | None = None,
     ) -> TrainingLoader:
         """Create a loader of this rank's training batches."""
         num_replicas, rank = self._replicas()
@@ -88,6 +92,7 @@ class LoadingDataModule(LightningDataModule):
             drop_last=self.drop_last,
             num_replicas=num_replicas,
             rank=rank,
+            repeat_factors=repeat_factors,
         )
         loader = self._loader(kind, dataset, sampler, None)
         loader.follows_checkpoint = self.seed is None

@@ -1,6 +1,6 @@
 """LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format, and for datasets of the user's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -11,16 +11,17 @@ from torch.utils.data import Dataset
 
 from lightning_convnext_det.arguments import (
     Count,
+    Fraction,
     NonNegative,
     NonNegativeInt,
     Positive,
     Range,
     check_arguments,
-    check_class_names,
 )
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch
+from lightning_convnext_det.data.choices import check_choices
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations
@@ -30,6 +31,7 @@ from lightning_convnext_det.data.io.inputs import find_images
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRange
 from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
+from lightning_convnext_det.data.repeat_factors import repeat_factors
 from lightning_convnext_det.data.splits import SplitReader, Stage, warn_of_shared_images, warn_of_unlearned_objects
 from lightning_convnext_det.data.transforms import (
     MULTISCALE_SIZES,
@@ -113,6 +115,8 @@ class DetectionDataModule(LoadingDataModule):
             holds the values of the images).
         max_pixels: larger images are an error.
         exif: whether boxes refer to images turned by their EXIF orientation; ``auto`` goes by the annotated sizes.
+        repeat_threshold: repeat images of classes in a smaller share f of the images, sqrt(threshold / f) times
+            in an epoch (LVIS: 0.001; default: each image once).
         train_on_difficult: train on objects that VOC marks as difficult.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
         persistent_workers: keep the worker processes from one epoch to the next.
@@ -154,6 +158,7 @@ class DetectionDataModule(LoadingDataModule):
         value_range: tuple[GreyValue, GreyValue] | None = None,
         max_pixels: Count = MAX_PIXELS,
         exif: Exif = "auto",
+        repeat_threshold: Fraction | None = None,
         train_on_difficult: bool = False,
         drop_last: bool = False,
         persistent_workers: bool = True,
@@ -161,7 +166,8 @@ class DetectionDataModule(LoadingDataModule):
     ) -> None:
         super().__init__(predict, batch_size, num_workers, seed, drop_last, persistent_workers, timeout)
         check_arguments(DetectionDataModule.__init__, locals())
-        _check_choices(root, datasets, predict, predict_split, class_names, value_range)
+        check_choices(root, datasets, predict, predict_split, repeat_threshold, class_names, value_range)
+        self.repeat_threshold = repeat_threshold
         self.train_transforms, self.predict_split = train_transforms, predict_split
         self.predict_recursive = predict_recursive
         self.in_chans, self.value_range, self.max_pixels = in_chans, value_range, max_pixels
@@ -242,9 +248,12 @@ class DetectionDataModule(LoadingDataModule):
         """Training batches grouped by orientation; the position in the epoch is saved in Lightning's checkpoints."""
         dataset = self._dataset("train", training=True)
         assert dataset is not None
+        factors = None
         if isinstance(dataset, DetectionDataset):
             self.check_shared_memory(int(dataset.annotations.sizes.prod(axis=1).mean()))
-        return self.training_loader(TrainingLoader, dataset, dataset.landscape)
+            if self.repeat_threshold:
+                factors = repeat_factors(dataset.annotations, self.repeat_threshold)
+        return self.training_loader(TrainingLoader, dataset, dataset.landscape, factors)
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Validation batches of this rank, over all ranks each image once; an empty list without validation."""
@@ -333,21 +342,3 @@ class DetectionDataModule(LoadingDataModule):
             module.grey_range = chosen  # its checkpoints hold it: prediction reads other images alike
         low, high, clip = chosen or GreyRange(*WHOLE_RANGE, clip=False)
         return ImageReader(channels, (low, high), clip, self.max_pixels)
-
-
-def _check_choices(
-    root: str | None,
-    datasets: Mapping[Stage, object] | None,
-    predict: str | list[str] | None,
-    predict_split: Stage | None,
-    class_names: Sequence[str] | None,
-    value_range: tuple[int, int] | None,
-) -> None:
-    """Refuse arguments that exclude each other."""
-    if root is not None and datasets is not None:
-        raise ArgumentError("root and datasets are both given; give a folder, or datasets of your own")
-    if predict is not None and predict_split is not None:
-        raise ArgumentError("predict and predict_split are both given; give images, or a split of the dataset")
-    check_class_names(class_names or ())
-    if value_range is not None and value_range[0] >= value_range[1]:
-        raise ArgumentError(f"value_range is {list(value_range)}; give the lower value first")

@@ -35,7 +35,8 @@ class DetectionDataset(SeededDataset):
     >>> image.dtype, image.shape[0], target["boxes"].shape[1]
     (torch.uint8, 3, 4)
 
-    An index may also be ``(epoch, index)``, or a list of either for a list of samples; an index alone means epoch 0.
+    An index may also be ``(epoch, index)``, or a list of either for a list of samples; an index alone means epoch 0. In
+    a pair, an index of N and more, of N images, is a copy of image ``index % N`` with an augmentation of its own.
     The random numbers that the transforms draw depend on seed, epoch and index alone, so the same key gives the same
     sample with any number of workers and ranks. The global generators are left as they were.
 
@@ -90,12 +91,13 @@ class DetectionDataset(SeededDataset):
         """
         if isinstance(key, list):
             return [self[one] for one in key]
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, number = key if isinstance(key, tuple) else (0, key)
+        index = number % len(self) if isinstance(key, tuple) else number  # a copy, augmented by its own number
         image = self._read(epoch, index)
         target = self.target(index)
         if self.transforms is None:
             return image, target
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, epoch, number):
             return transform_sample(self.transforms, image, target)
 
     def target(self, index: int) -> Target:

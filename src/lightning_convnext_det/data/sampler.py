@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch.utils.data import SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_convnext_det.data.repeat_factors import draw_repeats
+
 Key = tuple[int, int]
-"""Epoch and index of an image, which with the seed determine its augmentation."""
+"""Epoch and index of an image, which with the seed determine its augmentation; an index of N and more is a copy."""
 
 
 def batch_sizes(num_images: int, batch_size: int, num_replicas: int, drop_last: bool) -> list[int]:
@@ -57,6 +59,7 @@ class TrainingBatchSampler(DistributedSampler[list[Key]], SequentialSampler):
         drop_last: leave out the last step of an epoch when it is smaller than the others.
         num_replicas: number of ranks.
         rank: this rank.
+        repeat_factors: how often each image comes in an epoch, rounded down or up, [N]; None for once.
 
     Raises:
         ValueError: if there are too few images for one batch on each rank.
@@ -71,6 +74,7 @@ class TrainingBatchSampler(DistributedSampler[list[Key]], SequentialSampler):
         drop_last: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
+        repeat_factors: NDArray[np.float64] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -83,7 +87,9 @@ class TrainingBatchSampler(DistributedSampler[list[Key]], SequentialSampler):
         self.rank = rank
         self.epoch = 0
         self.start = 0
-        self.sizes = batch_sizes(len(landscape), batch_size, num_replicas, drop_last)
+        self.repeat_factors = repeat_factors
+        self.num_draws = len(landscape) if repeat_factors is None else round(float(repeat_factors.sum()))
+        self.sizes = batch_sizes(self.num_draws, batch_size, num_replicas, drop_last)
         if not self.sizes or min(self.sizes) == 0:
             kind = "full batch" if drop_last else "image"
             raise ValueError(
@@ -111,10 +117,14 @@ class TrainingBatchSampler(DistributedSampler[list[Key]], SequentialSampler):
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """All indices, ordered so that full batches hold one orientation, int64 [N]."""
         generator = np.random.default_rng((self.seed, epoch))
+        drawn = np.arange(len(self.landscape))
+        if self.repeat_factors is not None:
+            drawn = draw_repeats(self.repeat_factors, self.num_draws, generator if self.shuffle else None)
+        is_landscape = self.landscape[drawn % len(self.landscape)]
         whole: list[NDArray[np.int64]] = []
         rest: list[NDArray[np.int64]] = []
         for orientation in (True, False):
-            group = np.flatnonzero(self.landscape == orientation)
+            group = drawn[is_landscape == orientation]
             if self.shuffle:
                 group = generator.permutation(group)
             full = len(group) - len(group) % self.batch_size
