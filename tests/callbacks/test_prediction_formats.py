@@ -276,6 +276,18 @@ def test_prediction_writer__begins_anew_for_another_prediction(photos: Path, tmp
     assert seen(create(folder, formats="parquet", draw=False), last, data_of(photos)) == 1  # one image more
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `ImageLoader` across ranks is zero")
+def test_prediction_writer__nothing_is_left_to_do(photos: Path, tmp_path: Path) -> None:
+    sorted(photos.glob("*.jpg"))[3].unlink()
+    predict_files(create(tmp_path / "out"), data_of(photos))
+    before = content(tmp_path / "out")
+    idle = Seen()
+    predict_files(create(tmp_path / "out"), data_of(photos), idle)
+    assert idle.seen == []
+    assert content(tmp_path / "out") == before
+    assert "yolo/classes.txt" in before
+
+
 def test_prediction_writer__foreign_parquet_files_stay(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "parquet"
     folder.mkdir(parents=True)

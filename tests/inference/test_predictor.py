@@ -318,7 +318,7 @@ def test_predictor__files_that_cannot_be_read_are_named(predictor: Predictor, tm
     [
         pytest.param({"class_names": ["cat"]}, "class_names has 1 entries, but the detector has 3 classes", id="names"),
         pytest.param({"category_ids": [1]}, "category_ids has 1 entries, but class_names has 3", id="ids"),
-        pytest.param({"score_threshold": 50}, "it must be at least 0 and at most 1", id="percent"),
+        pytest.param({"score_threshold": 50}, "a number at least 0 and at most 1", id="percent"),
         pytest.param({"batch_size": 0}, "batch_size is 0", id="batch size"),
         pytest.param({"precision": "bf16"}, "precision is 'bf16'; choose 32-true or bf16-mixed", id="precision"),
         pytest.param({"classes": ["dgo"]}, "no class 'dgo'; did you mean 'dog'", id="class"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, check_arguments
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch, split_batch
-from lightning_convnext_det.data.writers.files import hidden, remove_files
+from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, hidden, remove_files
 from lightning_convnext_det.data.writers.parquet import (
     FOLDER,
     FinishedPart,
@@ -31,6 +31,7 @@ from lightning_convnext_det.data.writers.rank_results import TABLES, Format, Ran
 from lightning_convnext_det.data.writers.tables import merge_to_csv, merge_to_json, write_line
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.metrics.coco_results import coco_results
+from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection, image_id_of
 from lightning_convnext_det.visualization import SCORE_THRESHOLD
@@ -68,7 +69,8 @@ class PredictionWriter(Callback):
     Args:
         folder: where to write.
         score_threshold: boxes with a lower score are left out of drawings, crops and annotation files; ``best`` is the
-            threshold of their class in the checkpoint, or 0.3 where it has none.
+            threshold of their class in the checkpoint; 0.3 where it has none, and for ensembles and test-time
+            augmentation, whose scores are others.
         draw: write images with boxes, names and scores.
         draw_limit: draw no more than this many images; all if not given.
         font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
@@ -226,6 +228,8 @@ class PredictionWriter(Callback):
         if self.score_threshold != "best":
             return [self.score_threshold] * num_classes
         best: Sequence[float | None] | None = getattr(pl_module, "score_thresholds", None)
+        if any(isinstance(part, FusedDetector) for part in _network(pl_module).modules()):
+            best = None  # fusion changes scores
         return [SCORE_THRESHOLD if value is None else value for value in best or [None] * num_classes]
 
     # ---- going on with a prediction that was ended
@@ -253,7 +257,7 @@ class PredictionWriter(Callback):
     def _keep(self, parts: Sequence[FinishedPart], finished: Collection[int], pl_module: pl.LightningModule) -> int:
         """Remove the results of images that are not finished, and tell how many drawings stay."""
         self._remove_tables()
-        _, num_drawn = remove_files(self.folder, finished)
+        _, num_drawn = remove_files(self.folder, {*finished, OF_ALL_IMAGES} if finished else ())
         hidden(self.folder, 0, "part").touch()
         if any(name in self.formats for name in TABLES):
             names, ids = _classes_of(pl_module)
@@ -306,9 +310,16 @@ def _classes_of(pl_module: pl.LightningModule) -> tuple[list[str], list[int]]:
     return list(names), list(ids)
 
 
+def _network(pl_module: pl.LightningModule) -> nn.Module:
+    """The network that predicts, with the windows, views and further detectors around it."""
+    network = getattr(pl_module, "inference_detector", pl_module)
+    assert isinstance(network, nn.Module)
+    return network
+
+
 def _fingerprint(pl_module: pl.LightningModule, options: Mapping[str, object]) -> str:
     """A digest of the weights and the settings that predictions depend on."""
-    networks: list[nn.Module] = [pl_module, *getattr(pl_module, "_inference", [])]  # windows, views and ensembles
+    networks = [pl_module, _network(pl_module)]
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for network in networks:
         for name, tensor in network.state_dict().items():

@@ -148,8 +148,12 @@ class DetectionModule(TrainableModule):
 
     def detect(self, images: list[Tensor]) -> list[Detection]:
         """Find objects in images [3, H, W] with the detector of validation, test and prediction."""
-        detector = self._inference[0] if self._inference else self.detector
-        return cast(list[Detection], detector(images))
+        return cast(list[Detection], self.inference_detector(images))
+
+    @property
+    def inference_detector(self) -> nn.Module:
+        """The detector of validation, test and prediction."""
+        return self._inference[0] if self._inference else self.detector
 
     @property
     def in_chans(self) -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+OF_ALL_IMAGES = -1  # in place of an image's id
 _KEPT = "kept"  # in place of a rank, in the name of the list of what is kept
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.data.writers.annotations import labelme_json, printable, voc_xml, yolo_text
-from lightning_convnext_det.data.writers.files import FileList, hidden
+from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, FileList, hidden
 from lightning_convnext_det.data.writers.parquet import ParquetWriter
 from lightning_convnext_det.data.writers.tables import write_line
 from lightning_convnext_det.metrics.coco_results import check_finite, coco_results
@@ -62,8 +62,8 @@ class RankResults:
             self._list = FileList(folder, rank)
             files.callback(self._list.close)
             self._files = files.pop_all()
-        if rank == 0 and "yolo" in formats:
-            path = self._list.reserve(folder / "yolo", "classes", ".txt", -1)
+        if rank == 0 and "yolo" in formats and not (folder / "yolo" / "classes.txt").exists():
+            path = self._list.reserve(folder / "yolo", "classes", ".txt", OF_ALL_IMAGES)
             path.write_text("".join(f"{printable(name)}\n" for name in class_names), encoding="utf-8")
 
     def write(self, image: Tensor, detection: Detection, image_id: int, file_name: str) -> None:
