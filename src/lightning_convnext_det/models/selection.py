@@ -111,7 +111,7 @@ class Selection:
         if is_recording():
             if self.nms == "soft":
                 raise ArgumentError("soft NMS cannot be exported; set the detector's nms to 'hard' or 'none'")
-            keep = scores.argsort(descending=True, stable=True)
+            keep = scores.sort(descending=True).indices
             return keep, scores[keep]
         indices, values = [], []
         for image in range(num_images):

@@ -13,6 +13,8 @@ from lightning_convnext_det.ops.nms import Separation, grouped_nms
 from lightning_convnext_det.ops.tracing import is_recording
 
 _LOOPED_GROUPS = 16  # up to so many, an exported graph has one NMS for each
+# more boxes than these torchvision takes group by group on the CPU, fewer it moves apart, which rounds (ops/boxes.py)
+_LARGEST_MOVED = 1000
 
 
 def batch_nms(
@@ -34,12 +36,13 @@ def batch_nms(
     tensor([1, 2])
 
     While ``torch.export`` records, there is no loop over images: all boxes go through one NMS (through one for each of
-    up to 16 groups that torchvision's separation takes one by one), images side by side. With one image, only rounding
-    by the separation differs, and only for more than the 1000 boxes from which on torchvision loops over groups.
+    up to 16 groups that torchvision's separation may take one by one), images side by side. With one image, the result
+    differs from that of the loop by rounding alone, and only for more than 16 groups and more than 1000 boxes, or more
+    than 10000 boxes with separation ``offset``.
 
     Args:
         boxes: corners (x1, y1, x2, y2) in pixels, at least 0, float [N, 4].
-        scores: confidences, float [N].
+        scores: confidences, at least 0, float [N].
         groups: classes or levels 0 ... num_groups - 1, int64 [N].
         images: index of each box's image, int64 [N].
         num_images: how many images there are.
@@ -51,7 +54,7 @@ def batch_nms(
         Indices of those that are left, int64 [K]; those of one image by descending score.
     """
     if is_recording():
-        return _recorded_nms(boxes, scores, groups, images, iou_threshold, separation, num_groups)
+        return _recorded_nms(boxes, scores, groups, images, num_images, iou_threshold, separation, num_groups)
     kept = []
     for image in range(num_images):
         rows = torch.where(images == image)[0]
@@ -64,24 +67,35 @@ def _recorded_nms(
     scores: Tensor,
     groups: Tensor,
     images: Tensor,
+    num_images: int,
     iou_threshold: float,
     separation: Separation,
     num_groups: int,
 ) -> Tensor:
-    span = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amax() + 1  # the maximum of nothing is an error
-    if separation == "torchvision" and num_groups <= _LOOPED_GROUPS:
-        aside = torch.nn.functional.pad(images[:, None], (0, 1)).repeat(1, 2)  # x only
-        moved = boxes + aside * span
+    loops = separation == "torchvision" and num_groups <= _LOOPED_GROUPS
+    moved_groups = groups
+    if loops:
+        count = (images[:, None] == torch.arange(num_images, device=images.device)).sum(0)
+        moved_groups = torch.where(count[images] > _LARGEST_MOVED, 0, groups)
+    # group g of image i is g + i spans to the right and g spans below: as grouped_nms moves it if there is one image
+    span = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amax(0) + 1  # the maximum of nothing is an error
+    cells = torch.stack((moved_groups + images, moved_groups), dim=1).repeat(1, 2)
+    moved = boxes + cells.to(boxes) * span
+    if loops:
         kept = []
         for group in range(num_groups):
             rows = torch.where(groups == group)[0]
-            kept.append(rows[nms(moved[rows], scores[rows], iou_threshold)])
+            kept.append(rows[_nms(moved[rows], scores[rows], iou_threshold)])
         keep = torch.cat(kept)
-        return keep[scores[keep].sort(descending=True, stable=True).indices]
-    # group g of image i is g + i spans to the right and g spans below: as grouped_nms moves it if there is one image
-    cells = torch.stack((groups + images, groups), dim=1).repeat(1, 2)
-    kept_at_once: Tensor = nms(boxes + cells.to(boxes) * span, scores, iou_threshold)
-    return kept_at_once
+        return keep[scores[keep].sort(descending=True).indices]
+    return _nms(moved, scores, iou_threshold)
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Hard NMS that may keep nothing: torchvision declares to torch.export that at least two boxes are left."""
+    lonely = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])  # overlap nothing
+    keep: Tensor = nms(torch.cat((boxes, lonely)), torch.cat((scores, scores.new_full((2,), -1.0))), iou_threshold)
+    return keep[keep < boxes.shape[0]]
 
 
 def fill_rows(

@@ -175,7 +175,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         if not self.rounds_stride:
             return self._pool(maps, rois, scales, self._assign_levels(rois[:, 1:], scales))
         # a zoom of 2 ** n is exact, and spatial_scale can stay a number
-        zoom, steps = _find_zoom(padded_height, sizes[:, 0].amax())
+        zoom, steps = _find_zoom(padded_height, sizes[:, 0].amax(0))
         levels = self._assign_levels(rois[:, 1:], scales, zoom, steps)
         return self._pool(maps, torch.cat((rois[:, :1], rois[:, 1:] * zoom), dim=1), scales, levels)
 

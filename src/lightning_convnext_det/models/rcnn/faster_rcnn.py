@@ -222,7 +222,11 @@ class FasterRCNN(SelectsDetections, nn.Module):
         """Detect objects in a batch that `ImageTransform` has made, with results of fixed shape; for evaluation mode.
 
         ``forward`` in evaluation mode consists of the image transform, this, and the way back to the images given. It
-        can be exported by ``torch.export`` and ``torch.onnx.export(dynamo=True)``, but for soft NMS.
+        can be exported, but for soft NMS, by ``torch.export`` and, with opset 18 or later,
+        ``torch.onnx.export(dynamo=True)``; RoIAlign and NMS become operators of torchvision or of ONNX. Batch, height
+        and width can be free: ``torch.export.Dim("batch")`` with an example of two images or more, and
+        ``32 * torch.export.Dim("rows", min=3)``, since torch.export fixes a pooled level with one row. An exported
+        graph computes all ``rpn_post_nms_top_n`` proposals, used or not, and its order among equal scores may differ.
 
         >>> import torch
         >>> detector = FasterRCNN(3, backbone="test_convnext", score_threshold=0.0).eval()
