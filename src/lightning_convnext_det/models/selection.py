@@ -126,22 +126,6 @@ class Selection:
         return torch.cat(indices), torch.cat(values)
 
 
-def split_detections(found: TensorDetections) -> list[Detection]:
-    """Take the detections of each image, without the rows beyond their number; one transfer from the device.
-
-    >>> import torch
-    >>> found = TensorDetections(
-    ...     torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.tensor([2, 0])
-    ... )
-    >>> [len(detection["boxes"]) for detection in split_detections(found)]
-    [2, 0]
-    """
-    return [
-        Detection(boxes=boxes[:count], labels=labels[:count], scores=scores[:count])
-        for boxes, scores, labels, count in zip(found[0], found[1], found[2], found[3].tolist(), strict=True)
-    ]
-
-
 class Setting(Generic[T]):
     """An attribute of a detector, or of a part of it, that its ``selection`` holds.
 

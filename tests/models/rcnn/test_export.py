@@ -21,7 +21,8 @@ from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeads, CascadeHeads, Regions
 from lightning_convnext_det.models.rcnn.rpn import ProposalNetwork
-from lightning_convnext_det.models.selection import Selection, split_detections
+from lightning_convnext_det.models.selection import Selection
+from lightning_convnext_det.models.tensor_detections import split_detections
 from lightning_convnext_det.ops import batch_nms, roi_align
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 

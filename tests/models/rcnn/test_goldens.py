@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_convnext_det.models.selection import split_detections
+from lightning_convnext_det.models.tensor_detections import split_detections
 from lightning_convnext_det.types import Detection
 from tests.models.rcnn.goldens import (
     GOLDENS,

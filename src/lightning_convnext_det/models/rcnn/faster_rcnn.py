@@ -27,8 +27,9 @@ from lightning_convnext_det.models.rcnn.conventions import (
 from lightning_convnext_det.models.rcnn.matcher import Sampling
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeadKind, BoxHeads, Regions, StageBuilder, create_pooler
 from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwork, Proposals
-from lightning_convnext_det.models.selection import Selection, SelectsDetections, split_detections
+from lightning_convnext_det.models.selection import Selection, SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
+from lightning_convnext_det.models.tensor_detections import split_detections
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.ops.precision import weight_precision
 from lightning_convnext_det.ops.tracing import is_recording
