@@ -73,6 +73,7 @@ def _create_parser() -> argparse.ArgumentParser:
 def _quieten() -> None:
     """Hide advertisements, and warnings about Lightning's own code."""
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+    warnings.filterwarnings("ignore", "Precision bf16-mixed is not supported by the model summary")
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     own = logging.getLogger("lightning_convnext_det")

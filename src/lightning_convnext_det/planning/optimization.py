@@ -24,7 +24,7 @@ def plan_optimization(draft: Draft, fingerprint: Fingerprint, machine: Machine, 
     fits = images_that_fit(draft, fingerprint, machine, kind)
     share = max(1, wanted // machine.devices)
     if fits < share:
-        share, why = max(1, fits), f"{why}; more do not fit into {machine.memory / 2**30:.0f} GiB"
+        share, why = 2 ** int(math.log2(fits)), f"{why}; more do not fit into {machine.memory / 2**30:.0f} GiB"
     batch = int(draft.choose("data.batch_size", share, why))
     # a batch that is given is meant as it is
     accumulated = 1 if "data.batch_size" in draft.given else max(1, wanted // (batch * machine.devices))
