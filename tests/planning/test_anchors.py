@@ -64,6 +64,13 @@ def test_choose_anchors__levels_keep_their_order() -> None:
             assert 1 <= len(ratios) <= 5
 
 
+def test_choose_anchors__of_boxes_too_small_to_be_covered_are_the_nearest() -> None:
+    boxes = np.full((20, 2), 2.0)
+    sizes, ratios = choose_anchors(boxes)
+    assert measure_coverage(boxes, sizes, ratios).at_50 == 0
+    assert sizes[0][0] <= 5
+
+
 def test_choose_anchors__of_boxes_that_cocos_anchors_cover_best_stays() -> None:
     exact = [(s / r**0.5, s * r**0.5) for (s,) in DEFAULT_SIZES[:3] for r in DEFAULT_RATIOS]
     assert choose_anchors(np.array(exact * 10)) == (DEFAULT_SIZES, DEFAULT_RATIOS)

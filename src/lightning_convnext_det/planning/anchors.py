@@ -19,6 +19,7 @@ _SAMPLED = 500  # boxes for the search; coverage is then known to 2 per cent, an
 # what an unusual choice must add to the sum of both coverages: five aspect ratios cost time in every image, and levels
 # that are no octaves apart look for objects of nearly one size at several resolutions
 FIVE_RATIOS, NO_OCTAVES = 0.1, 0.05
+NEARNESS = 0.1  # of the mean IoU, which decides where coverages are equal
 
 
 class Coverage(NamedTuple):
@@ -80,18 +81,27 @@ def measure_coverage(boxes: NDArray[np.float64], sizes: Sequence[Sequence[float]
 
     Positions are taken as random: the centres of box and anchor are a quarter of the level's stride apart.
     """
+    best = _best_iou(boxes, sizes, ratios)
+    return Coverage(float((best >= 0.5).mean()), float((best >= 0.7).mean())) if len(boxes) else Coverage(0, 0)
+
+
+def _score(boxes: NDArray[np.float64], sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> float:
+    """Both coverages, less what unusual anchors cost; where nothing is covered, the nearer anchors."""
+    costs = FIVE_RATIOS * (len(ratios) > 3) + NO_OCTAVES * (sizes[1][0] < 1.9 * sizes[0][0])
+    best = _best_iou(boxes, sizes, ratios)
+    return float((best >= 0.5).mean() + (best >= 0.7).mean() + NEARNESS * best.mean()) - costs
+
+
+def _best_iou(
+    boxes: NDArray[np.float64], sizes: Sequence[Sequence[float]], ratios: Sequence[float]
+) -> NDArray[np.float64]:
+    """For each box [N, 2] the IoU with its best anchor, [N]."""
     best = np.zeros(len(boxes))
     for stride, group in zip(STRIDES, sizes, strict=True):
         for size, ratio in product(group, ratios):
             anchor = size / np.sqrt(ratio), size * np.sqrt(ratio)
             best = np.maximum(best, _iou(boxes, anchor, stride / 4))
-    return Coverage(float((best >= 0.5).mean()), float((best >= 0.7).mean())) if len(boxes) else Coverage(0, 0)
-
-
-def _score(boxes: NDArray[np.float64], sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> float:
-    """Both coverages, less what unusual anchors cost."""
-    costs = FIVE_RATIOS * (len(ratios) > 3) + NO_OCTAVES * (sizes[1][0] < 1.9 * sizes[0][0])
-    return sum(measure_coverage(boxes, sizes, ratios)) - costs
+    return best
 
 
 def _iou(boxes: NDArray[np.float64], anchor: tuple[float, float], shift: float) -> NDArray[np.float64]:
