@@ -234,3 +234,44 @@ def test_commands__run_a_users_own_class(
     assert main(["test", f"--config={config}", trained, *QUIET]) == 0
     stages = sys.modules[mine].Count.calls
     assert [stages.count(stage) for stage in ("fit", "validate", "test", "predict")] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "suggestion"),
+    [
+        ("--model=FasterRCNModule", "FasterRCNNModule"),
+        ("--data=DetectionDataModul", "DetectionDataModule"),
+        ("--data.train_transforms=multiscal", "multiscale"),
+        ("--data.format=coc", "coco"),
+        ("--model.optimizer=adam", "adamw"),
+        ("--nms=sof", "soft"),
+        ("--trainer.precision=bf16mixed", "bf16-mixed"),
+        ("--trainer.callbacks+=EarlyStoping", "EarlyStopping"),
+        ("--trainer.logger=WandLogger", "WandbLogger"),
+    ],
+)
+def test_fit__misspelt_values_are_suggested(argument: str, suggestion: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--data.root=nowhere", argument])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"; did you mean '{suggestion}'?")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("class Mine(Base)\n    pass", "line 1: expected ':'"),
+        ("\nimport not_there", "line 2: ModuleNotFoundError: No module named 'not_there'"),
+        ("def f():\n    return {}['x']\n\nf()", "line 2: KeyError: 'x'"),
+        ("raise SystemExit(3)", "line 1: SystemExit: 3"),
+    ],
+    ids=["syntax", "import", "any error", "exit"],
+)
+def test_fit__a_users_module_that_fails_is_named_with_file_and_line(
+    code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"failing_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["fit", "--data.root=nowhere", f"--model={name}.Mine"]) == 2
+    assert capsys.readouterr().err == f"error: {name}.Mine cannot be imported: {tmp_path / name}.py, {said}\n"

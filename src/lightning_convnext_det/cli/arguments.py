@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jsonargparse
+from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_convnext_det.checkpoints.format import is_own
@@ -27,10 +28,17 @@ from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.detection import DetectionModule
+from lightning_convnext_det.modules.registry import MODULES
 from lightning_convnext_det.suggestions import suggest
 
 _MODELS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR, ClassifierModule)
 _DATA = (DetectionDataModule, ImageFolderDataModule)
+_KINDS: dict[str, Sequence[type]] = {  # that arguments may name without their module
+    "model": list(MODULES.values()),
+    "data": _DATA,
+    "callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
+    "logger": [getattr(loggers, name) for name in loggers.__all__],
+}
 
 
 class Choices(NamedTuple):
@@ -127,7 +135,8 @@ class Parser(LightningArgumentParser):
             text += f"; {suggest(unknown.group(1), known)}"
         elif unknown := re.search(r"Option '(\w+)' is not accepted", text):
             text = f"'{unknown.group(1)}' is not an argument of the model or the data; {_suggest(unknown.group(1))}"
-        sys.stderr.write(f"error: {shorten_refusal(text)}\n")
+        text = shorten_refusal(text)
+        sys.stderr.write(f"error: {text}{_suggest_value(text)}\n")
         raise SystemExit(2)
 
 
@@ -172,6 +181,18 @@ def _suggest(word: str) -> str:
     options = {name: f"--{group}.{name}" for group, name in _argument_names()}
     close = [options[name] for name in difflib.get_close_matches(word, options, n=2, cutoff=0.5)]
     return f"did you mean {' or '.join(close)}?" if close else "see --model.help and --data.help"
+
+
+def _suggest_value(text: str) -> str:
+    """Say which value a misspelt one may mean, by the choices that a refusal lists and the classes known here."""
+    given = re.search(r"^([\w.]+) is ([^\s:]+): |^([\w.]+): .*Got value: (\S+)$", text)
+    if given is None:
+        return ""
+    name, value = given[1] or given[3], given[2] or given[4]
+    choices = [choice for group in re.findall(r"one of \[(.*?)\]", text) for choice in re.findall(r"'([^']+)'", group)]
+    choices += [kind.__name__ for kind in _KINDS.get(name.rpartition(".")[2], ())]
+    close = difflib.get_close_matches(value, choices, n=1, cutoff=0.7)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _argument_names() -> Iterator[tuple[str, str]]:

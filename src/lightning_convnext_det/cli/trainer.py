@@ -4,8 +4,8 @@ import os
 import platform
 import pydoc
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -301,13 +301,28 @@ def _path_of(kind: type) -> str:
 
 
 def _find_class(name: str | None, known: Mapping[str, type]) -> Any:
-    """The class of that name or import path; None if there is none, of which the parser will tell."""
+    """The class of that name or import path; None if there is none, of which the parser will tell.
+
+    Raises:
+        ArgumentError: if its module fails, with the file and the line.
+    """
     if name is None or "." not in name:
         return known.get(name or "")
-    with suppress(pydoc.ErrorDuringImport):
+    try:
         found = pydoc.locate(name)
-        return found if isinstance(found, type) else None
-    return None
+    except pydoc.ErrorDuringImport as error:
+        raise ArgumentError(f"{name} cannot be imported: {_where_it_failed(error)}") from None
+    return found if isinstance(found, type) else None
+
+
+def _where_it_failed(error: pydoc.ErrorDuringImport) -> str:
+    """File, line and message of the error in a user's module."""
+    reason, frames = error.value, traceback.extract_tb(error.tb)
+    if isinstance(reason, SyntaxError):
+        return f"{reason.filename}, line {reason.lineno}: {reason.msg}"
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")] or frames
+    name = type(reason).__name__
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {name}: {one_line(reason)}"
 
 
 # any class of a user, with its arguments
