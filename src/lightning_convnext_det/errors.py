@@ -20,7 +20,7 @@ CODES: dict[str, str] = {
     "LCD-D102": "a box is inverted",
     "LCD-D103": "a box is not finite",
     "LCD-D104": "a box lies outside its image",
-    "LCD-D105": "a box reaches out of its image and is clipped",
+    "LCD-D105": "a box reaches out of its image",
     "LCD-D106": "a box is below 0.01 pixels inside its image",
     "LCD-D107": "a record repeats an earlier one",
     "LCD-D108": "boxes look like corners where COCO expects width and height",
@@ -42,6 +42,7 @@ CODES: dict[str, str] = {
     "LCD-D126": "splits share images",
     "LCD-D127": "a file is listed several times",
     "LCD-D128": "objects of a split are of classes that training has no object of",
+    "LCD-D129": "a transform changes the size of an image and leaves its boxes",
     # data: splits
     "LCD-D130": "no annotated images are given",
     "LCD-D131": "a split is missing",

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lightning_convnext_det.data import transforms
 from lightning_convnext_det.data.seeding import seeded
 from lightning_convnext_det.data.transforms import (
     FILL,
@@ -294,3 +295,18 @@ def test_seeded__restores_the_generator_after_an_error() -> None:
 def test_scaled_size__rounds() -> None:
     assert scaled_size(480, 640, 800 / 480) == (800, 1067)
     assert scaled_size(1, 2000, 0.1) == (1, 200)
+
+
+def test_transform_sample__image_resized_without_its_boxes_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transforms, "_warned", set())
+    target = {"boxes": torch.tensor([[2.0, 2.0, 30.0, 20.0]]), "labels": torch.tensor([0])}
+    for transform, said in (
+        (v2.Resize((20, 25)), 0),
+        (lambda image, target: (image[:, ::2, ::2], {**target, "boxes": target["boxes"].as_subclass(Tensor) / 2}), 0),
+        (lambda image, target: (image[:, ::2, ::2], target), 1),
+        (lambda image, target: (image[:, ::2, ::2], target), 1),
+    ):
+        transform_sample(transform, torch.zeros(3, 40, 50, dtype=torch.uint8), target)
+        assert caplog.text.count("[LCD-D129] train_transforms made an image of 25x20 from one of 50x40") == said

@@ -85,8 +85,9 @@ def test_detector__targets_of_torchvision_train_alike(build: Callable[..., nn.Mo
     [
         (lambda x: x * 255, r"LCD-I030.*images\[0\] holds floats from .* to 25\d; give it in 0..1, divided by 255, or"),
         (lambda x: (x - 0.45) / 0.225, r"LCD-I030.*images\[0\] holds floats from -.*not normalised: the detector does"),
+        (lambda x: x / 0 * 0, r"LCD-I031.*images\[0\] has pixels that are not finite"),
     ],
-    ids=["0..255", "normalised"],
+    ids=["0..255", "normalised", "not finite"],
 )
 def test_detector__floats_of_another_range_are_refused(
     build: Callable[..., nn.Module], change: Callable[[Tensor], Tensor], message: str

@@ -6,6 +6,7 @@ from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.models import target_check
 from lightning_convnext_det.models.target_check import prepare_targets
 
 CPU = torch.device("cpu")
@@ -91,3 +92,14 @@ def test_prepare_targets__one_target_per_image() -> None:
         prepare_targets(torch.zeros(2, 3, 8, 8), [target], 3, CPU)
     with pytest.raises(ValueError, match="give a list with one target per image"):
         prepare_targets(torch.zeros(2, 3, 8, 8), target, 3, CPU)
+
+
+def test_prepare_targets__boxes_of_another_frame_are_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_check, "_warned", set())
+    image, label = torch.zeros(3, 40, 50), torch.tensor([0])
+    for box, said in (([20, 10, 60, 30], 0), ([40, 10, 90, 30], 1), ([40, 10, 90, 30], 1)):  # 0.75 and 0.2 inside
+        (found,) = prepare_targets([image], [{"boxes": torch.tensor([box]), "labels": label}], 1, torch.device("cpu"))
+        assert found["boxes"].tolist() == [box]
+        assert caplog.text.count("[LCD-D105] target box") == said

@@ -317,12 +317,12 @@ def _find_class(name: str | None, known: Mapping[str, type]) -> Any:
 
 def _where_it_failed(error: pydoc.ErrorDuringImport) -> str:
     """File, line and message of the error in a user's module."""
-    reason, frames = error.value, traceback.extract_tb(error.tb)
+    reason, frames = error.value, list(traceback.extract_tb(error.tb))
     if isinstance(reason, SyntaxError):
         return f"{reason.filename}, line {reason.lineno}: {reason.msg}"
-    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")] or frames
-    name = type(reason).__name__
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: {name}: {one_line(reason)}"
+    last = ([frame for frame in frames if not frame.filename.startswith("<frozen ")] or frames)[-1]
+    text = "" if reason is None else one_line(reason)
+    return f"{last.filename}, line {last.lineno}: {type(reason).__name__}: {text}"
 
 
 # any class of a user, with its arguments

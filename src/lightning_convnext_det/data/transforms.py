@@ -5,6 +5,7 @@ and ScaleJitter round down, to 0 for very narrow images. All random numbers come
 ``seeding.seeded`` sets for each image.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +18,9 @@ from torchvision.transforms.v2 import functional as F
 from lightning_convnext_det.arguments import Count, NonNegative, Positive, check_arguments
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.types import Target
+
+_logger = logging.getLogger(__name__)
+_warned: set[str] = set()  # codes of warnings that this process has given
 
 Preset = Literal["none", "flip", "multiscale", "lsj", "tiles"]
 SampleTransform: TypeAlias = v2.Transform | Callable[[tv_tensors.Image, Target], tuple[tv_tensors.Image, Target]]
@@ -286,6 +290,7 @@ def transform_sample(transform: SampleTransform, image: Tensor, target: Target) 
             f"train_transforms returned {len(found['boxes'])} boxes but {len(found['labels'])} labels; "
             "remove a box together with its label"
         )
+    _check_frame(found["boxes"], image, pixels)
     boxes = F.clamp_bounding_boxes(as_corners(found["boxes"], pixels)).as_subclass(Tensor)
     visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_VISIBLE_SIDE).all(dim=1)
     labels = found["labels"].as_subclass(Tensor)[visible]
@@ -297,6 +302,19 @@ def transform_sample(transform: SampleTransform, image: Tensor, target: Target) 
     if "file_name" in target:
         changed["file_name"] = target["file_name"]
     return pixels.as_subclass(Tensor), changed
+
+
+def _check_frame(boxes: object, image: Tensor, pixels: Tensor) -> None:
+    """Warn once per process of a transform that changes the size of the image and leaves the boxes as they were."""
+    before, after = tuple(image.shape[-2:]), tuple(pixels.shape[-2:])
+    is_old = isinstance(boxes, tv_tensors.BoundingBoxes) and tuple(boxes.canvas_size) == before
+    if before != after and is_old and "LCD-D129" not in _warned:
+        _warned.add("LCD-D129")
+        _logger.warning(
+            "[LCD-D129] train_transforms made an image of %dx%d from one of %dx%d and left its boxes in the frame of "
+            "the old one; change them alike, and return them as a plain tensor, or with the new canvas_size",
+            *after[::-1], *before[::-1],
+        )  # fmt: skip
 
 
 def as_corners(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:

@@ -214,6 +214,8 @@ def check_range(images: Sequence[Tensor] | Tensor) -> None:
         return
     extremes = torch.stack([torch.stack(image.detach().aminmax()).float() for _, image in floats]).tolist()
     for (i, _), (low, high) in zip(floats, extremes, strict=True):
+        if low != low or high != high:
+            raise DataError(f"[LCD-I031] images[{i}] has pixels that are not finite; correct or remove the image")
         if low < -OVERSHOOT:
             remedy = "give it in 0..1 and not normalised: the detector does that"
         elif high > 1 + OVERSHOOT:

@@ -1,5 +1,6 @@
 """Targets of every detector: read by torchvision's conventions, and checked before they reach code that trusts them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,9 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target
 
+_logger = logging.getLogger(__name__)
+_warned: set[str] = set()  # codes of warnings that this process has given
+_VISIBLE = 0.5  # share of a box that lies in its image; augmentation without clipping leaves less now and then
 _CONVERTIBLE = (BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH)
 
 
@@ -47,12 +51,35 @@ def prepare_targets(
     boxes = torch.cat([t["boxes"] for t in prepared])
     labels = torch.cat([t["labels"] for t in prepared])
     good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1) & (labels >= 0) & (labels < num_classes)
-    if bool(good.all()):
+    inside = _visible_share(boxes, images, prepared) >= _VISIBLE
+    if bool((good & inside).all()):
         return prepared
     for i, target in enumerate(prepared):
         for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
             _check_object(box, label, _name(targets[i], i), num_classes)
+    _warn_of_outside(boxes[~inside][0].tolist())
     return prepared
+
+
+def _visible_share(boxes: Tensor, images: Sequence[Tensor] | Tensor, prepared: list[Target]) -> Tensor:
+    """The share of each box that lies in its image."""
+    pairs = zip(images, prepared, strict=True)
+    sides = [[x.shape[-1], x.shape[-2]] * 2 for x, target in pairs for _ in range(len(target["boxes"]))]
+    limits = torch.tensor(sides, dtype=boxes.dtype, device=boxes.device).reshape(-1, 4)
+    visible = torch.minimum(boxes.clamp(min=0), limits)
+    areas = [(x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (visible, boxes)]
+    return areas[0] / areas[1]
+
+
+def _warn_of_outside(box: list[float]) -> None:
+    """Warn once per process."""
+    if "LCD-D105" not in _warned:
+        _warned.add("LCD-D105")
+        _logger.warning(
+            "[LCD-D105] target box %s lies for more than half outside of its image (further ones are not reported); "
+            "boxes are (x1, y1, x2, y2) in pixels of the image given: if it was resized or cropped, change them alike",
+            box,
+        )
 
 
 def _prepare(target: Target, name: str, device: torch.device) -> Target:

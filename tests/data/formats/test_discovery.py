@@ -149,3 +149,41 @@ def test_summarize_problems__a_line_for_each_kind() -> None:
         "[LCD-D101] 5 dropped: a.json annotation 0, a.json annotation 1, a.json annotation 2, ... - box 0",
         "[LCD-D109] 1 noted: a.json - none",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "_annotations.createml.json",
+            "[]",
+            "looks like CreateML's JSON, which is not read: export the dataset as COCO",
+        ),
+        ("a.json", '{"version": "5", "shapes": []}', "looks like LabelMe's JSON, which is not read: export"),
+        ("_annotations.csv", "filename,xmin", "looks like a table, which is not read: export"),
+        ("annotations/instances_train.json.gz", "", "looks like a compressed archive, which is not read: unpack it"),
+        ("shapes.v1.zip", "", "looks like an archive, which is not read: unpack it"),
+    ],
+    ids=["CreateML", "LabelMe", "CSV", "gzip", "zip"],
+)
+def test_find_splits__names_formats_that_are_not_read(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"LCD-L002.*{tmp_path / name} {said}"):
+        find_splits(tmp_path)
+
+
+def test_find_splits__two_folders_deep_is_suggested(tmp_path: Path) -> None:
+    folder = tmp_path / "export" / "data" / "annotations"
+    folder.mkdir(parents=True)
+    (folder / "instances_train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(DataError, match=f"LCD-L002.*Is {tmp_path / 'export' / 'data'} meant"):
+        find_splits(tmp_path)
+
+
+def test_find_splits__voc_in_utf16(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "a.xml").write_text(
+        '<?xml version="1.0" encoding="UTF-16"?><annotation></annotation>', encoding="utf-16"
+    )
+    assert find_splits(tmp_path)["train"].format == "voc"

@@ -56,7 +56,9 @@ def read_coco_file(path: Path) -> CocoFile:
     except OSError as error:
         raise UnreadableError.of("LCD-D004", path, f"cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise UnreadableError.of("LCD-D004", path, f"the file is not UTF-8 text ({error.reason})") from error
+        raise UnreadableError.of(
+            "LCD-D004", path, f"the file is not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from error
     except RecursionError as error:
         raise UnreadableError.of("LCD-D004", path, "no JSON: objects or lists are nested too deep") from error
     except ValidationError as error:

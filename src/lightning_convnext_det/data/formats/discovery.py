@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,20 @@ from lightning_convnext_det.data.formats.yolo import read_yolo
 from lightning_convnext_det.data.formats.yolo_layout import find_yolo
 from lightning_convnext_det.data.formats.yolo_yaml import root_of_yaml, yaml_splits
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
+from lightning_convnext_det.data.io.files import open_file
 from lightning_convnext_det.data.io.listing import list_names
+
+_OTHERS = {  # ends of file names, by which annotations that are not read are recognised
+    ".createml.json": "CreateML's JSON",
+    ".json.gz": "a compressed archive",
+    ".zip": "an archive",
+    ".tar": "an archive",
+    ".tar.gz": "an archive",
+    ".tgz": "an archive",
+    ".csv": "a table",
+    ".tfrecord": "TFRecord",
+    ".parquet": "a table",
+}
 
 _FINDERS: dict[Format, Callable[[Path], dict[str, Split]]] = {
     "coco": find_coco,
@@ -247,10 +261,26 @@ def _splits_of_file(path: Path) -> dict[str, Split]:
 def _unknown(root: Path, formats: Sequence[Format]) -> str:
     """What was looked for in a folder and what is there."""
     reason = f"no known layout. Looked for {'; '.join(_LOOKED_FOR[name] for name in formats)}. Found {_contents(root)}"
-    for name in list_names(root)[:50]:
-        if (root / name).is_dir() and any(_FINDERS[kind](root / name) for kind in formats):
-            return f"{reason}. Is {root / name} meant?"
-    return reason
+    folders = [root / name for name in list_names(root)[:50] if (root / name).is_dir()]
+    below = [folder / name for folder in folders for name in list_names(folder)[:50] if (folder / name).is_dir()]
+    for folder in (*folders, *below[:100]):
+        if any(_FINDERS[kind](folder) for kind in formats):
+            return f"{reason}. Is {folder} meant?"
+    return f"{reason}{_other_format(root, folders)}"
+
+
+def _other_format(root: Path, folders: Sequence[Path]) -> str:
+    """Say which annotations of a format that is not read a folder, or one in it, seems to have."""
+    for folder in (root, *folders):
+        for name in list_names(folder):
+            kind = next((kind for suffix, kind in _OTHERS.items() if name.lower().endswith(suffix)), None)
+            if kind is None and name.lower().endswith(".json"):
+                with suppress(OSError), open_file(folder / name) as file:
+                    kind = "LabelMe's JSON" if b'"shapes"' in file.read(4096) else None
+            if kind is not None:
+                remedy = "unpack it" if "archive" in kind else "export the dataset as COCO, VOC or YOLO"
+                return f". {folder / name} looks like {kind}, which is not read: {remedy}"
+    return ""
 
 
 def _contents(folder: Path, shown: int = 8) -> str:

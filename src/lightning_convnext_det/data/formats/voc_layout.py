@@ -83,7 +83,8 @@ def _holds_voc(folder: Path, names: list[str]) -> bool:
         return False
     try:
         with open_file(folder / names[0]) as file:
-            return re.search(rb"<annotation[\s>]", file.read(4096)) is not None
+            start = file.read(4096).replace(b"\0", b"")  # UTF-16, which the parser reads by its byte order mark
+        return re.search(rb"<annotation[\s>]", start) is not None
     except OSError:
         return False
 
