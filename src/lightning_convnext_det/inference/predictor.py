@@ -183,16 +183,8 @@ class Predictor:
             progress=progress,
             value_range=value_range,
         )
-        predictor._take_range(module.grey_range)
+        predictor.pixel_format = _follow_training(predictor.pixel_format, module.grey_range)
         return predictor
-
-    def _take_range(self, trained: tuple[int, int, bool] | None) -> None:
-        """Read 16-bit grey as the training did; where another range is given, say so."""
-        given = self.pixel_format.grey
-        if trained is not None and given is None:
-            self.pixel_format = self.pixel_format._replace(grey=GreyRange(*trained))
-        elif trained is not None and given is not None and given[:2] != trained[:2]:
-            _logger.warning("value_range %s replaces the checkpoint's %s", given[:2], trained[:2])
 
     @overload
     def __call__(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
@@ -298,6 +290,17 @@ class Predictor:
         if name not in self.class_names:
             raise ArgumentError(f"classes: the detector has no class '{name}'; {suggest(name, self.class_names)}")
         return self.class_names.index(name)
+
+
+def _follow_training(given: PixelFormat, trained: tuple[int, int, bool] | None) -> PixelFormat:
+    """Read 16-bit grey as the training did; where another range is given, say so."""
+    if trained is None:
+        return given
+    if given.grey is None:
+        return given._replace(grey=GreyRange(*trained))
+    if given.grey[:2] != trained[:2]:
+        _logger.warning("value_range %s replaces the checkpoint's %s", given.grey[:2], trained[:2])
+    return given
 
 
 @contextmanager
