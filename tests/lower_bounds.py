@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-EXTRAS = ("heic", "report", "video", "logging", "dev")  # not docs: the site is built with the newest
+EXTRAS = ("export", "heic", "report", "video", "logging", "dev")  # not docs: the site is built with the newest
 CHECKERS = ("ruff", "mypy", "scipy-stubs", "types-PyYAML")  # nothing imports them
 
 

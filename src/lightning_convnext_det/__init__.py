@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_convnext_det.data.datamodule import DetectionDataModule
     from lightning_convnext_det.data.dataset import DetectionDataset
     from lightning_convnext_det.data.image_folder import ImageFolderDataModule
+    from lightning_convnext_det.inference.export.export import export
     from lightning_convnext_det.inference.prediction import Prediction
     from lightning_convnext_det.inference.predictor import Predictor
     from lightning_convnext_det.models.classifier import (
@@ -70,6 +71,7 @@ __all__ = [
     "create_classifier",
     "create_detector",
     "draw_detections",
+    "export",
     "extract_features",
     "list_classifiers",
     "list_detectors",
@@ -105,6 +107,7 @@ _HOMES = {
     "create_classifier": "models.classifier",
     "create_detector": "models.zoo",
     "draw_detections": "visualization",
+    "export": "inference.export.export",
     "extract_features": "models.classifier",
     "list_classifiers": "models.classifier",
     "list_detectors": "models.zoo",

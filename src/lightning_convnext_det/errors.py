@@ -130,6 +130,10 @@ CODES: dict[str, str] = {
     "LCD-M201": "images have more objects than the detector can match",
     "LCD-N001": "a loss or an output is not finite",
     "LCD-N002": "a weight is not finite",
+    # export
+    "LCD-X001": "an exported file finds other objects than the detector",
+    "LCD-X002": "a detector cannot be exported as asked",
+    "LCD-X003": "a package that exports need is not installed",
 }
 """Meaning of every code that starts an error, a warning or a problem of a dataset, by room."""
 
@@ -166,6 +170,12 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint is damaged, foreign, or does not fit the data it is used on."""
 
     exit_status = 6
+
+
+class ExportError(UserError, RuntimeError):
+    """An exported file does not compute what the detector computes."""
+
+    exit_status = 7
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Commands beside the trainer's: check, models, import-weights, export-backbone, thresholds and demo.
+"""Commands beside the trainer's: check, models, import-weights, export, export-backbone, thresholds and demo.
 
 Each imports what it needs when it runs: `check` takes no torch.
 """
@@ -121,6 +121,13 @@ def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
     return 0
 
 
+def export(arguments: Sequence[str], run: Command) -> int:
+    """Write a detector as a file that runs without this package."""
+    from lightning_convnext_det.cli.export import export as export_checkpoint
+
+    return export_checkpoint(arguments, run)
+
+
 def export_backbone(arguments: Sequence[str], run: Command) -> int:
     """Save a detector's backbone as weights for timm."""
     parser = _create_parser("export-backbone")
@@ -185,6 +192,7 @@ TOOLS: dict[str, Callable[[Sequence[str], Command], int]] = {
     "plan": plan,
     "models": models,
     "import-weights": import_weights_tool,
+    "export": export,
     "export-backbone": export_backbone,
     "thresholds": thresholds,
     "report": report,

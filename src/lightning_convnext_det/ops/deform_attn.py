@@ -2,7 +2,7 @@
 
 Four implementations of one operator: `attention_by_grid_sample`, the plain reference, for every device, exporter and
 tracer; the weighted gather of ``deform_attn_gather``, several times faster on a CPU, forward and backward; the Triton
-kernel of ``deform_attn_triton`` for CUDA; and ``deform_attn_indexed`` for XLA devices, which have no ``grid_sample``.
+kernel of ``deform_attn_triton`` for CUDA; and ``deform_attn_indexed`` for devices and runtimes without ``grid_sample``.
 `multi_scale_deformable_attention` takes the fastest that applies.
 
 Positions are those of ``grid_sample(align_corners=False, padding_mode="zeros")``: 0 and 1 are the outer edges of the
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lightning_convnext_det.ops.deform_attn_gather import attention_by_gather
 from lightning_convnext_det.ops.deform_attn_indexed import attention_by_indexing
-from lightning_convnext_det.ops.tracing import is_recording
+from lightning_convnext_det.ops.tracing import is_recording, recorded_attention
 
 
 def multi_scale_deformable_attention(
@@ -55,7 +55,8 @@ def multi_scale_deformable_attention(
         Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", arXiv:2010.04159.
     """
     if is_recording():
-        return attention_by_grid_sample(value, spatial_shapes, sampling_locations, attention_weights)
+        recorded = attention_by_indexing if recorded_attention() == "gather" else attention_by_grid_sample
+        return recorded(value, spatial_shapes, sampling_locations, attention_weights)
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     if value.device.type == "xla":
         return attention_by_indexing(value, spatial_shapes, sampling_locations, attention_weights)

@@ -1,0 +1,115 @@
+"""What an exported file says about itself: classes, preprocessing, thresholds, versions and the source."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.models.image_transform import ImageTransform
+
+PACKAGES = ("lightning-convnext-det", "torch", "torchvision", "timm", "onnx", "onnxscript", "openvino", "nncf")
+
+
+def describe(
+    detector: nn.Module,
+    class_names: list[str],
+    category_ids: list[int],
+    source: str | Path | None = None,
+    **export: object,
+) -> dict[str, Any]:  # what JSON holds
+    """Describe a detector for its exported file.
+
+    >>> from lightning_convnext_det import FasterRCNN
+    >>> card = describe(FasterRCNN(2, "test_convnext", min_size=64, max_size=96), ["cat", "dog"], [1, 2])
+    >>> card["class_names"], card["resize"]["min_size"], card["nms"]
+    (['cat', 'dog'], 64, 'hard')
+
+    Args:
+        detector: any detector of this package.
+        class_names: in order of label.
+        category_ids: the dataset's own ids, in order of label.
+        source: the checkpoint, whose SHA-256 is kept.
+        export: further entries, e.g. ``precision``.
+    """
+    transform = detector.transform
+    assert isinstance(transform, ImageTransform)  # every detector has one
+    backbone = next((part.name for part in detector.modules() if isinstance(part, TimmPyramid)), None)
+    return {
+        "detector": type(detector).__name__,
+        "backbone": backbone,
+        "backbone_weights_license": _license(backbone),
+        "class_names": class_names,
+        "category_ids": category_ids,
+        "resize": {
+            "rule": transform.resize,
+            "min_size": transform.min_sizes[-1],
+            "max_size": transform.max_size,
+            "fixed_size": transform.fixed_size,
+            "size_divisible": transform.size_divisible,
+        },
+        "normalise": {"mean": transform.image_mean, "std": transform.image_std},
+        "score_threshold": getattr(detector, "score_threshold", None),
+        "nms": getattr(detector, "nms", None),
+        "nms_threshold": getattr(detector, "nms_threshold", None),
+        "detections_per_image": getattr(detector, "detections_per_image", None),
+        "source": None if source is None else Path(source).name,
+        "source_sha256": None if source is None else _sha256(Path(source)),
+        "versions": _versions(),
+        **export,
+    }
+
+
+def as_text(card: Mapping[str, Any]) -> dict[str, str]:
+    """The entries of a description as text, as ONNX files keep them: JSON, but for text itself."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in card.items()}
+
+
+def from_text(entries: Mapping[str, str], keys: Collection[str] = ()) -> dict[str, Any]:
+    """The description that `as_text` has turned into text."""
+    return {key: _parse(value) for key, value in entries.items() if not keys or key in keys}
+
+
+def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, Any], path: Path) -> Path:
+    """Write weights as safetensors and the description beside them, as JSON of the same name; return its path."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module_state.items()}
+    save_file(tensors, path, metadata=as_text(card))
+    beside = path.with_suffix(".json")
+    beside.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    return beside
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _license(backbone: str | None) -> str | None:
+    config = timm.get_pretrained_cfg(backbone, allow_unregistered=True) if backbone else None
+    return getattr(config, "license", None)
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():  # an address
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

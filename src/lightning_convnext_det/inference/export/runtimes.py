@@ -1,0 +1,84 @@
+"""Exported files as functions from images to detections, by the runtime that users of the file have."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.inference.export.optional import import_optional
+from lightning_convnext_det.types import TensorDetections
+
+Runner = Callable[[Tensor], TensorDetections]
+"""From images [B, C, H, W] of the type that the file takes to their detections."""
+
+
+def load_runner(path: str | Path) -> Runner:
+    """Load an exported file by its runtime: onnxruntime, PyTorch or OpenVINO.
+
+    Raises:
+        ArgumentError: if the runtime is not installed, or the path is none of an exported file.
+        ExportError: if the runtime cannot load the file.
+    """
+    path = Path(path)
+    kinds: dict[str, Callable[[Path], Runner]] = {".onnx": _load_onnx, ".pt2": _load_torch}
+    load = _load_openvino if path.is_dir() or path.suffix == ".xml" else kinds.get(path.suffix)
+    if load is None:
+        raise ArgumentError(f"{path} must be a file .onnx or .pt2, or a folder with OpenVINO's model.xml")
+    if not path.exists():
+        raise ArgumentError(f"{path} is missing")
+    try:
+        return load(path)
+    except ArgumentError:
+        raise
+    except Exception as error:  # each runtime has its own kinds
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ExportError(f"[LCD-X001] {path} cannot be loaded: {reason}") from error
+
+
+def threads() -> int:
+    """How many threads a runtime may use: those of PyTorch."""
+    return torch.get_num_threads()
+
+
+def _load_onnx(path: Path) -> Runner:
+    runtime = import_optional("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> TensorDetections:
+        return TensorDetections(*(torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})))
+
+    return run
+
+
+def _load_torch(path: Path) -> Runner:
+    try:
+        program = torch.export.load(path).module()
+    except Exception:
+        program = torch._inductor.aoti_load_package(os.fspath(path))  # type: ignore[assignment]  # a package of AOTInductor
+
+    def run(images: Tensor) -> TensorDetections:
+        with torch.no_grad():
+            return TensorDetections(*program(images))
+
+    return run
+
+
+def _load_openvino(path: Path) -> Runner:
+    openvino = import_optional("openvino", "openvino")
+    model = openvino.Core().read_model(path / "model.xml" if path.is_dir() else path)
+    # the plugin would compute in bfloat16 where a processor has it
+    compiled = openvino.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads()}
+    )
+
+    def run(images: Tensor) -> TensorDetections:
+        outputs = compiled(images.numpy())
+        return TensorDetections(*(torch.from_numpy(outputs[name].copy()) for name in TensorDetections._fields))
+
+    return run

@@ -1,0 +1,194 @@
+"""Comparison of an exported file with the detector in PyTorch, image by image and box by box."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_convnext_det.errors import ExportError
+from lightning_convnext_det.inference.export.graph import ExportGraph
+from lightning_convnext_det.inference.export.runtimes import Runner
+from lightning_convnext_det.models.tensor_detections import split_detections
+from lightning_convnext_det.types import Detection, TensorDetections
+
+
+class Tolerance(NamedTuple):
+    """How far an exported file may be from the detector."""
+
+    boxes: float = 1e-2
+    """Greatest difference of a corner in pixels."""
+    scores: float = 1e-4
+    """Greatest difference of a score."""
+    unmatched: float = 0.0
+    """Greatest share of detections without a counterpart."""
+    least_score: float = 0.0
+    """Detections with a lower score do not count."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(),
+    "fp16": Tolerance(boxes=2.0, scores=0.03, unmatched=0.02, least_score=0.1),
+}
+
+
+@dataclass
+class Differences:
+    """The greatest differences between a file and the detector over all images compared."""
+
+    boxes: float = 0.0
+    """In pixels."""
+    scores: float = 0.0
+    detections: int = 0
+    """How many detections were compared."""
+    unmatched: list[str] = field(default_factory=list)
+    """Detections of one that the other has not, in words."""
+    shapes: list[str] = field(default_factory=list)
+    """Batches compared, e.g. ``2x480x640``."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.detections} detections in {len(self.shapes)} batches ({' '.join(self.shapes)}): boxes differ by "
+            f"at most {self.boxes:.2g} px, scores by {self.scores:.2g}, {len(self.unmatched)} without a counterpart"
+        )
+
+    def exceed(self, tolerance: Tolerance) -> bool:
+        """Whether a difference is above the tolerance."""
+        share = len(self.unmatched) / max(1, self.detections)
+        return self.boxes > tolerance.boxes or self.scores > tolerance.scores or share > tolerance.unmatched
+
+
+def verify(
+    run: Runner,
+    detector: nn.Module,
+    batches: Iterable[Tensor],
+    include: Sequence[str] = ("resize", "normalise"),
+    tolerance: Tolerance = TOLERANCES["fp32"],
+    name: object = "the file",
+) -> Differences:
+    """Compare an exported file with the detector.
+
+    Args:
+        run: the file, by its runtime.
+        detector: in PyTorch.
+        batches: uint8 images [B, C, H, W].
+        include: what the file does itself, see `ExportGraph`.
+        tolerance: what is allowed.
+        name: of the file, for messages.
+
+    Raises:
+        ExportError: if a difference is above the tolerance; it names the greatest.
+    """
+    differences = Differences()
+    graph = ExportGraph(detector, include)  # type: ignore[arg-type]  # checked there
+    for images in batches:
+        differences.shapes.append("x".join(str(n) for n in (images.shape[0], *images.shape[2:])))
+        given = images if "normalise" in include else graph._normalise(images, 1.0)
+        with torch.no_grad():
+            expected = (
+                graph.detector(list(images)) if len(include) == 2 else split_detections(TensorDetections(*graph(given)))
+            )
+            found = split_detections(run(given))
+        threshold = float(getattr(detector, "score_threshold", 0.0))
+        rows = int(getattr(detector, "detections_per_image", 100))
+        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            compare(ours, theirs, tolerance, differences, f"{differences.shapes[-1]}[{i}]", threshold, rows)
+    if differences.exceed(tolerance):
+        example = f", e.g. {differences.unmatched[0]}" if differences.unmatched else ""
+        raise ExportError(
+            f"[LCD-X001] {name} finds other objects than the detector: {differences}{example}; allowed are "
+            f"{tolerance.boxes} px and {tolerance.scores}"
+        )
+    return differences
+
+
+def compare(
+    found: Detection,
+    expected: Detection,
+    tolerance: Tolerance,
+    differences: Differences,
+    image: str = "",
+    threshold: float = 0.0,
+    rows: int = 100,
+) -> None:
+    """Add the differences of one image to the greatest so far; ties in score may be in any order.
+
+    >>> box, label = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0])
+    >>> ours = Detection(boxes=box + 0.5, labels=label, scores=torch.tensor([0.5]))
+    >>> differences = Differences()
+    >>> compare(ours, Detection(boxes=box, labels=label, scores=torch.tensor([0.5])), Tolerance(boxes=1), differences)
+    >>> differences.boxes, differences.unmatched
+    (0.5, [])
+    """
+    free = torch.ones(found["scores"].shape[0], dtype=torch.bool)
+    last = [float(d["scores"][-1]) if len(d["scores"]) >= rows else -1.0 for d in (found, expected)]
+    edges = [threshold, tolerance.least_score, *last]  # where a small difference decides whether a box is kept
+
+    def matters(score: float) -> bool:
+        return score >= tolerance.least_score and all(abs(score - edge) > tolerance.scores for edge in edges)
+
+    for box, label, score in zip(expected["boxes"], expected["labels"], expected["scores"], strict=True):
+        if score < tolerance.least_score:
+            break
+        box_differences = (found["boxes"] - box).abs().amax(1)
+        score_differences = (found["scores"] - score).abs()
+        alike = free & (found["labels"] == label) & (score_differences <= max(tolerance.scores, 1e-3))
+        distance = box_differences.masked_fill(~alike, float("inf"))
+        differences.detections += 1
+        if distance.numel() and distance.min() <= max(100 * tolerance.boxes, 1.0):
+            best = int(distance.argmin())
+            free[best] = False
+            differences.boxes = max(differences.boxes, float(box_differences[best]))
+            differences.scores = max(differences.scores, float(score_differences[best]))
+        elif matters(float(score)):
+            differences.unmatched.append(_describe("not found", image, box, int(label), float(score)))
+    for i in free.nonzero().flatten().tolist():
+        if matters(float(found["scores"][i])):
+            box, label, score = found["boxes"][i], found["labels"][i], found["scores"][i]
+            differences.unmatched.append(_describe("found in addition", image, box, int(label), float(score)))
+
+
+def _describe(what: str, image: str, box: Tensor, label: int, score: float) -> str:
+    return f"{what} in {image}: label {label} at {[round(x, 1) for x in box.tolist()]}, score {score:.4f}"
+
+
+def create_batches(
+    images: Sequence[Tensor],
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    size: tuple[int | None, int | None] = (None, None),
+    in_chans: int = 3,
+) -> Iterator[Tensor]:
+    """Make batches to compare on: of the images given, or of synthetic ones of several sizes, one of them empty.
+
+    Args:
+        images: uint8 [C, H, W].
+        batch_sizes: the first two images also make batches of these sizes, of the image and its reflections.
+        size: (height, width) that the file is fixed to.
+        in_chans: channels of synthetic images.
+    """
+    chosen = list(images) or _draw_images(in_chans)
+    for i, image in enumerate(chosen):
+        height, width = size[0] or image.shape[1], size[1] or image.shape[2]
+        if (height, width) != image.shape[1:]:
+            image = F.interpolate(image[None].float(), (height, width), mode="bilinear")[0].round().to(torch.uint8)
+        variants = [image, image.flip(-1), image.flip(-2), image.flip(-1, -2), 255 - image]
+        for count in batch_sizes if i < 2 else batch_sizes[:1]:
+            yield torch.stack([variants[k % len(variants)] for k in range(count)])
+
+
+def _draw_images(in_chans: int) -> list[Tensor]:
+    """Rectangles on noise: landscape, odd, portrait 1:3, square; and noise alone."""
+    random = torch.Generator().manual_seed(0)
+    drawn = []
+    for height, width in ((240, 320), (187, 251), (360, 120), (224, 224)):
+        image = torch.randint(0, 80, (in_chans, height, width), dtype=torch.uint8, generator=random)
+        for _ in range(6):
+            y, x = (int(torch.randint(0, side - 24, (), generator=random)) for side in (height, width))
+            h, w = (int(torch.randint(12, 90, (), generator=random)) for _ in range(2))
+            colour = torch.randint(0, 256, (in_chans, 1, 1), dtype=torch.uint8, generator=random)
+            image[:, y : y + h, x : x + w] = colour
+        drawn.append(image)
+    # not one colour: norms over a flat map divide rounding errors by nearly nothing
+    return [*drawn, torch.randint(90, 130, (in_chans, 160, 200), dtype=torch.uint8, generator=random)]

@@ -1,0 +1,192 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from lightning_convnext_det import DeformableDETRModule
+from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.inference.export import onnx_file
+from lightning_convnext_det.inference.export.export import ExportReport, export, verify_file
+from lightning_convnext_det.inference.export.triton import write_triton
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "run_onnx.py"
+
+
+def damage(path: Path, to: Path) -> Path:
+    """A copy of an ONNX file with one weight of the last box head changed by a hundredth."""
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.name.endswith("box_heads.0.6.bias"))
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[0] += 0.01
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, to)
+    return to
+
+
+@pytest.mark.heavy
+def test_export__onnx_of_any_batch_and_size_finds_what_the_detector_finds(
+    exported: ExportReport, module: DeformableDETRModule
+) -> None:
+    session = onnxruntime.InferenceSession(exported.path)
+    assert [axis for value in session.get_inputs() for axis in value.shape] == ["batch", 3, "height", "width"]
+    for count, height, width in ((1, 61, 87), (3, 150, 50), (2, 64, 96)):
+        images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
+        boxes, scores, labels, counts = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            expected = module(list(images))
+        for i, detection in enumerate(expected):
+            n = int(counts[i])
+            assert n == len(detection["scores"]) == 15
+            np.testing.assert_allclose(scores[i, :n], detection["scores"], atol=1e-5)
+            np.testing.assert_allclose(boxes[i, :n], detection["boxes"], atol=1e-2)
+            np.testing.assert_array_equal(labels[i, :n], detection["labels"])
+
+
+@pytest.mark.heavy
+def test_export__metadata_and_report(exported: ExportReport, checkpoint: Path) -> None:
+    differences = exported.differences
+    assert differences is not None
+    assert differences.shapes[:4] == ["1x240x320", "2x240x320", "5x240x320", "1x187x251"]
+    assert differences.detections == sum(int(s.split("x")[0]) for s in differences.shapes) * 15
+    assert "boxes differ by at most" in str(exported)
+    entries = onnxruntime.InferenceSession(exported.path).get_modelmeta().custom_metadata_map
+    assert json.loads(entries["class_names"]) == ["cat", "dog"]
+    assert json.loads(entries["category_ids"]) == [7, 9]
+    assert json.loads(entries["resize"])["min_size"] == 64
+    assert entries["source"] == "a.ckpt"
+    assert len(entries["source_sha256"]) == 64
+    assert (
+        json.loads(entries["versions"])["torch"] == torch.__version__.partition("+")[0]
+        or "torch" in entries["versions"]
+    )
+
+
+@pytest.mark.heavy
+def test_verify__one_weight_changed_is_noticed(
+    exported: ExportReport, module: DeformableDETRModule, checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert "without a counterpart" in str(verify_file(module, exported.path))
+    wrong = damage(exported.path, tmp_path / "wrong.onnx")
+    with pytest.raises(ExportError, match=r"LCD-X001\].*wrong.onnx finds other objects than the detector"):
+        verify_file(module, wrong)
+    assert main(["export", str(checkpoint), str(wrong), "--verify_only"]) == 7
+    assert "finds other objects than the detector" in capsys.readouterr().err
+    assert wrong.exists()
+    wrong.write_bytes(wrong.read_bytes()[:5000])
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        verify_file(module, wrong)
+
+
+@pytest.mark.heavy
+def test_export__a_wrong_file_is_removed(
+    exported: ExportReport, module: DeformableDETRModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = onnx.load(damage(exported.path, tmp_path / "wrong.onnx"))
+    monkeypatch.setattr(onnx_file, "_translate", lambda program: wrong)
+    monkeypatch.setattr("lightning_convnext_det.inference.export.export.record", lambda *arguments: None)
+    with pytest.raises(ExportError, match="finds other objects"):
+        export(module, tmp_path / "new.onnx")
+    assert not (tmp_path / "new.onnx").exists()
+
+
+@pytest.mark.heavy
+def test_halve__computes_products_in_float16_and_stays_close(
+    exported: ExportReport, module: DeformableDETRModule, tmp_path: Path
+) -> None:
+    model = onnx.load(exported.path)
+    assert onnx_file.halve(onnx, model) > 20
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "half.onnx")
+    assert (tmp_path / "half.onnx").stat().st_size < 0.6 * exported.path.stat().st_size
+    halves = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    for node in model.graph.node:
+        if node.op_type in ("LayerNormalization", "Softmax", "Sigmoid"):
+            assert not halves & set(node.input)
+    assert not [name for name in halves if "box_heads" in name or "sampling_offsets" in name]
+    images = torch.randint(0, 256, (1, 3, 61, 87), dtype=torch.uint8).numpy()
+    whole, half = (
+        onnxruntime.InferenceSession(path).run(None, {"images": images})
+        for path in (exported.path, tmp_path / "half.onnx")
+    )
+    assert 0 < np.abs(whole[1] - half[1]).max() < 0.01
+
+
+@pytest.mark.heavy
+def test_triton__repository(exported: ExportReport, tmp_path: Path) -> None:
+    folder = write_triton(exported.path, tmp_path / "models")
+    assert (folder / "1" / "model.onnx").read_bytes() == exported.path.read_bytes()
+    config = (folder / "config.pbtxt").read_text()
+    assert 'name: "detr"' in config
+    assert '{ name: "images", data_type: TYPE_UINT8, dims: [ -1, 3, -1, -1 ] }' in config
+    assert '{ name: "boxes", data_type: TYPE_FP32, dims: [ -1, 15, 4 ] }' in config
+    assert '{ name: "count", data_type: TYPE_INT64, dims: [ -1 ] }' in config
+    with pytest.raises(ArgumentError, match="exists"):
+        write_triton(exported.path, tmp_path / "models")
+
+
+@pytest.mark.heavy
+def test_example__needs_neither_torch_nor_this_package(
+    exported: ExportReport, module: DeformableDETRModule, tmp_path: Path
+) -> None:
+    assert len(EXAMPLE.read_text().splitlines()) < 40
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 87, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    guard = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "assert not {'torch', 'timm', 'lightning_convnext_det'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", guard, EXAMPLE, exported.path, tmp_path / "photo.png", "0"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    with torch.no_grad():
+        (expected,) = module([torch.from_numpy(pixels).permute(2, 0, 1)])
+    assert len(lines) == len(expected["scores"])
+    name, score, _, *box = lines[0].split()
+    assert name == ["cat", "dog"][expected["labels"][0]]
+    assert float(score) == pytest.approx(float(expected["scores"][0]), abs=1e-3)
+    assert [float(x) for x in box] == pytest.approx(expected["boxes"][0].tolist(), abs=0.1)
+
+
+def test_export__weights_and_card(checkpoint: Path, module: DeformableDETRModule, tmp_path: Path) -> None:
+    assert main(["export", str(checkpoint), str(tmp_path / "w.safetensors")]) == 0
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert set(file.keys()) == set(module.detector.state_dict())
+        assert json.loads(file.metadata()["class_names"]) == ["cat", "dog"]
+    card = json.loads((tmp_path / "w.json").read_text())
+    assert card["detector"] == "DeformableDETR"
+    assert card["normalise"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert card["backbone"] == "test_convnext"
+    assert len(card["source_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("a.bin", {}, "must end in .onnx, .pt2, .safetensors or _openvino"),
+        ("a.onnx", {"precision": "int8"}, "onnx has fp32, fp16, not int8"),
+        ("a.pt2", {"precision": "fp16"}, "pt2 has fp32, not fp16"),
+        ("b/a.onnx", {}, "there is no such folder"),
+        ("a.onnx", {"attention": "other"}, "attention"),
+        ("a.onnx", {"class_names": ["cat"]}, "class_names has 1 entries, but the detector has 2 classes"),
+    ],
+)
+def test_export__refuses(
+    module: DeformableDETRModule, tmp_path: Path, path: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        export(module, tmp_path / path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command__misspelt_axis(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(checkpoint), str(tmp_path / "a.onnx"), "--dynamic", "batch,heigth"]) == 2
+    assert "dynamic: 'heigth' is none of batch, height, width" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from lightning_convnext_det.inference.export.verify import Differences, Tolerance, compare, create_batches
+from lightning_convnext_det.types import Detection
+
+
+def detection(*rows: tuple[float, int, float]) -> Detection:
+    """Boxes 10 pixels wide at (x, 0), given as (x, label, score)."""
+    boxes = torch.tensor([[x, 0.0, x + 10, 10.0] for x, _, _ in rows]).reshape(-1, 4)
+    return Detection(
+        boxes=boxes,
+        labels=torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
+        scores=torch.tensor([score for _, _, score in rows]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "boxes", "scores", "unmatched"),
+    [
+        pytest.param([(0, 1, 0.9), (50, 0, 0.5)], 0, 0, 0, id="equal"),
+        pytest.param([(0.004, 1, 0.9), (50, 0, 0.50005)], 0.004, 5e-5, 0, id="within"),
+        pytest.param([(0.2, 1, 0.9), (50, 0, 0.5)], 0.2, 0, 0, id="moved"),
+        pytest.param([(0, 1, 0.9)], 0, 0, 1, id="one missing"),
+        pytest.param([(0, 1, 0.9), (50, 0, 0.5), (70, 0, 0.4)], 0, 0, 1, id="one more"),
+        pytest.param([(0, 0, 0.9), (50, 0, 0.5)], 0, 0, 2, id="another label"),
+        pytest.param([(0, 1, 0.9), (50, 0, 0.5), (70, 0, 0.30005)], 0, 0, 0, id="one more at the threshold"),
+    ],
+)
+def test_compare__counts(found: list[tuple[float, int, float]], boxes: float, scores: float, unmatched: int) -> None:
+    differences = Differences(shapes=["1x8x8"])
+    expected = detection((0, 1, 0.9), (50, 0, 0.5))
+    compare(detection(*found), expected, Tolerance(), differences, threshold=0.3)
+    assert differences.boxes == pytest.approx(boxes, abs=1e-6)
+    assert differences.scores == pytest.approx(scores, abs=1e-6)
+    assert len(differences.unmatched) == unmatched
+    assert differences.exceed(Tolerance()) == (boxes > 0.01 or unmatched > 0)
+
+
+def test_compare__ties_may_be_in_any_order() -> None:
+    differences = Differences()
+    ours, theirs = detection((0, 1, 0.5), (50, 1, 0.5)), detection((50, 1, 0.5), (0, 1, 0.5))
+    compare(ours, theirs, Tolerance(), differences)
+    assert differences == Differences(detections=2)
+
+
+def test_compare__nothing_found_at_all() -> None:
+    differences = Differences()
+    compare(detection(), detection(), Tolerance(), differences)
+    assert differences == Differences()
+
+
+def test_create_batches__sizes_batches_and_fixed_sizes() -> None:
+    shapes = [tuple(x.shape) for x in create_batches([])]
+    assert shapes[:4] == [(1, 3, 240, 320), (2, 3, 240, 320), (5, 3, 240, 320), (1, 3, 187, 251)]
+    assert (1, 3, 360, 120) in shapes
+    images = [torch.zeros(3, 30, 40, dtype=torch.uint8)]
+    assert [tuple(x.shape) for x in create_batches(images, (2,), (32, None))] == [(2, 3, 32, 40)]
