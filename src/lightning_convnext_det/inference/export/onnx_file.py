@@ -15,6 +15,7 @@ from lightning_convnext_det.inference.export.optional import import_optional
 OPSET = 18  # the exporter's own; the first with GridSample, LayerNormalization and ReduceMax on axes
 LIMIT = 2**31 - 1  # bytes that one protobuf message holds
 OUTPUTS = ("boxes", "scores", "labels", "count")
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch names the modules that a node belongs to
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 # parts whose products stay in float32: they decide positions, or which boxes are kept
 _EXACT = ("box_heads", "class_heads", "reference_points", "sampling_offsets", "rpn", "box_predictor", "proposer")
@@ -44,6 +45,10 @@ def write_onnx(
     _name_axes(model)
     if precision == "fp16":
         halve(onnx, model)
+    for node in model.graph.node:  # keep the names of modules, but not the stack traces with paths of this machine
+        scopes = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
+        del node.metadata_props[:]
+        onnx.helper.set_metadata_props(node, dict.fromkeys([_SCOPES], scopes[0]) if scopes else {})
     onnx.helper.set_model_props(model, dict(metadata))
     if model.ByteSize() > LIMIT:
         raise ArgumentError(f"[LCD-X002] {path} would exceed 2 GB, the limit of one ONNX file; try precision=fp16")
@@ -84,8 +89,8 @@ def halve(onnx: ModuleType, model: Any) -> int:
     halved: dict[str, str] = {}
     nodes, count = [], 0
     for node in graph.node:
-        scope = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
-        exact = any(f"'{part}'" in scope.replace(".", "'.'") or part in scope for part in _EXACT)
+        scope = next((p.value for p in node.metadata_props if p.key == _SCOPES), "")
+        exact = any(part in scope for part in _EXACT)
         if node.op_type not in _PRODUCTS or exact or not any(name in weights for name in node.input[:2]):
             nodes.append(node)
             continue
