@@ -22,6 +22,7 @@ from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.classification_writer import ClassificationWriter
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+from lightning_convnext_det.callbacks.run_overview import RunOverview
 from lightning_convnext_det.callbacks.stage_unfreezing import StageUnfreezing
 from lightning_convnext_det.callbacks.time_budget import TimeBudget
 from lightning_convnext_det.callbacks.weight_averaging import EMAWithWarmup
@@ -100,6 +101,7 @@ class DetectionCLI(LightningCLI):
             default=None,
             help="fit: start from the network and the weights of this checkpoint; its classes may be others",
         )
+        parser.add_argument("--report", type=bool, default=False, help="fit: write report.html of the best checkpoint")
         add_inference_arguments(parser)
         parser.add_argument(
             "--plan",
@@ -208,6 +210,10 @@ class DetectionCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Take the weights of ``--start_from`` and the plan's splits, put windows, views and detectors around."""
         add_to_inference(self.model, self.config[self.subcommand], self.datamodule, str(self.subcommand))
+        if self.subcommand == "fit" and self.config["fit"]["report"]:
+            from lightning_convnext_det.report.training import check_report
+
+            check_report(self.datamodule)
         if isinstance(self.datamodule, DetectionDataModule):
             self._planner.share_splits(self.datamodule, self.config[self.subcommand]["data"]["init_args"])
         if self._start is not None and self._checkpoint is not None:
@@ -241,6 +247,10 @@ class DetectionCLI(LightningCLI):
         """Say where the result is."""
         if path := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
             rank_zero_info(f"the best checkpoint is '{os.path.relpath(path)}'")
+        if self.config["fit"]["report"]:
+            from lightning_convnext_det.report.training import report_training
+
+            report_training(self.trainer, self.datamodule)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit, predict = self.subcommand == "fit", self.subcommand == "predict"
@@ -260,6 +270,9 @@ class DetectionCLI(LightningCLI):
             config["logger"] = _loggers(Path(config["default_root_dir"])) if not predict else False
         if fit and config["logger"] and not config.get("fast_dev_run"):
             own.append(LearningRateMonitor("step"))
+        if fit and config.get("enable_model_summary") is None and not config.get("fast_dev_run"):
+            own.append(RunOverview())
+            config["enable_model_summary"] = False  # the overview says it, without operations that are not counted
         if fit and self.config["fit"]["time"] is not None:
             own.append(TimeBudget(parse_duration(self.config["fit"]["time"])))
         for callback in own:

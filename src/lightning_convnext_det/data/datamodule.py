@@ -209,6 +209,11 @@ class DetectionDataModule(LoadingDataModule):
         return self.train_transforms in RESIZING_PRESETS
 
     @property
+    def owns_datasets(self) -> bool:
+        """Whether ``datasets`` were given in place of a folder."""
+        return self._user is not None
+
+    @property
     def validates(self) -> bool:
         """Whether there are validation images; reads the split."""
         return self._dataset("val", training=False) is not None
