@@ -87,7 +87,7 @@ def crop_label_errors(evaluation: Evaluation, analysis: Analysis, with_crops: in
             "missing": f"found {seen}, not annotated",
             "class": f"annotated {object_label}, found {seen}",
             "box": f"annotated {object_label} elsewhere than found {seen}",
-            "nothing": f"annotated {object_label}, nothing found",
+            "nothing": f"annotated {object_label}, never found",
         }
         crops.append(ErrorCrop(
             error, _file_name(evaluation, error.image), int(annotations.image_ids[error.image]),

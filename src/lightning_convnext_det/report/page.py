@@ -10,7 +10,7 @@ from lightning_convnext_det.report.drawings import ErrorCrop, WorstImage
 
 Cell = str | float | int
 _KINDS = {
-    "missing": "not annotated", "class": "other class", "box": "box misplaced", "nothing": "nothing there",
+    "missing": "not annotated", "class": "other class", "box": "box misplaced", "nothing": "never found",
 }  # fmt: skip
 
 
