@@ -80,6 +80,7 @@ def _warn_of_tiny_boxes(draft: Draft, fingerprint: Fingerprint, scale: Scale) ->
         own = np.sqrt(fingerprint.boxes[:, :2].prod(axis=1))
         draft.warn(
             f"{tiny:.0%} of the boxes are below {WANTED / 2:.0f} pixels after resizing (median {np.median(sides):.1f}; "
-            f"{np.median(own):.1f} in the images themselves) and most of these will not be found: crop the images "
-            "into tiles, or give a larger --model.min_size and --model.max_size where memory and time allow"
+            f"{np.median(own):.1f} in the images themselves) and most of these will not be found: train and detect in "
+            "windows with --tiles 640 --data.train_transforms tiles, or give a larger --model.min_size and "
+            "--model.max_size where memory and time allow"
         )
