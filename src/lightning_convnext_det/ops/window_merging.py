@@ -107,9 +107,12 @@ def _pairs(
     boxes: Tensor, labels: Tensor, sources: Tensor, windows: Tensor, cut: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of detections that may be of one object: two indices int64 [P] and how well they agree, float [P]."""
+    low, high = torch.maximum(windows[:, None, :2], windows[:, :2]), torch.minimum(windows[:, None, 2:], windows[:, 2:])
+    overlaps = (low < high).all(dim=2)  # only these can see the same object
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for source in sorted(set(sources.tolist())):
-        rows, others = (sources == source).nonzero()[:, 0], (sources > source).nonzero()[:, 0]
+        rows = (sources == source).nonzero()[:, 0]
+        others = ((sources > source) & overlaps[source, sources]).nonzero()[:, 0]
         affinity = _affinity(
             boxes[rows], cut[rows], windows[source], boxes[others], cut[others], windows[sources[others]]
         )
