@@ -61,6 +61,7 @@ PRIVATE = [
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop, "_data_fetcher"),
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop.epoch_loop, "_should_check_val_fx"),
     Private("callbacks/slurm.py", _trainer, "_accelerator_connector"),
+    *(Private("callbacks/weight_averaging.py", lambda: torch, name) for name in ("_foreach_copy_", "_foreach_lerp_")),
     Private("checkpoints/remote.py", lambda: AbstractFileSystem, "_parent"),
     Private("cli/arguments.py", LightningArgumentParser, "_actions"),
     Private("cli/trainer.py", lambda: LightningCLI, "_instantiate_trainer"),
@@ -68,9 +69,15 @@ PRIVATE = [
     Private("cli/trainer.py", lambda: LightningCLI, "_prepare_subcommand_kwargs"),
     Private("cli/trainer.py", lambda: torch.cpu, "_is_avx512_bf16_supported"),
     Private("data/transforms.py", lambda: v2.Transform, "_call_kernel"),
+    Private("inference/export/graph.py", lambda: torch, "_check"),
+    Private("inference/export/graph.py", lambda: torch, "_dynamo"),
+    Private("inference/export/runtimes.py", lambda: torch, "_inductor"),
+    Private("inference/export/torch_file.py", lambda: torch, "_inductor"),
     Private("models/rcnn/box_coder.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/box_losses.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/matcher.py", lambda: torchvision.models.detection, "_utils"),
+    Private("planning/machine.py", lambda: torch.cpu, "_is_avx512_bf16_supported"),
+    Private("planning/memory.py", lambda: torch.zeros(1).untyped_storage(), "_cdata"),
 ]
 
 

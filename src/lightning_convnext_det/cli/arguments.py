@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_convnext_det.checkpoints.format import is_own
 from lightning_convnext_det.cli.given import names_in_file, names_on_command_line
-from lightning_convnext_det.cli.messages import shorten_refusal
+from lightning_convnext_det.cli.messages import one_line, shorten_refusal
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
+from lightning_convnext_det.errors import UserError
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
@@ -94,9 +95,22 @@ class Parser(LightningArgumentParser):
             self.set_defaults_by(self, self._choices(files, flags, namespace))
             args = [*(f"--config={file}" for file in files), *flags]
         parsed: jsonargparse.Namespace = super().parse_args(args, namespace, **options)
-        if self.plan_by is not None and args is not None and self.plan_by(self, parsed, self._given(args, namespace)):
+        if self.plan_by is not None and args is not None and self._is_planned(args, namespace, parsed):
             parsed = super().parse_args(args, namespace, **options)  # with the plan as defaults
         return parsed
+
+    def _is_planned(
+        self, args: Sequence[str], namespace: jsonargparse.Namespace | None, parsed: jsonargparse.Namespace
+    ) -> bool:
+        """Make a plan the defaults; to print a configuration without it needs neither the data nor weights."""
+        assert self.plan_by is not None
+        try:
+            return self.plan_by(self, parsed, self._given(args, namespace))
+        except UserError as error:
+            if not any(argument.partition("=")[0] == "--print_config" for argument in args):
+                raise
+            sys.stderr.write(f"printed without a plan: {one_line(error)}\n")
+            return False
 
     def _given(self, args: Sequence[str], namespace: jsonargparse.Namespace | None) -> set[str]:
         """Names of the settings that the user has given, wherever arguments are read."""

@@ -178,7 +178,7 @@ class DetectionDataModule(LoadingDataModule):
         )
         self._user = None if datasets is None else UserSplits(datasets, class_names)
         # the seed is not the run's: `validate` must hold out the images that `fit` did
-        self._reader = SplitReader(
+        self.split_reader = SplitReader(
             root=root, format=format, wanted={"train": train, "val": val, "test": test},
             images={"train": train_images, "val": val_images, "test": test_images}, val_fraction=val_fraction,
             seed=seed or 0, class_names=class_names, classes=classes, invalid_annotations=invalid_annotations,
@@ -201,7 +201,7 @@ class DetectionDataModule(LoadingDataModule):
         return len(self._classes()[0])
 
     def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        return self._reader.class_table() if self._user is None else self._user.class_table()
+        return self.split_reader.class_table() if self._user is None else self._user.class_table()
 
     @property
     def resizes(self) -> bool:
@@ -224,11 +224,11 @@ class DetectionDataModule(LoadingDataModule):
         Raises:
             DataError: if the split is missing or cannot be used.
         """
-        return self._reader.annotations(stage)
+        return self.split_reader.annotations(stage)
 
     def take_splits(self, other: "DetectionDataModule") -> None:
         """Take the splits that a data module of the same arguments has read."""
-        self._reader = other._reader
+        self.split_reader = other.split_reader
 
     def setup(self, stage: str) -> None:
         """Read the splits of a stage, so that all problems are reported before the first step.

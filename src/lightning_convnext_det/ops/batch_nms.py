@@ -42,7 +42,7 @@ def batch_nms(
 
     Args:
         boxes: corners (x1, y1, x2, y2) in pixels, at least 0, float [N, 4].
-        scores: confidences, at least 0, float [N].
+        scores: confidences or logits, finite, float [N].
         groups: classes or levels 0 ... num_groups - 1, int64 [N].
         images: index of each box's image, int64 [N].
         num_images: how many images there are.
@@ -94,7 +94,8 @@ def _recorded_nms(
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Hard NMS that may keep nothing: torchvision declares to torch.export that at least two boxes are left."""
     lonely = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])  # overlap nothing
-    keep: Tensor = nms(torch.cat((boxes, lonely)), torch.cat((scores, scores.new_full((2,), -1.0))), iou_threshold)
+    lowest = scores.new_full((2,), torch.finfo(scores.dtype).min)
+    keep: Tensor = nms(torch.cat((boxes, lonely)), torch.cat((scores, lowest)), iou_threshold)
     return keep[keep < boxes.shape[0]]
 
 

@@ -70,7 +70,7 @@ def as_detector(run: Runner, detector: nn.Module, include: Sequence[str]) -> Cal
     graph = None if "normalise" in include else ExportGraph(detector, include)  # type: ignore[arg-type]
 
     def detect(images: list[Tensor]) -> list[Detection]:
-        given = [image[None] if graph is None else graph._normalise(image[None], 1.0) for image in images]
+        given = [image[None] if graph is None else graph.normalise(image[None], 1.0) for image in images]
         return [split_detections(TensorDetections(*run(image)))[0] for image in given]
 
     return detect

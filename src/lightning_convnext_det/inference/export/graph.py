@@ -93,12 +93,12 @@ class ExportGraph(nn.Module):
         """Resize and normalise images; also return their new height and width."""
         rule, height, width = self.transform, images.shape[-2], images.shape[-1]
         if "resize" not in self.include:
-            return (self._normalise(images, 1.0) if "normalise" in self.include else images), (height, width)
+            return (self.normalise(images, 1.0) if "normalise" in self.include else images), (height, width)
         size = rule.new_size(height, width) if _are_known(height, width) else _name_numbers(new, 1)
         if rule.resize == "opencv":
-            return self._normalise(_resize_like_opencv(images, size, side, new), 255.0), size
+            return self.normalise(_resize_like_opencv(images, size, side, new), 255.0), size
         if "normalise" in self.include:
-            images = self._normalise(images, 1.0)
+            images = self.normalise(images, 1.0)
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False), size
 
     def _tiles(self, tiles: Tensor, height: int, width: int) -> tuple[int, int]:
@@ -110,7 +110,8 @@ class ExportGraph(nn.Module):
             return -(-size[0] // multiple), -(-size[1] // multiple)
         return _name_numbers(tiles, 2)  # maps of one pixel have other rules of broadcasting
 
-    def _normalise(self, images: Tensor, full_scale: float) -> Tensor:
+    def normalise(self, images: Tensor, full_scale: float) -> Tensor:
+        """Normalise images [B, C, H, W] of 0..255, brought to 0..full_scale before."""
         images = images.to(torch.float32)
         if full_scale == 1.0:
             images = images / 255.0

@@ -85,7 +85,7 @@ def verify(
     graph = ExportGraph(detector, include)  # type: ignore[arg-type]  # checked there
     for images in batches:
         differences.shapes.append("x".join(str(n) for n in (images.shape[0], *images.shape[2:])))
-        given = images if "normalise" in include else graph._normalise(images, 1.0)
+        given = images if "normalise" in include else graph.normalise(images, 1.0)
         with torch.no_grad():
             expected = (
                 graph.detector(list(images)) if len(include) == 2 else split_detections(TensorDetections(*graph(given)))

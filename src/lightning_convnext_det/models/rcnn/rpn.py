@@ -127,23 +127,26 @@ class ProposalNetwork(RegionProposalNetwork):
             sizes: height and width of each image without padding, int64 [B, 2].
         """
         count, limit = sizes.shape[0], self.post_nms_top_n()
-        scores, boxes, levels = [], [], []
+        # NMS goes by logits: runtimes that approximate the sigmoid put boxes of low scores into another order
+        ranks, boxes, levels = [], [], []
         for level, (of_anchors, own_deltas, own_anchors) in enumerate(zip(logits, deltas, anchors, strict=True)):
             top = of_anchors.topk(torch.sym_min(self.pre_nms_top_n(), of_anchors.shape[1]), dim=1)
             chosen = own_deltas.gather(1, top.indices[..., None].expand(-1, -1, 4))
             moved = self.box_coder.decode_single(chosen.flatten(0, 1), own_anchors[top.indices.flatten()])
-            scores.append(top.values.sigmoid())
+            ranks.append(top.values)
             boxes.append(moved.unflatten(0, (count, -1)))
             levels.append(torch.full_like(top.indices, level))
-        score, box, level_of = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels, 1)  # [B, K]
+        rank, box, level_of = torch.cat(ranks, 1), torch.cat(boxes, 1), torch.cat(levels, 1)  # [B, K]
         box = clip_boxes(box, sizes[:, None])
         sides = box[..., 2:] - box[..., :2]
         large = ((sides >= self.min_side) & (sides > 0)).all(dim=-1)
-        image, place = torch.where(large & (score >= self.score_thresh))
-        box, score, level_of = box[image, place], score[image, place], level_of[image, place]
-        keep = batch_nms(box, score, level_of, image, count, self.nms_thresh, self.separation, num_groups=len(anchors))
+        image, place = torch.where(large & (rank.sigmoid() >= self.score_thresh))
+        box, rank, level_of = box[image, place], rank[image, place], level_of[image, place]
+        keep = batch_nms(box, rank, level_of, image, count, self.nms_thresh, self.separation, num_groups=len(anchors))
         own = image[keep]
-        (boxes_of, scores_of), number = fill_rows((box[keep], score[keep]), own, torch.ones_like(own) > 0, count, limit)
+        (boxes_of, scores_of), number = fill_rows(
+            (box[keep], rank[keep].sigmoid()), own, torch.ones_like(own) > 0, count, limit
+        )
         return Proposals(boxes_of, scores_of, number)
 
     def assign_targets_to_anchors(
