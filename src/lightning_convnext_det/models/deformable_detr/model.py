@@ -312,10 +312,12 @@ class DeformableDETR(SelectsDetections, nn.Module):
         """
         logits, boxes = outputs.decoder.logits[-1].float(), outputs.decoder.boxes[-1].float()
         best = min(self.detections_per_image, logits.shape[1] * logits.shape[2])
-        scores = logits.sigmoid()  # [B, Q, C]
+        lowest = torch.finfo(logits.dtype).min
         if outputs.usable is not None:
-            scores = scores.masked_fill(~outputs.usable[:, :, None], -1.0)
-        scores, index = scores.flatten(1).topk(best)  # [B, best]
+            logits = logits.masked_fill(~outputs.usable[:, :, None], lowest)
+        # by logits: runtimes that approximate the sigmoid put low scores into another order
+        logits, index = logits.flatten(1).topk(best)  # [B, best]
+        scores = torch.where(logits == lowest, -1.0, logits.sigmoid())
         boxes = corners(boxes).gather(1, (index // self.num_classes)[:, :, None].expand(-1, -1, 4))
         sides = (number_tensor([batch.shape[-2:]], boxes) if sizes is None else sizes).flip(-1)  # [B or 1, 2] as (x, y)
         boxes = boxes * sides.to(boxes).repeat(1, 2)[:, None]
