@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ def test_detector__images_in_a_list_or_stacked(build: Callable[..., nn.Module]) 
     assert_equal(detect(detector, IMAGES), detect(detector, list(IMAGES)))
     assert_equal(detect(detector, tuple(IMAGES)), detect(detector, list(IMAGES)))
     assert total(detector, IMAGES, TARGETS) == total(detector, list(IMAGES), TARGETS)
+
+
+@pytest.mark.parametrize("image", [np.zeros((64, 64, 3), np.uint8), "photo.jpg", None])
+def test_detector__names_an_image_that_is_no_tensor(build: Callable[..., nn.Module], image: object) -> None:
+    with pytest.raises(TypeError, match=r"^images\[1\] is of type (ndarray|str|NoneType); a detector takes tensors"):
+        build().eval()([torch.zeros(3, 64, 64), image])
 
 
 def test_detector__targets_of_torchvision_train_alike(build: Callable[..., nn.Module]) -> None:

@@ -201,6 +201,24 @@ def channel_statistics(values: Sequence[float], channels: int) -> tuple[float, .
     return tuple(values[i % len(values)] for i in range(channels))
 
 
+def check_tensors(images: object) -> None:
+    """Refuse what is not a list of tensors or a stacked one.
+
+    Raises:
+        TypeError: naming the image, its type and what to do.
+    """
+    if isinstance(images, Tensor):
+        return
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        raise TypeError(f"images is of type {type(images).__name__}; give a list of tensors [channels, height, width]")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"images[{i}] is of type {type(image).__name__}; a detector takes tensors [channels, height, width], a "
+                "Predictor also files, Pillow images and arrays"
+            )
+
+
 def check_range(images: Sequence[Tensor] | Tensor) -> None:
     """Refuse floating point images in 0..255 and normalised ones, whose objects a detector would not recognise.
 

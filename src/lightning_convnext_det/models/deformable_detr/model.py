@@ -31,7 +31,12 @@ from lightning_convnext_det.models.deformable_detr.transformer import (
     Proposer,
     apply_in_full_precision,
 )
-from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from lightning_convnext_det.models.image_transform import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageTransform,
+    check_tensors,
+)
 from lightning_convnext_det.models.selection import Selection, SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.models.tensor_detections import join_detections, keep_first, split_detections
@@ -240,6 +245,7 @@ class DeformableDETR(SelectsDetections, nn.Module):
             DataError: if a target has a box that is not finite or has no area, or a label out of range.
             DivergenceError: if logits or boxes are not finite.
         """
+        check_tensors(images)
         device = self.levels.embedding.device
         if not self.training:
             batch, sizes, _ = self.transform(images)

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.fpn import PyramidFPN
-from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from lightning_convnext_det.models.image_transform import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageTransform,
+    check_tensors,
+)
 from lightning_convnext_det.models.rcnn.conventions import (
     CONVENTIONS,
     Convention,
@@ -200,7 +205,9 @@ class FasterRCNN(SelectsDetections, nn.Module):
         Raises:
             DataError: if a target has a box that is not finite or has no area, or a label out of range, or float images
                 are not in 0..1.
+            TypeError: if an image is not a tensor.
         """
+        check_tensors(images)
         device = self.rpn.head.cls_logits.weight.device
         prepared = None
         if self.training:
