@@ -51,7 +51,7 @@ def test_resize__opencv_as_in_the_transform(size: tuple[int, int]) -> None:
     expected = detector.transform.eval().new_size(*size)
     assert tuple(new.tolist()) == expected
     batch, _ = graph._prepare(images, torch.tensor(size, dtype=torch.float64), new)
-    wanted = graph._normalise(resize_like_opencv(images[0], expected), 255.0)
+    wanted = graph.normalise(resize_like_opencv(images[0], expected), 255.0)
     assert torch.equal(batch[0], wanted)
 
 

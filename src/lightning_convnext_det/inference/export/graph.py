@@ -5,6 +5,7 @@ so that they are rounded alike; ``item`` turns them into numbers that the export
 """
 
 import copy
+import warnings
 from collections.abc import Collection
 from typing import Literal
 
@@ -141,7 +142,10 @@ def record(
         if name in dynamic
     }
     try:
-        with torch.no_grad(), record_attention(attention), recordable_backbones():
+        with (
+            warnings.catch_warnings(), torch.no_grad(), record_attention(attention), recordable_backbones(),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision's NMS asks torch in a way that is deprecated
             return torch.export.export(graph, (example,), dynamic_shapes=(axes or None,), strict=False)
     except (torch._dynamo.exc.UserError, RuntimeError, TypeError, ValueError) as error:  # whatever the backbone does
         reason = str(error).strip().splitlines()[0][:200]

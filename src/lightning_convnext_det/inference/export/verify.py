@@ -126,6 +126,9 @@ def compare(
     last = [float(d["scores"][-1]) if len(d["scores"]) >= rows else -1.0 for d in (found, expected)]
     edges = [threshold, tolerance.least_score, *last]  # where a small difference decides whether a box is kept
 
+    # where some may be missing, one that is far away is another: NMS may keep the other of two
+    reach = tolerance.boxes if tolerance.unmatched else max(100 * tolerance.boxes, 1.0)
+
     def matters(score: float) -> bool:
         return score >= tolerance.least_score and all(abs(score - edge) > tolerance.scores for edge in edges)
 
@@ -137,7 +140,7 @@ def compare(
         alike = free & (found["labels"] == label) & (score_differences <= max(tolerance.scores, 1e-3))
         distance = box_differences.masked_fill(~alike, float("inf"))
         differences.detections += 1
-        if distance.numel() and distance.min() <= max(100 * tolerance.boxes, 1.0):
+        if distance.numel() and distance.min() <= reach:
             best = int(distance.argmin())
             free[best] = False
             differences.boxes = max(differences.boxes, float(box_differences[best]))
