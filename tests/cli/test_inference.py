@@ -108,5 +108,6 @@ def test_predict__a_mistake_ends_in_one_line(
 
 def test_fit__refuses_views(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--data.root", str(dataset), "--trainer.default_root_dir", str(tmp_path), "--model.backbone=test_convnext"]
+    root.append("--model.pretrained_backbone=false")
     assert main(["fit", *root, *QUIET[:3], "--tta=flip"]) == 2
     assert "--tta is for validate, test and predict" in capsys.readouterr().err
