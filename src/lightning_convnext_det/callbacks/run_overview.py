@@ -1,5 +1,6 @@
 """Callback that shows a training: what is trained, how long it will take, and a line a minute without a terminal."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def overview(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
         f"network: {name}, {sizes[True] / 1e6:.1f} M parameters train, {sizes[False] / 1e6:.1f} M are frozen",
         f"batch: {batch} images x {trainer.world_size} devices x {accumulated} accumulated; precision "
         f"{trainer.precision}; device {module.device}",
-        f"steps: {trainer.estimated_stepping_batches}; learning rate {_rates(trainer)}",
+        f"steps: {_steps(trainer)}; learning rate {_rates(trainer)}",
     ]
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     if isinstance(dataset, DetectionDataset):
@@ -109,6 +110,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _steps(trainer: pl.Trainer) -> str:
+    steps = trainer.estimated_stepping_batches
+    return str(steps) if math.isfinite(steps) else "as many as the time allows, or until it is stopped"
 
 
 def _rates(trainer: pl.Trainer) -> str:
