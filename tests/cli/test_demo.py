@@ -21,15 +21,15 @@ def test_run_demo__validates_at_least_once_and_hands_failures_on(tmp_path: Path,
     assert {f"--trainer.max_epochs={epochs}", f"--trainer.check_val_every_n_epoch={every}"} <= set(commands[0])
 
 
-def test_run_demo__takes_a_time_unless_epochs_are_given(tmp_path: Path) -> None:
+def test_run_demo__takes_steps_unless_epochs_are_given(tmp_path: Path) -> None:
     commands: list[Sequence[str]] = []
 
     def run(arguments: Sequence[str]) -> int:
         commands.append(arguments)
         return 7
 
-    assert run_demo(["--folder", str(tmp_path / "demo"), "--images=2", "--time=5s"], run) == 7
-    assert "--time=5s" in commands[0]
+    assert run_demo(["--folder", str(tmp_path / "demo"), "--images=2", "--steps=5"], run) == 7
+    assert "--trainer.max_steps=5" in commands[0]
     assert not [argument for argument in commands[0] if "max_epochs" in argument]
 
 

@@ -43,8 +43,9 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
         "convnext-det demo", description="Train a detector on synthetic images and draw what it detects."
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="output folder; replaces an older demo")
-    parser.add_argument("--time", default="110s", help="length of the training, which is most of the demo")
-    parser.add_argument("--epochs", type=int, help="passes over the training images, in place of a time")
+    # not a time: a busy machine would show what an untrained network finds
+    parser.add_argument("--steps", type=int, default=1000, help="of the training, which is most of the demo")
+    parser.add_argument("--epochs", type=int, help="passes over the training images, in place of steps")
     parser.add_argument("--images", type=int, default=400, help="training images; val and test: a fifth each")
     options = parser.parse_args(arguments)
     folder, held_out = options.folder, max(2, options.images // 5)
@@ -53,7 +54,9 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
     checkpoint = folder / "checkpoints" / "best.ckpt"
     data = f"--data.root={folder / 'data'}"
     runs = ["--trainer.default_root_dir", str(folder / "runs")]
-    length = f"--time={options.time}" if options.epochs is None else f"--trainer.max_epochs={options.epochs}"
+    length = (
+        f"--trainer.max_steps={options.steps}" if options.epochs is None else f"--trainer.max_epochs={options.epochs}"
+    )
     # an epoch that is never reached validates only after the last step; in epochs, at least once
     every = 1000 if options.epochs is None else max(1, min(3, options.epochs))
     fit = [length, f"--checkpoint.dirpath={checkpoint.parent}", f"--trainer.check_val_every_n_epoch={every}"]
