@@ -58,7 +58,7 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
         f"--trainer.max_steps={options.steps}" if options.epochs is None else f"--trainer.max_epochs={options.epochs}"
     )
     # an epoch that is never reached validates only after the last step; in epochs, at least once
-    every = 1000 if epochs is None else max(1, min(3, epochs))
+    every = 1000 if options.epochs is None else max(1, min(3, options.epochs))
     fit = [length, f"--checkpoint.dirpath={checkpoint.parent}", f"--trainer.check_val_every_n_epoch={every}"]
     trained = f"--ckpt_path={checkpoint}"
     images, output = f"--data.predict={folder / 'data' / 'test'}", f"--output.folder={folder / 'predictions'}"
