@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,6 @@ def as_text(card: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in card.items()}
 
 
-def from_text(entries: Mapping[str, str], keys: Collection[str] = ()) -> dict[str, Any]:
-    """The description that `as_text` has turned into text."""
-    return {key: _parse(value) for key, value in entries.items() if not keys or key in keys}
-
-
 def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, Any], path: Path) -> Path:
     """Write weights as safetensors and the description beside them, as JSON of the same name; return its path."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module_state.items()}
@@ -84,13 +79,6 @@ def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, A
     beside = path.with_suffix(".json")
     beside.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return beside
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _license(backbone: str | None) -> str | None:
