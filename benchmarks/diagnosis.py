@@ -19,7 +19,8 @@ from lightning_convnext_det.metrics.confusion import confusion_matrix
 from lightning_convnext_det.metrics.error_breakdown import break_down_errors
 from lightning_convnext_det.metrics.grouping import image_losses
 from lightning_convnext_det.metrics.matching import match_detections
-from lightning_convnext_det.metrics.objects import detection_boxes, find_overlaps, flatten_targets
+from lightning_convnext_det.metrics.objects import flatten_targets
+from lightning_convnext_det.metrics.overlaps import detection_boxes, find_overlaps
 
 CLASSES, BOXES, OBJECTS = 80, 100, 7
 IOUS = np.linspace(0.5, 0.95, 10).tolist()

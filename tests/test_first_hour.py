@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from lightning_convnext_det.metrics.coco_map import METRICS
+from lightning_convnext_det.metrics.coco_summary import METRICS
 from lightning_convnext_det.modules import FasterRCNNModule, load_module
 from lightning_convnext_det.types import Detection
 from tests.training import TINY, create_trainer

@@ -2,9 +2,12 @@
 
 import operator
 from collections.abc import Mapping
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
+
+Frequency = Literal["rare", "common", "frequent"]
+"""LVIS's groups of classes: annotated in at most 10, in 11 to 100, in more than 100 training images."""
 
 
 class Target(TypedDict):
@@ -28,6 +31,11 @@ class Target(TypedDict):
     """VOC's difficult objects, which evaluation ignores by their IoU with a detection, bool [N]; absent in training."""
     area: NotRequired[Tensor]
     """Areas in square pixels as annotated, by which evaluation groups objects into sizes, float32 [N]."""
+    negative_labels: NotRequired[Tensor]
+    """Classes verified to be absent, int64 [K]. A target with this key is evaluated as LVIS does: detections of classes
+    that are neither here nor among ``labels`` do not count."""
+    not_exhaustive_labels: NotRequired[Tensor]
+    """Classes some of whose objects are not annotated, whose unmatched detections evaluation ignores, int64 [K]."""
     image_id: NotRequired[int | Tensor]
     """The dataset's own id of the image: an int or, as in torchvision's tutorials, a tensor with one element."""
     file_name: NotRequired[str]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.errors import DataError
-from lightning_convnext_det.metrics.coco_map import METRICS
+from lightning_convnext_det.metrics.coco_summary import METRICS
 from lightning_convnext_det.modules import FasterRCNNModule
 from lightning_convnext_det.types import Detection
 from tests.training import TINY, create_trainer

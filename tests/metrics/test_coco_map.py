@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import math
 from collections.abc import Callable
@@ -9,10 +11,14 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchmetrics.detection import MeanAveragePrecision
 
-from lightning_convnext_det.errors import DivergenceError
-from lightning_convnext_det.metrics.coco_map import METRICS, DetectionEvaluator
+from lightning_convnext_det.errors import DataError, DivergenceError
+from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
+from lightning_convnext_det.metrics.coco_summary import METRICS
+from lightning_convnext_det.metrics.evaluation_records import join_records
 from lightning_convnext_det.types import Detection, Target
+from tests.metrics.random_datasets import random_dataset
 
 PAIRS = ["coco_fakebbox100", "coco_fakebbox100_boxarea", "fce_crowd1img", "odm_sample2", "podm_voc38", "voc2012_100"]
 
@@ -270,3 +276,67 @@ def test_evaluator__difficult_objects_are_ignored_by_vocs_rule(
     assert metrics["map_50"] == pytest.approx(voc_average_precision(found, objects, 0.5))
     assert metrics["map_50"] == pytest.approx(expected, abs=1e-6)
     assert metrics["map_75"] == pytest.approx(voc_average_precision(found, objects, 0.75))
+
+
+def test_evaluator__equals_pycocotools_to_12_digits() -> None:
+    """With crowds, equal scores, empty images, missing classes."""
+    seen = 0
+    for seed in range(40):
+        dataset = random_dataset(seed)
+        annotations, results = dataset.coco()
+        if not results:
+            continue
+        ground_truth = COCO()
+        ground_truth.dataset = annotations
+        with contextlib.redirect_stdout(io.StringIO()):
+            ground_truth.createIndex()
+            reference = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
+            reference.evaluate()
+            reference.accumulate()
+            reference.summarize()
+        evaluator = DetectionEvaluator([f"c{i}" for i in range(dataset.num_classes)])
+        targets = [{**one, "image_id": i} for i, one in enumerate(dataset.targets)]
+        evaluator.update(dataset.detections, targets)
+        metrics = evaluator.compute()
+        expected = np.where(reference.stats < 0, np.nan, reference.stats)
+        np.testing.assert_allclose([metrics[name] for name in METRICS], expected, atol=1e-12)
+        precision = reference.eval["precision"][:, :, :, 0, -1].mean((0, 1))
+        per_class = [metrics[f"map/c{i}"] for i in range(dataset.num_classes)]
+        np.testing.assert_allclose(per_class, np.where(precision < 0, np.nan, precision), atol=1e-12)
+        seen += not math.isnan(metrics["map"])
+    assert seen > 20
+
+
+def test_evaluator__equals_torchmetrics() -> None:
+    """The detections and targets are torchmetrics', and so are the metrics' names and values."""
+    dataset = random_dataset(11)
+    metric = MeanAveragePrecision(
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(), rec_thresholds=np.linspace(0, 1, 101).tolist()
+    )
+    metric.update(dataset.detections, dataset.targets)
+    expected = metric.compute()
+    evaluator = DetectionEvaluator([f"c{i}" for i in range(dataset.num_classes)])
+    evaluator.update(dataset.detections, dataset.targets)
+    metrics = evaluator.compute()
+    assert metrics["map"] > 0.05
+    for name in METRICS:
+        value = float(expected[name])
+        assert metrics[name] == pytest.approx(math.nan if value == -1 else value, abs=1e-6, nan_ok=True), name
+
+
+def test_evaluator__keeps_no_boxes() -> None:
+    dataset = random_dataset(11)
+    evaluator = DetectionEvaluator([f"c{i}" for i in range(dataset.num_classes)])
+    evaluator.update(dataset.detections, dataset.targets)
+    records = join_records(evaluator._records)
+    num_detections, num_objects = (sum(len(r["labels"]) for r in rows) for rows in dataset[:2])
+    assert sum(field.nbytes for field in records.fields) == 28 * num_detections + 5 * num_objects
+
+
+def test_evaluator__refuses_labels_beyond_the_classes() -> None:
+    box = [[0.0, 0.0, 9.0, 9.0]]
+    for found, objects in ((2, 0), (0, 2), (-1, 0)):
+        with pytest.raises(DataError, match=r"LCD-D110.*label (2|-1) in 'a.jpg'.*2 classes; labels run from 0 to 1"):
+            DetectionEvaluator(["cat", "dog"]).update(
+                [detection(box, [0.5], [found])], [target(1, box, [objects], file_name="a.jpg")]
+            )

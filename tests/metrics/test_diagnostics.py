@@ -21,7 +21,8 @@ from lightning_convnext_det.metrics.calibration import (
 from lightning_convnext_det.metrics.confusion import confusion_matrix
 from lightning_convnext_det.metrics.error_breakdown import KINDS, ErrorBreakdown, break_down_errors
 from lightning_convnext_det.metrics.matching import Matches, match_detections
-from lightning_convnext_det.metrics.objects import Objects, Overlaps, detection_boxes, find_overlaps, flatten_targets
+from lightning_convnext_det.metrics.objects import Objects, flatten_targets
+from lightning_convnext_det.metrics.overlaps import Overlaps, detection_boxes, find_overlaps
 from tests.metrics.random_datasets import RandomDataset, random_dataset
 
 IOUS = np.linspace(0.5, 0.95, 10).tolist()

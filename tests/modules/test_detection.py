@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError
-from lightning_convnext_det.metrics.coco_map import METRICS
+from lightning_convnext_det.metrics.coco_summary import METRICS
 from lightning_convnext_det.modules import DetectionModule, FasterRCNNModule, load_module, start_module
 from lightning_convnext_det.modules.detection import Batch
 from lightning_convnext_det.modules.registry import save_module

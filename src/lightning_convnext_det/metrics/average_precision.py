@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.metrics.matching import Matches
+from lightning_convnext_det.metrics.matching import ScoredDetections
 
 _RECALLS = np.linspace(0.0, 1.0, 101)  # pycocotools' recThrs
 _CHUNK = 20_000_000  # entries of [samples, detections] held at once
@@ -27,7 +27,7 @@ class _Column(NamedTuple):
     """Positions of the true positives among them, ascending, [K]."""
 
 
-def average_precision(matches: Matches) -> NDArray[np.float64]:
+def average_precision(matches: ScoredDetections) -> NDArray[np.float64]:
     """AP of each class at each IoU threshold of the matches, [T, C]; nan for a class without objects.
 
     >>> import torch
@@ -41,15 +41,40 @@ def average_precision(matches: Matches) -> NDArray[np.float64]:
         ``COCOeval.accumulate`` of pycocotools: the precision, made monotonic, at 101 recalls.
     """
     result = np.full((len(matches.is_true_positive), len(matches.num_objects)), np.nan)
-    result[:, matches.num_objects > 0] = 0.0
-    for column in _columns(matches):
-        num_objects = matches.num_objects[column.label]
-        if num_objects:
-            right = np.arange(1.0, len(column.hits) + 1)
-            result[column.threshold, column.label] = _area(
-                right, column.hits.astype(np.float64) + 1, np.float64(num_objects)
-            )
+    order = order_by_class(matches.label, matches.score)
+    bounds = np.searchsorted(matches.label[order], np.arange(len(matches.num_objects) + 1))
+    for label, num_objects in enumerate(matches.num_objects):
+        rows = order[bounds[label] : bounds[label + 1]]
+        counts = np.full(len(result), num_objects)
+        result[:, label] = precision_areas(matches.is_true_positive[:, rows], matches.is_ignored[:, rows], counts)
     return result
+
+
+def order_by_class(label: NDArray[np.integer], score: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The detections by class and descending score; equal scores in the order given, [N]."""
+    return np.lexsort((-score, label))
+
+
+def precision_areas(
+    is_right: NDArray[np.bool_], is_ignored: NDArray[np.bool_], num_objects: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """AP of one class, S times.
+
+    Args:
+        is_right: true positives among the detections by descending score, [S, N].
+        is_ignored: those that are neither right nor wrong, [S, N].
+        num_objects: that count, [S].
+
+    Returns:
+        [S]; nan without objects.
+    """
+    kept = np.cumsum(~is_ignored, axis=1, dtype=np.float64)
+    areas = np.full(len(is_right), np.nan)
+    for row, count in enumerate(num_objects.tolist()):
+        if count:
+            hits = np.flatnonzero(is_right[row])
+            areas[row] = _area(np.arange(1.0, len(hits) + 1), kept[row, hits], np.float64(count))
+    return areas
 
 
 def mean_over_classes(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -78,7 +103,7 @@ def resampling_weights(num_images: int, samples: int, seed: int = 0) -> NDArray[
     return generator.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int64)
 
 
-def bootstrap_ap(matches: Matches, objects: NDArray[np.int64], weights: NDArray[np.int64]) -> BootstrapSamples:
+def bootstrap_ap(matches: ScoredDetections, objects: NDArray[np.int64], weights: NDArray[np.int64]) -> BootstrapSamples:
     """Compute AP on resamples of the images.
 
     Args:
@@ -124,7 +149,7 @@ def interval(samples: NDArray[np.float64], estimate: float, confidence: float = 
     return float(low), float(high)
 
 
-def _columns(matches: Matches) -> Iterator[_Column]:
+def _columns(matches: ScoredDetections) -> Iterator[_Column]:
     """The detections of each class at each threshold, by descending score; ignored ones are left out."""
     order = np.lexsort((np.arange(len(matches.score)), -matches.score.astype(np.float64), matches.label))
     bounds = np.searchsorted(matches.label[order], np.arange(len(matches.num_objects) + 1))

@@ -1,8 +1,9 @@
 """COCO mAP of detections, over the images of all ranks.
 
-The metrics are torchmetrics' (backend faster_coco_eval), with float64 thresholds so that they equal pycocotools' to
-1e-7. torchmetrics' own synchronisation aborts when ranks hold different numbers of images; here the records are
-gathered once, keyed by image, and evaluated on one rank.
+Images are matched as they come, see `matching`; only scores and flags are kept, gathered once, keyed by image, and
+evaluated on one rank. The metrics equal pycocotools' to 12 digits, and torchmetrics' `MeanAveragePrecision` given
+float64 thresholds (its own are float32, which differ by up to 6e-5); its synchronisation aborts when ranks hold
+different numbers of images.
 
 VOC's ``difficult`` objects are ignored by VOC's rule (development kit, ``VOCevaldet.m``): a detection whose IoU with
 one reaches the threshold is neither right nor wrong. COCO's crowd regions ignore by the share of the detection instead.
@@ -10,53 +11,43 @@ one reaches the threshold is neither right nor wrong. COCO's crowd regions ignor
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_convnext_det.arguments import Range, check_arguments, check_class_names
-from lightning_convnext_det.errors import DivergenceError
-from lightning_convnext_det.metrics.matching import Matches, match_detections
+from lightning_convnext_det.errors import ArgumentError, DataError, DivergenceError
+from lightning_convnext_det.metrics.coco_summary import (
+    AREA_RANGES,
+    FREQUENCY_METRICS,
+    IOU_THRESHOLDS,
+    METRICS,
+    evaluate_classes,
+    outcomes,
+    summarize,
+)
+from lightning_convnext_det.metrics.evaluation_records import (
+    ImageRecord,
+    Key,
+    Records,
+    join_records,
+    merge_records,
+    split_images,
+)
+from lightning_convnext_det.metrics.matching import ScoredDetections, match_areas
 from lightning_convnext_det.metrics.thresholds import ClassThreshold, choose_thresholds
-from lightning_convnext_det.types import Detection, Target, image_id_of
+from lightning_convnext_det.types import Detection, Frequency, Target, image_id_of
 
 _logger = logging.getLogger(__name__)
-
-# pycocotools' own values in float64; torchmetrics' default is a float32 linspace, which differs by up to 6e-5 in mAP
-_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
-_RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
-_BEYOND = 1e12  # square pixels; COCO's largest range ends at 1e10
+_DTYPES = {
+    "boxes": torch.float32, "scores": torch.float32, "area": torch.float32, "labels": torch.int64,
+    "iscrowd": torch.bool, "difficult": torch.bool,
+    "negative_labels": torch.int64, "not_exhaustive_labels": torch.int64,
+}  # fmt: skip
 MaxDetections = Annotated[int, Range(11)]  # the numbers of detections are 1, 10 and this
-METRICS = (
-    "map",
-    "map_50",
-    "map_75",
-    "map_small",
-    "map_medium",
-    "map_large",
-    "mar_1",
-    "mar_10",
-    "mar_100",
-    "mar_small",
-    "mar_medium",
-    "mar_large",
-)
-
-
-_Key = tuple[int, int]
-"""0 and the image's id; or, for a target without an id, 1 + rank and a running number."""
-
-
-class _Record(NamedTuple):
-    """Detections and ground truth of one image, on the CPU."""
-
-    detection: dict[str, Tensor]
-    target: dict[str, Tensor]
 
 
 class DetectionEvaluator:
@@ -73,26 +64,43 @@ class DetectionEvaluator:
 
     Args:
         class_names: in order of label; the metrics of the classes are named after them.
-        max_detections: how many detections of an image count, the best by score; COCO's rule is 100.
+        max_detections: how many detections of a class in an image count, the best by score; COCO's rule is 100.
+        frequencies: LVIS's of each class in the training images, in order of label: adds ``map_rare``, ``map_common``
+            and ``map_frequent``, LVIS's APr, APc and APf.
 
     Attributes:
-        names: of the twelve metrics, ``map`` ... ``mar_large``.
         undefined: why the metrics computed last are nan; None if ``map`` is a number.
         thresholds: score thresholds of the classes for the images computed last, at IoU 0.5, in order of label.
         choose: chooses them; by default those of highest F1.
     """
 
-    def __init__(self, class_names: Sequence[str], max_detections: MaxDetections = 100) -> None:
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        max_detections: MaxDetections = 100,
+        frequencies: Sequence[Frequency] | None = None,
+    ) -> None:
         check_arguments(DetectionEvaluator.__init__, locals())
         check_class_names(class_names)
+        if frequencies is not None and len(frequencies) != len(class_names):
+            raise ArgumentError(f"frequencies has {len(frequencies)} entries, but there are {len(class_names)} classes")
         self.class_names = list(class_names)
         self.max_detections = max_detections
-        self.names = tuple(f"mar_{max_detections}" if name == "mar_100" else name for name in METRICS)
+        self.frequencies = list(frequencies or ())
         self.undefined: str | None = None
         self.thresholds: list[ClassThreshold] = []
-        self.choose: Callable[[Matches], list[ClassThreshold]] = choose_thresholds
-        self._records: dict[_Key, _Record] = {}
+        self.choose: Callable[[ScoredDetections], list[ClassThreshold]] = choose_thresholds
+        self._records: dict[Key, ImageRecord] = {}
         self._has_warned = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the twelve metrics, ``map`` ... ``mar_large``, and of LVIS's three where there are frequencies."""
+        return (*self._coco_names, *(FREQUENCY_METRICS if self.frequencies else ()))
+
+    @property
+    def _coco_names(self) -> tuple[str, ...]:
+        return tuple(f"mar_{self.max_detections}" if name == "mar_100" else name for name in METRICS)
 
     def reset(self) -> None:
         """Remove all images."""
@@ -103,31 +111,46 @@ class DetectionEvaluator:
 
         Args:
             detections: boxes in pixels of the original image.
-            targets: boxes in the same pixels, with ``iscrowd``, ``difficult``, ``area`` and ``image_id`` where the
-                dataset has them.
+            targets: boxes in the same pixels, with ``iscrowd``, ``difficult``, ``area``, ``image_id``,
+                ``negative_labels`` and ``not_exhaustive_labels`` where the dataset has them.
                 Every target without ``image_id`` counts as another image.
 
         Raises:
+            DataError: if a label is not among the classes.
             DivergenceError: if a box or score is not finite.
             TypeError: if an ``image_id`` is not an integer.
         """
+        keys: list[Key] = []
         for detection, target in zip(detections, targets, strict=True):
             image_id = image_id_of(target)
-            key = (1 + _rank(), len(self._records)) if image_id is None else (0, image_id)
+            keys.append((1 + _rank(), len(self._records) + len(keys)) if image_id is None else (0, image_id))
+            name = target.get("file_name", f"image {keys[-1][1]}")
             if not (detection["boxes"].isfinite().all() and detection["scores"].isfinite().all()):
-                name = target.get("file_name", f"image {key[1]}")
                 raise DivergenceError(f"[LCD-E010] the boxes or scores predicted for '{name}' are not finite")
-            self._records[key] = _Record(_cpu_detection(detection), _cpu_target(target))
-            self._warn_of_many(target, key[1])
+            self._check_labels(detection["labels"], name)
+            self._check_labels(target["labels"], name)
+            self._warn_of_many(len(target["boxes"]), name)
+        found = [_on_cpu(detection) for detection in detections]
+        matches = match_areas(
+            found, [_on_cpu(target) for target in targets], IOU_THRESHOLDS, self.max_detections, AREA_RANGES
+        )
+        self._records.update(zip(keys, split_images(matches, len(keys)), strict=True))
 
-    def _warn_of_many(self, target: Target, key: int) -> None:
-        count = len(target["boxes"])
+    def _check_labels(self, labels: Tensor, name: str) -> None:
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(self.class_names)):
+            wrong = next(label for label in labels.tolist() if not 0 <= label < len(self.class_names))
+            raise DataError(
+                f"[LCD-D110] label {wrong} in '{name}', but there are {len(self.class_names)} classes; "
+                f"labels run from 0 to {len(self.class_names) - 1}"
+            )
+
+    def _warn_of_many(self, count: int, name: str) -> None:
         if count > self.max_detections and not self._has_warned:
             self._has_warned = True
             _logger.warning(
                 "[LCD-E002] '%s' has %d objects, but only the %d best detections of an image count: recall cannot "
                 "reach 1; raise max_detections, and the detector's detections_per_image",
-                target.get("file_name", f"image {key}"), count, self.max_detections,
+                name, count, self.max_detections,
             )  # fmt: skip
 
     def compute(self) -> dict[str, float]:
@@ -136,100 +159,33 @@ class DetectionEvaluator:
         Returns:
             ``map`` ... ``mar_large`` and ``map/<class name>``; nan where there is nothing to measure.
         """
-        records = _gather(self._records)
+        records = _gather(join_records(self._records))
         outcome: list[tuple[dict[str, float], str | None, list[ClassThreshold]] | None] = [None]
         if records is not None:
-            metrics = self._evaluate(records)
+            num_classes = len(self.class_names)
+            tables = evaluate_classes(records, num_classes)
+            metrics = summarize(tables, self._coco_names, self.class_names, self.frequencies)
             why = _why_undefined(records) if math.isnan(metrics["map"]) else None
-            outcome = [(metrics, why, self._choose_thresholds(records))]
+            outcome = [(metrics, why, self.choose(outcomes(records, num_classes)))]
         if _world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         assert outcome[0] is not None  # rank 0 has evaluated
         metrics, self.undefined, self.thresholds = outcome[0]
         return metrics
 
-    def _choose_thresholds(self, records: dict[_Key, _Record]) -> list[ClassThreshold]:
-        ordered = [records[key] for key in sorted(records)]
-        detections, targets = [r.detection for r in ordered], [r.target for r in ordered]
-        return self.choose(
-            match_detections(detections, targets, len(self.class_names), max_detections=self.max_detections)
-        )
 
-    def _evaluate(self, records: dict[_Key, _Record]) -> dict[str, float]:
-        metric = MeanAveragePrecision(
-            iou_thresholds=_IOU_THRESHOLDS,
-            rec_thresholds=_RECALL_THRESHOLDS,
-            max_detection_thresholds=[1, 10, self.max_detections],
-            backend="faster_coco_eval",
-            extended_summary=True,
-            sync_on_compute=False,  # it runs on one rank, which holds everything; the others are not asked
-        )
-        metric.warn_on_many_detections = False  # said once, by update
-        # equal scores are ranked by the order of images, so the order is fixed: by image
-        ordered = [records[key] for key in sorted(records)]
-        if not ordered:
-            return dict.fromkeys([*self.names, *(f"map/{c}" for c in self.class_names)], math.nan)
-        metric.update([r.detection for r in ordered], [_ignore_difficult(r) for r in ordered])
-        result = metric.compute()
-        metrics = {name: _defined(float(result[name])) for name in self.names}
-        precision = result["precision"][
-            :, :, :, 0, -1
-        ]  # [IoU thresholds, recalls, classes], all areas, most detections
-        seen = {int(label): i for i, label in enumerate(result["classes"].reshape(-1))}
-        for label, name in enumerate(self.class_names):
-            values = precision[:, :, seen[label]] if label in seen else precision[:, :, :0]
-            values = values[values > -1]
-            metrics[f"map/{name}"] = float(values.mean()) if values.numel() else math.nan
-        return metrics
+def _on_cpu(record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a detection or a target on the CPU; boxes, scores and areas as float32."""
+    moved = {key: value.detach().to("cpu") for key, value in record.items() if key in _DTYPES}
+    return {key: value.to(_DTYPES[key]) for key, value in moved.items()}
 
 
-def _cpu_detection(detection: Detection) -> dict[str, Tensor]:
-    return {
-        "boxes": detection["boxes"].detach().to("cpu", torch.float32),
-        "scores": detection["scores"].detach().to("cpu", torch.float32),
-        "labels": detection["labels"].detach().to("cpu", torch.int64),
-    }
-
-
-def _cpu_target(target: Target) -> dict[str, Tensor]:
-    boxes = target["boxes"].to("cpu", torch.float32).reshape(-1, 4)  # torch.tensor([]) is [0]
-    crowd = target.get("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
-    area = target.get("area", (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    return {
-        "boxes": boxes,
-        "labels": target["labels"].to("cpu", torch.int64),
-        "iscrowd": crowd.to("cpu", torch.int64),
-        "area": area.to("cpu", torch.float32),
-        "difficult": target.get("difficult", torch.zeros(len(boxes))).to("cpu", torch.bool),
-    }
-
-
-def _ignore_difficult(record: _Record) -> dict[str, Tensor]:
-    """Turn difficult objects into objects that COCO's evaluation ignores.
-
-    COCO ignores objects outside of a range of areas, by their IoU, and matches each with one detection. So a difficult
-    object gets an area beyond all ranges, and stands as often as there are detections of its class.
-    """
-    target = {key: value for key, value in record.target.items() if key != "difficult"}
-    difficult = record.target["difficult"]
-    if not difficult.any():
-        return target
-    of_class = (record.detection["labels"][None] == target["labels"][:, None]).sum(1)
-    repeats = torch.where(difficult, of_class.clamp(min=1), 1)
-    target["area"] = torch.where(difficult, _BEYOND, target["area"])
-    return {key: value.repeat_interleave(repeats, 0) for key, value in target.items()}
-
-
-def _defined(value: float) -> float:
-    return math.nan if value == -1 else value  # COCO's -1 says that there is nothing to measure
-
-
-def _why_undefined(records: dict[_Key, _Record]) -> str:
-    if not records:
+def _why_undefined(records: Records) -> str:
+    if not records.keys:
         return "no image was evaluated"
-    boxes = sum(len(record.target["boxes"]) for record in records.values())
+    boxes = len(records.fields.object_label)
     what = f"{boxes} boxes, which are all crowd regions or difficult" if boxes else "no boxes"
-    return f"the {len(records)} images have {what}"
+    return f"the {len(records.keys)} images have {what}"
 
 
 def _rank() -> int:
@@ -240,15 +196,10 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(records: dict[_Key, _Record]) -> dict[_Key, _Record] | None:
-    """Gather the records of all ranks on rank 0; None on the others. An image on two ranks counts once."""
+def _gather(records: Records) -> Records | None:
+    """Gather the records of all ranks on rank 0; None on the others."""
     if _world_size() == 1:
         return records
-    parts: list[dict[_Key, _Record] | None] | None = [None] * _world_size() if _rank() == 0 else None
+    parts: list[Records] | None = [records] * _world_size() if _rank() == 0 else None
     dist.gather_object(records, parts, dst=0)
-    if parts is None:
-        return None
-    merged: dict[_Key, _Record] = {}
-    for part in parts:
-        merged.update(part or {})
-    return merged
+    return None if parts is None else merge_records(parts)

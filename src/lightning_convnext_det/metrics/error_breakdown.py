@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lightning_convnext_det.metrics.average_precision import average_precision
 from lightning_convnext_det.metrics.matching import Matches
-from lightning_convnext_det.metrics.objects import Objects, Overlaps
+from lightning_convnext_det.metrics.objects import Objects
+from lightning_convnext_det.metrics.overlaps import Overlaps
 
 ErrorKind = Literal["Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"]
 KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lightning_convnext_det.metrics.error_breakdown import KINDS, ErrorBreakdown
 from lightning_convnext_det.metrics.matching import Matches
-from lightning_convnext_det.metrics.objects import Objects, Overlaps
+from lightning_convnext_det.metrics.objects import Objects
+from lightning_convnext_det.metrics.overlaps import Overlaps
 
 LabelErrorKind = Literal["missing", "class", "box", "nothing"]
 _CONFIDENT = 0.5  # least score of a detection that speaks against an annotation

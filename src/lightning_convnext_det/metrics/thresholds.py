@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_convnext_det.errors import ArgumentError
-from lightning_convnext_det.metrics.matching import Matches
+from lightning_convnext_det.metrics.matching import ScoredDetections
 
 _PLATEAU = 0.01  # 0.005 ... 0.02 of F1 differ by less than the seeds of the training
 
@@ -31,7 +31,7 @@ class ClassThreshold(NamedTuple):
 
 
 def choose_thresholds(
-    matches: Matches, precision: float | None = None, recall: float | None = None
+    matches: ScoredDetections, precision: float | None = None, recall: float | None = None
 ) -> list[ClassThreshold]:
     """Choose the score threshold of each class, by default that of highest F1.
 

@@ -26,7 +26,8 @@ from lightning_convnext_det.metrics.error_breakdown import ErrorBreakdown, break
 from lightning_convnext_det.metrics.grouping import group_ap, group_of, image_losses, quantile_edges
 from lightning_convnext_det.metrics.label_errors import LabelError, find_label_errors
 from lightning_convnext_det.metrics.matching import Matches, match_detections
-from lightning_convnext_det.metrics.objects import Objects, detection_boxes, find_overlaps, flatten_targets
+from lightning_convnext_det.metrics.objects import Objects, flatten_targets
+from lightning_convnext_det.metrics.overlaps import detection_boxes, find_overlaps
 from lightning_convnext_det.metrics.thresholds import ClassThreshold, ScoreCurve, choose_thresholds
 from lightning_convnext_det.report.evaluation import Evaluation
 from lightning_convnext_det.types import Detection, Target
