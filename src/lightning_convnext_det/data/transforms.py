@@ -330,7 +330,7 @@ def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
 
 
 def _channels_innermost(inpt: Tensor) -> Any:
-    """Change an image's memory layout to channels last; resizing then takes half of the time, this copy included."""
+    """Lay an image out channels last, as ours are; resizing then takes half of the time, this copy included."""
     if not isinstance(inpt, tv_tensors.Image):
         return inpt
     return tv_tensors.wrap(inpt.permute(1, 2, 0).contiguous().permute(2, 0, 1), like=inpt)

@@ -146,12 +146,13 @@ class ImageTransform(nn.Module):
     def _normalize(self, image: Tensor, full_scale: float) -> Tensor:
         """Normalise an image brought to 0..full_scale; the scale decides only how the result is rounded."""
         here = 255.0 if image.dtype == torch.uint8 else 1.0
-        image = image.to(torch.float32)
+        # decoders write the channels innermost; the copy turns them, as mixed layouts would cost more below
+        image = image.to(torch.float32, memory_format=torch.contiguous_format)
         if here != full_scale:
-            image = image / here * full_scale
+            image = image / here if full_scale == 1 else image / here * full_scale
         mean = image.new_tensor([m * full_scale for m in self.image_mean])[:, None, None]
         std = image.new_tensor([s * full_scale for s in self.image_std])[:, None, None]
-        return (image - mean) / std
+        return (image - mean).div_(std)
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
         """Choose height and width that an image of these sides is resized to; drawn, in training with several."""

@@ -99,7 +99,7 @@ def test_to_rgb_tensor__modes(mode: str, colour: object, expected: tuple[int, in
     pixels = to_rgb_tensor(Image.new(mode, (5, 3), colour))
 
     assert pixels.dtype == torch.uint8
-    assert pixels.is_contiguous()
+    assert pixels.permute(1, 2, 0).is_contiguous()
     assert torch.equal(pixels, torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 3, 5))
 
 

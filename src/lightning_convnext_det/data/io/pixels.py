@@ -49,7 +49,7 @@ def pixels_of(
     value_range: ValueRange = WHOLE_RANGE,
     clip: bool = True,
 ) -> "Tensor":
-    """Convert a loaded image to uint8 [channels, H, W], as stored and not contiguous.
+    """Convert a loaded image to uint8 [channels, H, W], in memory as Pillow stores it.
 
     Args:
         image: of any mode that holds colours.
@@ -70,8 +70,15 @@ def pixels_of(
     check_mode(image.mode, name)
     if image.mode in ("P", "PA", "RGBa", "La"):  # by way of RGBA: premultiplied colours, transparency in palettes
         image = image.convert("LA" if image.mode == "La" else "RGBA")
-    converted = np.array(image.convert(_MODES[channels]))
-    return torch.from_numpy(converted).reshape(*converted.shape[:2], channels).permute(2, 0, 1)
+    mode = _MODES[channels]
+    return as_tensor(np.array(image if image.mode == mode else image.convert(mode)))  # convert() would copy
+
+
+def as_tensor(pixels: NDArray[np.uint8]) -> "Tensor":
+    """Make pixels [H, W] or [H, W, C] a tensor [C, H, W] of the same memory."""
+    import torch
+
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
 def _eight_bits(
