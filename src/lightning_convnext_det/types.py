@@ -26,7 +26,12 @@ class Target(TypedDict):
     labels: Tensor
     """Class indices 0 ... num_classes - 1, int64 [N]."""
     iscrowd: NotRequired[Tensor]
-    """Regions that evaluation ignores, by the share of a detection inside, bool or int [N]; left out of training."""
+    """Regions that evaluation ignores, by the share of a detection inside, bool or int [N].
+
+    Training learns neither their boxes nor background from predictions that lie in them for at least half.
+    """
+    ignored: NotRequired[Tensor]
+    """Boxes of those regions, in the targets that a detector prepares for its losses, float32 [K, 4]."""
     difficult: NotRequired[Tensor]
     """VOC's difficult objects, which evaluation ignores by their IoU with a detection, bool [N]; absent in training."""
     area: NotRequired[Tensor]

@@ -70,12 +70,12 @@ def test_detector__names_an_image_that_is_no_tensor(build: Callable[..., nn.Modu
 
 def test_detector__targets_of_torchvision_train_alike(build: Callable[..., nn.Module]) -> None:
     detector = build(dropout=0.0) if build is BUILDERS["detr"] else build()
-    boxes = torch.tensor([[5, 5, 40, 45], [0, 0, 60, 60]], dtype=torch.int64)
+    boxes = torch.tensor([[5, 5, 40, 45], [0, 60, 60, 60]], dtype=torch.int64)
     theirs = [
         {
             "boxes": boxes,
             "labels": torch.tensor([2, 1], dtype=torch.int32),
-            "iscrowd": torch.tensor([0, 1]),
+            "iscrowd": torch.tensor([0, 1]),  # of a region without area: no background is ignored
             "area": torch.tensor([1400.0, 3600.0], dtype=torch.float64),
             "image_id": torch.tensor([4]),
             "masks": torch.zeros(2, 60, 80, dtype=torch.uint8),

@@ -57,6 +57,8 @@ def test_prepare_targets__crowd_regions_are_left_out(dtype: torch.dtype) -> None
     found = prepare(boxes=boxes, labels=torch.tensor([9, 0, 1]), iscrowd=crowd, area=torch.ones(3), image_id=4)
     assert found["boxes"].tolist() == CORNERS
     assert found["labels"].tolist() == [0, 1]
+    assert found["ignored"].tolist() == [[5.0, 5.0, 5.0, 9.0]]
+    assert "ignored" not in prepare(boxes=boxes[1:], labels=torch.tensor([0, 1]), iscrowd=torch.zeros(2))
     assert len(prepare(boxes=boxes, labels=torch.tensor([0, 0, 0]), iscrowd=torch.ones(3))["boxes"]) == 0
 
 

@@ -152,8 +152,8 @@ class RandomTile:
     """Crop a window of an image and its objects, as `tile_windows` would divide it, at a random position.
 
     In half of the cases the window contains the centre of a random object, if there are any: most windows of an aerial
-    image are empty. Boxes are cut at its borders. An object of which less than 40 % of the area is visible becomes a
-    crowd region (``iscrowd``), which detectors leave out of training. An image that is no larger stays as it is.
+    image are empty. Boxes are cut at its borders. An object of which less than 40 % of the area is visible becomes an
+    ignored region (``iscrowd``): no object to learn, and no background. An image that is no larger stays as it is.
 
     >>> target = Target(boxes=torch.tensor([[0.0, 0.0, 9.0, 9.0]]), labels=torch.tensor([1]))
     >>> window, _ = RandomTile(64)(torch.zeros(3, 100, 200), target)

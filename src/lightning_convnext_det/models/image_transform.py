@@ -110,8 +110,11 @@ class ImageTransform(nn.Module):
             return self._batch(resized), sizes, None
         moved = []
         for image, target, size in zip(images, targets, sizes, strict=True):
-            boxes = scale_boxes(target["boxes"].to(torch.float32), (image.shape[-2], image.shape[-1]), size)
-            moved.append(Target(**{**target, "boxes": boxes}))
+            original = image.shape[-2], image.shape[-1]
+            changed = Target(**{**target, "boxes": scale_boxes(target["boxes"].to(torch.float32), original, size)})
+            if "ignored" in target:
+                changed["ignored"] = scale_boxes(target["ignored"], original, size)
+            moved.append(changed)
         return self._batch(resized), sizes, moved
 
     def restore(

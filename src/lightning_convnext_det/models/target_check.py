@@ -22,13 +22,13 @@ def prepare_targets(
 ) -> list[Target]:
     """Read the targets of a training step, as a user of torchvision writes them, and check them.
 
-    Boxes may be of any dtype and ``torch.tensor([])`` where there are none; crowd regions (``iscrowd``) are left out.
-    One transfer from the device for the whole batch when all is well.
+    Boxes may be of any dtype and ``torch.tensor([])`` where there are none; crowd regions (``iscrowd``) become
+    ``ignored``. One transfer from the device for the whole batch when all is well.
 
     >>> target = {"boxes": torch.tensor([[0, 0, 8, 8], [4, 4, 9, 9]]), "labels": torch.tensor([1, 0]),
     ...           "iscrowd": torch.tensor([0, 1])}
     >>> prepare_targets([torch.zeros(3, 10, 10)], [target], 2, torch.device("cpu"))
-    [{'boxes': tensor([[0., 0., 8., 8.]]), 'labels': tensor([1])}]
+    [{'boxes': tensor([[0., 0., 8., 8.]]), 'labels': tensor([1]), 'ignored': tensor([[4., 4., 9., 9.]])}]
 
     Args:
         images: as many as there are targets; their pixels are not read.
@@ -37,7 +37,8 @@ def prepare_targets(
         device: where boxes and labels are to be.
 
     Returns:
-        For each image boxes float32 [N, 4], labels int64 [N] and the name of its file if it has one.
+        For each image boxes float32 [N, 4], labels int64 [N], ``ignored`` float32 [K, 4] if there are such regions, and
+        the name of its file if it has one.
 
     Raises:
         DataError: if a box is not finite (roi_align ends in a segmentation fault on it) or has no area, a label is not
@@ -102,8 +103,10 @@ def _prepare(target: Target, name: str, device: torch.device) -> Target:
         crowd = torch.as_tensor(crowd).to(device, torch.bool)
         if crowd.shape != labels.shape:
             raise DataError(f"[LCD-D112] {name}: {len(labels)} boxes but iscrowd is {list(crowd.shape)}")
-        boxes, labels = boxes[~crowd], labels[~crowd]
+        regions, boxes, labels = boxes[crowd], boxes[~crowd], labels[~crowd]
     prepared = Target(boxes=boxes, labels=labels)
+    if crowd is not None and len(regions):
+        prepared["ignored"] = regions
     if "file_name" in target:
         prepared["file_name"] = target["file_name"]
     return prepared

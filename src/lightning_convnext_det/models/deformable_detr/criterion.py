@@ -21,6 +21,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from lightning_convnext_det.arguments import NonNegative
 from lightning_convnext_det.errors import DivergenceError
+from lightning_convnext_det.models.ignored_regions import find_ignored
 
 PerLoss = tuple[NonNegative, NonNegative, NonNegative]
 """A factor for classification, box and generalised IoU each."""
@@ -46,26 +47,39 @@ class Objects(NamedTuple):
     """Class indices 0 ... C - 1, int64 [B, N]."""
     counts: list[int]
     """How many of the N are real, per image."""
+    ignored: Tensor | None = None
+    """Regions without background, corners in 0..1 of the image, zeros where an image has fewer, float32 [B, K, 4]."""
 
     @classmethod
-    def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor], multiple: int = 1) -> "Objects":
+    def from_lists(
+        cls,
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        multiple: int = 1,
+        ignored: Sequence[Tensor] = (),
+    ) -> "Objects":
         """Pad and stack the boxes [N, 4] (centre, size) and labels [N] of each image.
 
         Args:
             boxes: of each image.
             labels: of each image.
             multiple: pad to a multiple of this, and to at least this if above 1.
+            ignored: regions [K, 4] (centre, size) of each image, if any has one.
         """
         padded = nn.utils.rnn.pad_sequence([b.to(torch.float32) for b in boxes], batch_first=True, padding_value=0.5)
         indices = nn.utils.rnn.pad_sequence([x.to(torch.int64) for x in labels], batch_first=True)
         counts = [len(b) for b in boxes]
         surplus = max(-max(counts) % multiple, multiple - max(counts) if multiple > 1 else 0)
         padded, indices = F.pad(padded, (0, 0, 0, surplus), value=0.5), F.pad(indices, (0, surplus))
-        return cls(padded, indices, counts)
+        regions = None
+        if any(len(of_image) for of_image in ignored):
+            regions = nn.utils.rnn.pad_sequence([corners(r.to(padded)) for r in ignored], batch_first=True)
+        return cls(padded, indices, counts, regions)
 
     def to(self, device: torch.device) -> "Objects":
         """Move the tensors."""
-        return Objects(self.boxes.to(device), self.labels.to(device), self.counts)
+        ignored = None if self.ignored is None else self.ignored.to(device)
+        return Objects(self.boxes.to(device), self.labels.to(device), self.counts, ignored)
 
 
 class Matches(NamedTuple):
@@ -184,7 +198,11 @@ class SetCriterion(nn.Module):
 
     def _compare(self, predictions: Predictions, objects: Objects, pairs: Matches) -> dict[str, Tensor]:
         """Sum the losses of each layer over images, queries and classes, float32 [layers] each."""
-        focal = sigmoid_focal_loss(predictions.logits, _one_hot(predictions, objects, pairs), self.alpha, self.gamma)
+        wanted = _one_hot(predictions, objects, pairs)
+        focal = sigmoid_focal_loss(predictions.logits, wanted, self.alpha, self.gamma)
+        if objects.ignored is not None:  # a query without an object is background, but not in an ignored region
+            left_out = find_ignored(corners(predictions.boxes.detach()), objects.ignored) & (wanted.amax(-1) == 0)
+            focal = focal.masked_fill(left_out[..., None], 0.0)
         boxes = predictions.boxes.gather(2, pairs.query[..., None].expand(-1, -1, -1, 4))  # [layers, B, N, 4]
         distance = (boxes - objects.boxes).abs().sum(-1)
         missed = 1 - generalized_iou(corners(boxes), corners(objects.boxes))

@@ -235,7 +235,8 @@ class DeformableDETR(SelectsDetections, nn.Module):
             images: uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W], on any device: they
                 are resized where they are and moved to the device of the network. Leave them on the CPU for an XLA
                 device, which would compile again for each size.
-            targets: the objects of each image, in training, on any device; those that are ``iscrowd`` are left out.
+            targets: the objects of each image, in training, on any device; those that are ``iscrowd`` are ignored
+                regions: not learned, and no background where the box of a query lies in one for at least half.
 
         Returns:
             In training the weighted losses of `SetCriterion`, float32 scalars whose sum is the objective; else one
@@ -259,7 +260,8 @@ class DeformableDETR(SelectsDetections, nn.Module):
         with weight_precision(self.levels.embedding):
             outputs = self.predict(batch.to(device), sizes)
         boxes = [_normalize(t["boxes"], size) for t, size in zip(moved, sizes, strict=True)]
-        objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple).to(device)
+        regions = [_normalize(t.get("ignored"), size) for t, size in zip(moved, sizes, strict=True)]
+        objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple, regions).to(device)
         losses: dict[str, Tensor] = self.criterion(outputs.decoder, objects, outputs.proposals)
         return losses
 
@@ -359,8 +361,9 @@ def _check_variant(hidden_dim: int, num_heads: int, two_stage: bool, box_refinem
         raise ValueError("two_stage=True needs box_refinement=True: the decoder refines the proposed boxes")
 
 
-def _normalize(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn corners in pixels of an image of (height, width) into centre and size in 0..1."""
+def _normalize(boxes: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Turn corners in pixels of an image of (height, width) into centre and size in 0..1; None means no boxes."""
     height, width = size
+    boxes = torch.zeros(0, 4) if boxes is None else boxes
     relative: Tensor = box_convert(boxes / boxes.new_tensor([width, height, width, height]), "xyxy", "cxcywh")
     return relative

@@ -196,7 +196,8 @@ class FasterRCNN(SelectsDetections, nn.Module):
         Args:
             images: uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W]; moved to the device
                 of the detector.
-            targets: the objects of each image, in training; those that are ``iscrowd`` are left out.
+            targets: the objects of each image, in training; those that are ``iscrowd`` are ignored regions: not
+                learned, and no background where a box lies in one for at least half.
 
         Returns:
             In training the weighted losses ``loss_objectness``, ``loss_rpn_box``, ``loss_classification`` and
@@ -219,7 +220,7 @@ class FasterRCNN(SelectsDetections, nn.Module):
         if moved is None:
             found = split_detections(self.forward_tensors(batch, sizes))
             return self.transform.restore(found, shapes, [(x.shape[-2], x.shape[-1]) for x in images])
-        shifted: list[Target] = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in moved]
+        shifted = [Target(**{**t, "labels": t["labels"] + 1}) for t in moved]
         with weight_precision(self.rpn.head.cls_logits.weight):
             features = self.backbone(batch)
             proposals, losses = self.rpn(features, (batch.shape[-2], batch.shape[-1]), sizes, shifted)

@@ -8,7 +8,9 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from lightning_convnext_det.models.ignored_regions import find_ignored
 from lightning_convnext_det.models.rcnn.conventions import Convention
+from lightning_convnext_det.types import Target
 
 _PAIRS = 2**24  # of objects and boxes compared at a time: about half a gigabyte for what box_iou holds meanwhile
 _MIN_ANCHOR_IOU = 0.3  # MMDetection: below, the best anchor of an object is left as it is (train_cfg.rpn.assigner)
@@ -130,6 +132,13 @@ class GroundTruthMatcher:
         own = torch.arange(count, device=match_quality_matrix.device)
         others = match_quality_matrix[:, : match_quality_matrix.shape[1] - count]
         return torch.cat((self.matcher(others), own)) if others.shape[1] else own
+
+
+def leave_out_ignored(labels: Tensor, boxes: Tensor, target: Target | dict[str, Tensor]) -> Tensor:
+    """Turn the label of background (0) into that of no sample (-1) for boxes in an image's ignored regions, [N]."""
+    if "ignored" not in target:
+        return labels
+    return labels.masked_fill((labels == 0) & find_ignored(boxes, target["ignored"]), -1)
 
 
 def count_samples(positive: Sequence[Tensor], negative: Sequence[Tensor], least: int) -> int:

@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from lightning_convnext_det.models.rcnn.box_coder import Stds, clip_boxes, create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_box_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
-from lightning_convnext_det.models.rcnn.matcher import Sampling, create_proposal_matcher
+from lightning_convnext_det.models.rcnn.matcher import Sampling, create_proposal_matcher, leave_out_ignored
 from lightning_convnext_det.models.selection import Selection, Setting
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Target, TensorDetections
@@ -138,6 +138,7 @@ class BoxHeads(RoIHeads):
         objects, classes = [t["boxes"] for t in targets], [t["labels"] for t in targets]
         joined = self.add_gt_proposals(proposals, objects)
         matches, labels = self.assign_targets_to_proposals(joined, objects, classes)
+        labels = [leave_out_ignored(*of_image) for of_image in zip(labels, joined, targets, strict=True)]
         samples = []
         for i, chosen in enumerate(self.subsample(labels)):
             # without objects every match is 0 and never looked at

@@ -12,7 +12,13 @@ from lightning_convnext_det.models.rcnn.anchors import create_anchors
 from lightning_convnext_det.models.rcnn.box_coder import clip_boxes, create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_delta_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
-from lightning_convnext_det.models.rcnn.matcher import BoxPairs, Sampling, count_samples, create_anchor_matcher
+from lightning_convnext_det.models.rcnn.matcher import (
+    BoxPairs,
+    Sampling,
+    count_samples,
+    create_anchor_matcher,
+    leave_out_ignored,
+)
 from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows
 from lightning_convnext_det.types import Target
 
@@ -153,6 +159,10 @@ class ProposalNetwork(RegionProposalNetwork):
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Label every anchor 1 (object), 0 (background) or -1 (left out), and give it a box of the ground truth."""
+        labels, boxes = self._assign(anchors, targets)
+        return [leave_out_ignored(*of_image) for of_image in zip(labels, anchors, targets, strict=True)], boxes
+
+    def _assign(self, anchors: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         if self.usable_anchors is None:
             labels, boxes = super().assign_targets_to_anchors(anchors, targets)
             return labels, boxes
