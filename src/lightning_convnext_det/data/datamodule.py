@@ -23,6 +23,7 @@ from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch
 from lightning_convnext_det.data.choices import check_choices
 from lightning_convnext_det.data.dataset import DetectionDataset, ImageDataset
+from lightning_convnext_det.data.formats.cache import cache_folder
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations
 from lightning_convnext_det.data.grey_range import RangeChoice
@@ -118,6 +119,8 @@ class DetectionDataModule(LoadingDataModule):
         repeat_threshold: repeat images of classes in a smaller share f of the images, sqrt(threshold / f) times
             in an epoch (LVIS: 0.001; default: each image once).
         train_on_difficult: train on objects that VOC marks as difficult.
+        cache: folder for checked annotations of large COCO and CVAT files, which the next start maps into memory;
+            ``auto`` is ~/.cache/lightning-convnext-det, ``off`` reads and checks the files each time.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
         persistent_workers: keep the worker processes from one epoch to the next.
         timeout: seconds to wait for a batch from a worker; 0 waits without limit.
@@ -160,6 +163,7 @@ class DetectionDataModule(LoadingDataModule):
         exif: Exif = "auto",
         repeat_threshold: Fraction | None = None,
         train_on_difficult: bool = False,
+        cache: str = "auto",
         drop_last: bool = False,
         persistent_workers: bool = True,
         timeout: NonNegative = 300.0,
@@ -168,8 +172,8 @@ class DetectionDataModule(LoadingDataModule):
         check_arguments(DetectionDataModule.__init__, locals())
         check_choices(root, datasets, predict, predict_split, repeat_threshold, class_names, value_range)
         self.repeat_threshold = repeat_threshold
-        self.train_transforms, self.predict_split = train_transforms, predict_split
-        self.predict_recursive = predict_recursive
+        self.train_transforms = train_transforms
+        self.predict_split, self.predict_recursive = predict_split, predict_recursive
         self.in_chans, self.value_range, self.max_pixels = in_chans, value_range, max_pixels
         self._range = RangeChoice(value_range)
         self._num_images = {"read": 0, "failed": 0}  # of this rank's prediction
@@ -182,26 +186,23 @@ class DetectionDataModule(LoadingDataModule):
             root=root, format=format, wanted={"train": train, "val": val, "test": test},
             images={"train": train_images, "val": val_images, "test": test_images}, val_fraction=val_fraction,
             seed=seed or 0, class_names=class_names, classes=classes, invalid_annotations=invalid_annotations,
-            exif=exif, max_pixels=max_pixels, train_on_difficult=train_on_difficult,
+            exif=exif, max_pixels=max_pixels, train_on_difficult=train_on_difficult, cache=cache_folder(cache),
         )  # fmt: skip
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes in order of label; reads the training split if no split has been read yet."""
-        return list(self._classes()[0])
+        return list((self._user or self.split_reader).class_table()[0])
 
     @property
     def category_ids(self) -> list[int]:
         """The dataset's category ids, in order of label."""
-        return list(self._classes()[1])
+        return list((self._user or self.split_reader).class_table()[1])
 
     @property
     def num_classes(self) -> int:
         """Number of classes, without background."""
-        return len(self._classes()[0])
-
-    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        return self.split_reader.class_table() if self._user is None else self._user.class_table()
+        return len(self.class_names)
 
     @property
     def resizes(self) -> bool:

@@ -11,13 +11,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format, Split, canonical_split
-from lightning_convnext_det.data.formats.discovery import (
-    compare_classes,
-    compare_objects,
-    find_splits,
-    make_split,
-    read_split,
-)
+from lightning_convnext_det.data.formats.cache import read_cached_split
+from lightning_convnext_det.data.formats.discovery import compare_classes, compare_objects, find_splits, make_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import InvalidAnnotations, summarize_problems
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
@@ -53,6 +48,7 @@ class SplitReader:
         exif: whether boxes refer to images turned by their EXIF orientation.
         train_on_difficult: train on VOC's difficult objects like any other.
         max_pixels: larger images are refused.
+        cache: folder of cached annotations; None reads them from their files each time.
     """
 
     def __init__(
@@ -69,6 +65,7 @@ class SplitReader:
         exif: Exif,
         train_on_difficult: bool,
         max_pixels: int = MAX_PIXELS,
+        cache: Path | None = None,
     ) -> None:
         self.root = root
         self.format = format
@@ -82,6 +79,7 @@ class SplitReader:
         self.exif = exif
         self.train_on_difficult = train_on_difficult
         self.max_pixels = max_pixels
+        self.cache = cache
         self._found: dict[str, Split] | None = None
         self._first: tuple[str, DetectionAnnotations] | None = None  # the split that names the classes, without images
         self._tables: dict[Stage, DetectionAnnotations | None] = {}
@@ -155,8 +153,9 @@ class SplitReader:
 
     def _read(self, split: Split, training: bool) -> DetectionAnnotations:
         """Read a split, log its problems, and select the classes."""
-        table = read_split(
+        table = read_cached_split(
             split,
+            self.cache,
             class_names=self._first[1].class_names if self._first else self.class_names,
             invalid_annotations=self.invalid_annotations,
             train_on_difficult=training and self.train_on_difficult,

@@ -220,7 +220,9 @@ class FasterRCNN(SelectsDetections, nn.Module):
         if moved is None:
             found = split_detections(self.forward_tensors(batch, sizes))
             return self.transform.restore(found, shapes, [(x.shape[-2], x.shape[-1]) for x in images])
-        shifted = [Target(**{**t, "labels": t["labels"] + 1}) for t in moved]
+        shifted = [target.copy() for target in moved]
+        for target in shifted:
+            target["labels"] = target["labels"] + 1
         with weight_precision(self.rpn.head.cls_logits.weight):
             features = self.backbone(batch)
             proposals, losses = self.rpn(features, (batch.shape[-2], batch.shape[-1]), sizes, shifted)
