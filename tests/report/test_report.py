@@ -14,7 +14,7 @@ from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.report.analysis import analyse
-from lightning_convnext_det.report.create import read_learning_curves
+from lightning_convnext_det.report.curves import read_learning_curves
 from lightning_convnext_det.report.drawings import crop_label_errors
 from lightning_convnext_det.report.evaluation import evaluate_predictions
 

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_convnext_det.callbacks.pace import WARM_UP, Pace, validations_left
 from lightning_convnext_det.data.dataset import DetectionDataset
 from lightning_convnext_det.visualization import class_colors, contact_sheet, draw_detections
 
-_FORECAST_AFTER = 10  # steps; the first two, which warm caches up, do not count
-_WARM_UP = 2
+_FORECAST_AFTER = 10  # steps
 _EVERY = 60.0  # seconds between two lines
 _SHOWN = 12  # augmented images
 
@@ -23,7 +22,8 @@ _SHOWN = 12  # augmented images
 class RunOverview(Callback):
     """Say what a training is made of, forecast its time after ten steps, and write a sheet of augmented images.
 
-    Where the output is not a terminal, a line a minute tells step, loss and the last mAP. The sheet,
+    The forecast includes validations; after the first one, which it could only estimate, a second forecast follows.
+    Where the output is not a terminal, a line a minute tells step, losses and the last mAP. The sheet,
     ``training_images.jpg``, lies in the folder of the logs.
 
     >>> from lightning.pytorch import Trainer
@@ -31,32 +31,75 @@ class RunOverview(Callback):
     """
 
     def __init__(self) -> None:
+        self._pace = Pace()
         self._last_line = 0.0
-        self._started: float | None = None  # when the step that ends the warm-up ended
-        self._first_step = 0
+        self._forecasts_due = 2
+        self.forecast: float | None = None
+        """Seconds of the whole fit, as foreseen after ten steps."""
+        self.seconds = math.nan
+        """Seconds that the fit took."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self._pace.begin()
+        self._forecasts_due, self.forecast = 2, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the overview and write the sheet of images."""
         rank_zero_info("\n".join(overview(trainer, pl_module)))
-        self._first_step, self._last_line = trainer.global_step, time.monotonic()
         folder = trainer.log_dir  # a collective call
         if trainer.is_global_zero and folder:
             _write_sheet(trainer, Path(folder) / "training_images.jpg")
+        self._last_line = self._pace.elapsed
+        self._pace.train_started(trainer.global_step)
 
-    @rank_zero_only
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Forecast once, and print a line a minute."""
-        now, done = time.monotonic(), trainer.global_step - self._first_step
-        if self._started is None and done >= _WARM_UP:
-            self._started = now
-        elif done == _FORECAST_AFTER and self._started is not None and batch_idx >= _FORECAST_AFTER - 1:
-            per_step = (now - self._started) / (_FORECAST_AFTER - _WARM_UP)
-            rank_zero_info(forecast(trainer, per_step))
-        if now - self._last_line >= _EVERY and not sys.stdout.isatty():
-            self._last_line = now
-            rank_zero_info(progress_line(trainer))
+        """Forecast after ten steps and after the first validation, and print a line a minute."""
+        self._pace.step_ended(trainer.global_step)
+        if self._forecasts_due == 2 and self._pace.timed_steps == _FORECAST_AFTER - WARM_UP:
+            self._forecasts_due = 1
+            self.forecast = self._pace.elapsed + self._pace.seconds_to_go(trainer)
+            rank_zero_info(forecast(trainer, self._pace))
+        self._print_progress(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Time validations apart from steps."""
+        self._pace.validation_started()
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        """Time the batches of the sanity check, by which validations are foreseen."""
+        if trainer.sanity_checking:
+            self._pace.sanity_batch_started()
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        """Print a line a minute in long validations, too."""
+        if trainer.sanity_checking:
+            self._pace.sanity_batch_ended()
+        elif trainer.training or trainer.validating:
+            self._print_progress(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forecast once more when the first validation has been timed."""
+        if trainer.sanity_checking:
+            return
+        self._pace.validation_ended()
+        if self._forecasts_due == 1 and validations_left(trainer):
+            self._forecasts_due = 0
+            rank_zero_info(forecast(trainer, self._pace))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how long it took."""
+        self.seconds = self._pace.elapsed
+        foreseen = "" if self.forecast is None or not math.isfinite(self.forecast) else duration(self.forecast)
+        rank_zero_info(f"trained in {duration(self.seconds)}" + (f"; forecast: {foreseen}" if foreseen else ""))
+
+    @rank_zero_only
+    def _print_progress(self, trainer: pl.Trainer) -> None:
+        if self._pace.elapsed - self._last_line >= _EVERY and not sys.stdout.isatty():
+            self._last_line = self._pace.elapsed
+            rank_zero_info(progress_line(trainer, self._pace))
 
 
 def overview(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
@@ -81,21 +124,31 @@ def overview(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
     return lines
 
 
-def forecast(trainer: pl.Trainer, seconds_per_step: float) -> str:
-    """The line that says how long the training steps will take; validation comes on top."""
-    steps = float(trainer.estimated_stepping_batches)
-    left = "" if steps == float("inf") else f", {duration(seconds_per_step * (steps - trainer.global_step))} to go"
-    device = next(trainer.lightning_module.parameters()).device
-    memory = f"; peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB" if device.type == "cuda" else ""
-    return f"forecast: {seconds_per_step:.2f} s a step{left}, without validation{memory}"
+def forecast(trainer: pl.Trainer, pace: Pace) -> str:
+    """The line that says how long the rest of the training will take, validations included."""
+    parts, left = [f"{pace.seconds_per_step:.2f} s a step"], validations_left(trainer)
+    if left:
+        each = pace.seconds_per_validation(trainer)
+        parts.append(f"{left} validations of {duration(each)}" if each else f"{left} validations, not timed yet")
+    to_go = pace.seconds_to_go(trainer)
+    if math.isfinite(to_go):
+        parts.append(f"{duration(to_go)} to go, {duration(pace.elapsed + to_go)} in all")
+    device = trainer.lightning_module.device
+    if device.type == "cuda":
+        parts.append(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB")
+    return f"forecast: {', '.join(parts)}"
 
 
-def progress_line(trainer: pl.Trainer) -> str:
-    """Step, loss and last mAP on a line."""
+def progress_line(trainer: pl.Trainer, pace: Pace) -> str:
+    """Epoch, step, time to go, losses and last mAP on a line."""
     metrics = {**trainer.logged_metrics, **trainer.callback_metrics}
-    shown = [f"{name} {float(metrics[name]):.3f}" for name in ("train/loss", "val/map") if name in metrics]
-    step = f"step {trainer.global_step} of {trainer.estimated_stepping_batches}"
-    return f"epoch {trainer.current_epoch}, {step}: {', '.join(shown)}"
+    names = [name for name in metrics if name.startswith("train/loss") and not name.endswith("_step")]
+    shown = [f"{name} {float(metrics[name]):.3f}" for name in [*names, "val/map"] if name in metrics]
+    total, to_go = float(trainer.estimated_stepping_batches), pace.seconds_to_go(trainer)
+    of = f" of {total:.0f}" if math.isfinite(total) else ""
+    where = "validating, " if trainer.validating else ""
+    rest = f", {duration(to_go)} to go" if math.isfinite(to_go) else ""
+    return f"{where}epoch {trainer.current_epoch}, step {trainer.global_step}{of}{rest}: {', '.join(shown)}"
 
 
 def duration(seconds: float) -> str:

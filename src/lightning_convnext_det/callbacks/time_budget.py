@@ -1,6 +1,5 @@
 """Callback that turns a wanted length of training into optimizer steps."""
 
-import math
 import time
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_convnext_det.arguments import Positive, check_arguments
+from lightning_convnext_det.callbacks.pace import steps_between_validations
 
 SETTLE = 3  # first steps, which also load kernels and fill the queue of images, and are not timed
 TIMED = 10  # step at which the length is first decided; then at 20, 40 ..., and after each validation
@@ -73,7 +73,7 @@ class TimeBudget(Callback):
         timed = step - self._first - SETTLE
         per_step = (now - self._timed_from - self._validating) / max(1, timed)
         left = self.seconds - self._spent - (now - self._start)
-        every, size = _steps_between_validations(trainer)
+        every, size = steps_between_validations(trainer)
         each = self._validating / self._validations if self._validations else EVALUATION * size * per_step
         more = max(1, int((left - each) / (per_step + each / every)))
         steps = int(trainer.strategy.broadcast(step + more))
@@ -94,16 +94,3 @@ class TimeBudget(Callback):
 def _set_length(trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> None:
     trainer.fit_loop.epoch_loop.max_steps = steps
     pl_module.total_steps = steps  # type: ignore[assignment]  # of this package's modules, whose schedule reads it
-
-
-def _steps_between_validations(trainer: pl.Trainer) -> tuple[float, float]:
-    """Optimizer steps from one validation to the next, and how many steps have as many images as a validation."""
-    accumulated = trainer.accumulate_grad_batches
-    if not trainer.enable_validation:
-        return math.inf, 0.0
-    batches = float(sum(trainer.num_val_batches or [0]))
-    epoch = float(trainer.num_training_batches)
-    every = float(trainer.val_check_batch or epoch)
-    if trainer.check_val_every_n_epoch is not None and every >= epoch:
-        every = epoch * trainer.check_val_every_n_epoch
-    return max(1.0, every / accumulated), batches / accumulated

@@ -6,11 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
-from lightning_convnext_det.visualization import contact_sheet
 
 # a small network for small images, whatever the machine; what is not here, such as anchors, precision and learning
 # rate, is up to the plan
@@ -48,6 +44,11 @@ def run_demo(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> i
     parser.add_argument("--epochs", type=int, help="passes over the training images, in place of steps")
     parser.add_argument("--images", type=int, default=400, help="training images; val and test: a fifth each")
     options = parser.parse_args(arguments)
+    from PIL import Image
+
+    from lightning_convnext_det.data.synthetic import write_synthetic_coco
+    from lightning_convnext_det.visualization import contact_sheet
+
     folder, held_out = options.folder, max(2, options.images // 5)
     _make_room(folder)
     write_synthetic_coco(folder / "data", options.images, held_out, held_out)

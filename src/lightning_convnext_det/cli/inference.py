@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_convnext_det.cli.commands import FLAGS
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.models.fused import FusedDetector, augment_detector
 from lightning_convnext_det.modules.detection import DetectionModule
@@ -17,33 +18,16 @@ _CROP_SIZE = 1024  # the default of data.crop_size
 
 def add_inference_arguments(parser: LightningArgumentParser) -> None:
     """Add ``--tiles``, ``--tile_overlap``, ``--tile_merge``, ``--tta`` and ``--ensemble``."""
-    parser.add_argument(
-        "--tiles",
-        type=int | None,
-        default=None,
-        help="find objects in windows of this side in pixels, and in the whole image; metrics are of whole images. In "
-        "fit: for its validations, and as the size of data.train_transforms=tiles (default: no windows)",
-    )
-    parser.add_argument("--tile_overlap", type=float, default=0.2, help="share of a window that the next one covers")
-    parser.add_argument(
-        "--tile_merge",
-        type=TileMerge,
-        default="nmm",
-        help="box of an object that several windows see: nmm joins its parts, nms takes one, wbf their weighted mean",
-    )
-    parser.add_argument(
-        "--tta",
-        type=str | None,
-        default=None,
-        help="validate, test, predict: fuse the detections of several views of each image, e.g. "
-        "flip,scales=0.8:1.0:1.25 (default: one view)",
-    )
-    parser.add_argument(
-        "--ensemble",
-        type=str | list[str] | None,
-        default=None,
-        help="validate, test, predict: fuse the detections with those of these checkpoints, separated by commas",
-    )
+    add_flag(parser, "tiles", int | None, None)
+    add_flag(parser, "tile_overlap", float, 0.2)
+    add_flag(parser, "tile_merge", TileMerge, "nmm")
+    add_flag(parser, "tta", str | None, None)
+    add_flag(parser, "ensemble", str | list[str] | None, None)
+
+
+def add_flag(parser: LightningArgumentParser, name: str, kind: Any, default: object) -> None:  # a type or a union
+    """Add one of the arguments that `FLAGS` describes."""
+    parser.add_argument(f"--{name}", type=kind, default=default, help=FLAGS[name])
 
 
 def size_training_tiles(config: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from lightning_convnext_det import __version__
 from lightning_convnext_det.cli.commands import DESCRIPTION, TOOLS, TRAINER
 from lightning_convnext_det.cli.messages import find_user_error, one_line
+from lightning_convnext_det.cli.short_help import short_help
 from lightning_convnext_det.suggestions import suggest
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -53,6 +54,11 @@ def _run(arguments: Sequence[str]) -> int:
         reason = suggest(command, [*TRAINER, *TOOLS]) if command else f"give one of {', '.join([*TRAINER, *TOOLS])}"
         sys.stderr.write(f"error: invalid command '{command}'; {reason}\n")
         return 2
+    if list(arguments[1:]) in (["--help"], ["-h"]) and command in TRAINER:
+        sys.stdout.write(short_help(command))
+        return 0
+    if list(arguments[1:]) == ["--help", "all"]:
+        arguments = arguments[:2]
     from lightning_convnext_det.cli.trainer import DetectionCLI
 
     DetectionCLI(arguments)

@@ -4,8 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_convnext_det.cli.planning import PlanPrintedError
-from lightning_convnext_det.cli.trainer import DetectionCLI
 from lightning_convnext_det.errors import ArgumentError
 
 
@@ -18,6 +16,9 @@ def print_plan(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("root", help="folder with a COCO, VOC or YOLO dataset")
     options, rest = parser.parse_known_args(arguments)
+    from lightning_convnext_det.cli.planning import PlanPrintedError
+    from lightning_convnext_det.cli.trainer import DetectionCLI
+
     try:
         DetectionCLI(["fit", f"--data.root={options.root}", *rest], only_plan=True)
     except PlanPrintedError as printed:

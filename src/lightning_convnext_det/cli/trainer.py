@@ -1,6 +1,5 @@
 """LightningCLI for detectors and classifiers: fit, validate, test and predict."""
 
-import os
 import platform
 import pydoc
 import sys
@@ -16,7 +15,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
@@ -24,16 +22,15 @@ from lightning_convnext_det.callbacks.classification_writer import Classificatio
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.callbacks.run_overview import RunOverview
 from lightning_convnext_det.callbacks.stage_unfreezing import StageUnfreezing
-from lightning_convnext_det.callbacks.time_budget import TimeBudget
 from lightning_convnext_det.callbacks.weight_averaging import EMAWithWarmup
 from lightning_convnext_det.checkpoints.build_module import check_writer, read_checkpoint, take_weights
 from lightning_convnext_det.checkpoints.format import FORMAT, read_grey_range
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
-from lightning_convnext_det.cli.given import parse_duration
 from lightning_convnext_det.cli.inference import add_inference_arguments, add_to_inference, size_training_tiles
 from lightning_convnext_det.cli.messages import is_raised_in, one_line
 from lightning_convnext_det.cli.planning import TrainingPlanner
+from lightning_convnext_det.cli.run_options import add_run_arguments, create_run_callbacks, tune
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, UserError
@@ -41,7 +38,6 @@ from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 from lightning_convnext_det.modules.optimization import TrainableModule
 from lightning_convnext_det.modules.registry import MODULES
-from lightning_convnext_det.ops.nms import NMSMethod
 
 CALLBACKS = (EMAWithWarmup, StageUnfreezing)  # known by their bare names in --trainer.callbacks+=NAME once imported
 _LINKED = ("num_classes", "class_names", "category_ids")  # arguments of the model that the dataset answers
@@ -89,29 +85,8 @@ class DetectionCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.set_defaults(_BEST_CHECKPOINT)
         parser.add_lightning_class_args(PredictionWriter, "output")
-        parser.add_argument(
-            "--nms",
-            type=NMSMethod | None,
-            default=None,
-            help="NMS: hard, soft or none (default: as the model or its checkpoint has it)",
-        )
-        parser.add_argument(
-            "--start_from",
-            type=str | None,
-            default=None,
-            help="fit: start from the network and the weights of this checkpoint; its classes may be others",
-        )
-        parser.add_argument("--report", type=bool, default=False, help="fit: write report.html of the best checkpoint")
+        add_run_arguments(parser)
         add_inference_arguments(parser)
-        parser.add_argument(
-            "--plan",
-            type=bool,
-            default=True,
-            help="fit: choose what is not given by the data and the machine: resolution, anchors, batch, schedule ...",
-        )
-        parser.add_argument(
-            "--time", type=str | None, default=None, help="fit: wanted length of the training, as 30m or 1h30m"
-        )
         for name in _LINKED:  # a linked argument is not required
             parser.link_arguments(
                 "data", f"model.init_args.{name}", lambda data, name=name: self._classes(name, data), "instantiate"
@@ -243,13 +218,16 @@ class DetectionCLI(LightningCLI):
             arguments["return_predictions"] = False
         return arguments
 
-    def after_fit(self) -> None:
-        """Say where the result is."""
-        if path := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
-            rank_zero_info(f"the best checkpoint is '{os.path.relpath(path)}'")
-        if self.config["fit"]["report"]:
-            from lightning_convnext_det.report.training import report_training
+    def before_fit(self) -> None:
+        """Measure batch size and learning rate, where that is asked for."""
+        tune(self.trainer, self.model, self.datamodule, self.config["fit"])
 
+    def after_fit(self) -> None:
+        """Say what came out and where it is."""
+        from lightning_convnext_det.report.training import report_training, show_results
+
+        show_results(self.trainer)
+        if self.config["fit"]["report"]:
             report_training(self.trainer, self.datamodule)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -270,11 +248,11 @@ class DetectionCLI(LightningCLI):
             config["logger"] = _loggers(Path(config["default_root_dir"])) if not predict else False
         if fit and config["logger"] and not config.get("fast_dev_run"):
             own.append(LearningRateMonitor("step"))
+        if fit:  # a wanted time decides the steps before the overview forecasts them
+            own += create_run_callbacks(self.config["fit"], self.model, given, self._validates(config))
         if fit and config.get("enable_model_summary") is None and not config.get("fast_dev_run"):
             own.append(RunOverview())
             config["enable_model_summary"] = False  # the overview says it, without operations that are not counted
-        if fit and self.config["fit"]["time"] is not None:
-            own.append(TimeBudget(parse_duration(self.config["fit"]["time"])))
         for callback in own:
             if isinstance(callback, ModelCheckpoint) and not self._validates(config):
                 callback.monitor = None  # nothing is measured: the last checkpoint is the best one

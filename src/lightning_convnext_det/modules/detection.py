@@ -234,9 +234,9 @@ class DetectionModule(TrainableModule):
         """Forget the images of the last epoch, or of the sanity check."""
         self.evaluator.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect detections; ranks exchange nothing here."""
-        self._evaluate(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detection]]:
+        """Collect detections, and return them for callbacks; ranks exchange nothing here."""
+        return {"detections": self._evaluate(batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/map`` ... once for the images of all ranks."""
@@ -250,18 +250,21 @@ class DetectionModule(TrainableModule):
         """Forget all images."""
         self.evaluator.reset()
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect detections."""
-        self._evaluate(batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detection]]:
+        """Collect detections, and return them for callbacks."""
+        return {"detections": self._evaluate(batch)}
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/map`` ...."""
         self._log_metrics("test")
 
-    def _evaluate(self, batch: Batch) -> None:
+    def _evaluate(self, batch: Batch) -> list[Detection]:
         images, targets = _annotated(batch)
-        if images:  # a rank without images has one batch without images, see EvaluationLoader
-            self.evaluator.update(self.detect(images), targets)
+        if not images:  # a rank without images has one batch without images, see EvaluationLoader
+            return []
+        detections = self.detect(images)
+        self.evaluator.update(detections, targets)
+        return detections
 
     def _log_metrics(self, stage: str) -> None:
         metrics = self.evaluator.compute()

@@ -1,6 +1,5 @@
 """Write the report of a detector on a split: an HTML page, report.json and the plots as SVG."""
 
-import csv
 import json
 import math
 import platform
@@ -20,6 +19,7 @@ from lightning_convnext_det.metrics.error_breakdown import KINDS
 from lightning_convnext_det.report import page as html
 from lightning_convnext_det.report import plots
 from lightning_convnext_det.report.analysis import Analysis, analyse
+from lightning_convnext_det.report.curves import draw_learning_curves
 from lightning_convnext_det.report.dataset import (
     SharedImage,
     dataset_hash,
@@ -242,32 +242,9 @@ def _origin(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _learning_plots(evaluation: Evaluation) -> dict[str, str]:
-    """Loss and mAP of the run that wrote the checkpoint, where its log lies beside it."""
+    """Losses and mAP of the run that wrote the checkpoint, where its log lies beside it."""
     log = _log_of(evaluation.source)
-    if log is None:
-        return {}
-    curves = read_learning_curves(log)
-    losses = {name: curve for name, curve in curves.items() if "loss" in name}
-    scores = {name: curve for name, curve in curves.items() if name in ("val/map", "val/map_50", "val/map_75")}
-    drawn = {}
-    if losses:
-        drawn["Losses"] = plots.plot_learning(losses, "loss")
-    if scores:
-        drawn["mAP on validation"] = plots.plot_learning(scores, "mAP")
-    return drawn
-
-
-def read_learning_curves(log: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Epochs and values of each column of Lightning's metrics.csv; steps of one epoch are averaged."""
-    sums: dict[str, dict[float, list[float]]] = {}
-    with log.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if not row.get("epoch"):
-                continue
-            for name, value in row.items():
-                if value and name not in ("epoch", "step") and name.startswith(("train/", "val/")):
-                    sums.setdefault(name, {}).setdefault(float(row["epoch"]), []).append(float(value))
-    return {name: (list(epochs), [sum(v) / len(v) for v in epochs.values()]) for name, epochs in sorted(sums.items())}
+    return {} if log is None else draw_learning_curves(log)
 
 
 def _log_of(source: str) -> Path | None:

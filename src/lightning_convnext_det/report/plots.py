@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from lightning_convnext_det.report.analysis import Group
 
 # Okabe and Ito, "Color Universal Design", 2008: eight colours that colour-blind people can tell apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a7f00")
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Epochs and values."""
 _STYLES = ("-", "--", "-.", ":")
 _SIZE = (4.4, 3.2)  # inches; at the 390 pixels of a phone the text keeps its size
 _MOST_CURVES = 8
@@ -147,13 +150,31 @@ def plot_sizes(sides: Mapping[str, NDArray[np.float64]]) -> str:
     return _with_legend(figure, axes)
 
 
-def plot_learning(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
+def plot_learning(curves: Mapping[str, Curve], ylabel: str) -> str:
     """Values against the epoch."""
     figure, axes = _axes("epoch", ylabel)
-    for index, (name, (epochs, values)) in enumerate(curves.items()):
-        axes.plot(epochs, values, **_style(index), label=name)
-    axes.set_ylim(bottom=0)
+    _draw_learning(axes, curves)
     return _with_legend(figure, axes)
+
+
+def save_learning(groups: Mapping[str, Mapping[str, Curve]], destination: Path) -> None:
+    """Write plots of values against the epoch beside each other into a PNG file, one for each label of the y axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_SIZE[0] * len(groups), _SIZE[1]), layout="constrained")
+    for axes, (label, curves) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        _draw_learning(axes, curves)
+        axes.legend(frameon=False, fontsize=7)
+    figure.savefig(destination, dpi=110)
+
+
+def _draw_learning(axes: Any, curves: Mapping[str, Curve]) -> None:
+    for index, (name, (epochs, values)) in enumerate(curves.items()):
+        marker = "o" if len(epochs) == 1 else None  # a line needs two points
+        axes.plot(epochs, values, marker=marker, **_style(index), label=name)
+    axes.set_ylim(bottom=0)
 
 
 def _axes(xlabel: str, ylabel: str, size: tuple[float, float] = _SIZE) -> tuple[Any, Any]:
