@@ -19,6 +19,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "CascadeRCNNModule": {"num_classes": 2},
     "DeformableDETR": {"num_classes": 2},
     "DeformableDETRModule": {"num_classes": 2},
+    "DINO": {"num_classes": 2},
+    "DINOModule": {"num_classes": 2},
     "DetectionDataModule": {},
     "DetectionModule": {"num_classes": 2},
     "FasterRCNN": {"num_classes": 2},

@@ -26,6 +26,7 @@ FORWARDED = {
     "FasterRCNNModule": "detector",
     "CascadeRCNNModule": "detector",
     "DeformableDETRModule": "detector",
+    "DINOModule": "detector",
     "CascadeRCNN": "shared",
     "create_detector": "overrides",
     "load_module": "options",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         extract_features,
         list_classifiers,
     )
+    from lightning_convnext_det.models.deformable_detr.dino import DINO
     from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
     from lightning_convnext_det.models.fused import FusedDetector
     from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         ClassifierModule,
         DeformableDETRModule,
         DetectionModule,
+        DINOModule,
         FasterRCNNModule,
         load_classifier,
         load_module,
@@ -45,11 +47,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "DINO",
     "BestCheckpoint",
     "CascadeRCNN",
     "CascadeRCNNModule",
     "Classifier",
     "ClassifierModule",
+    "DINOModule",
     "DeformableDETR",
     "DeformableDETRModule",
     "Detection",
@@ -86,6 +90,8 @@ _HOMES = {
     "CascadeRCNNModule": "modules",
     "Classifier": "models.classifier",
     "ClassifierModule": "modules",
+    "DINO": "models.deformable_detr.dino",
+    "DINOModule": "modules",
     "DeformableDETR": "models.deformable_detr.model",
     "DeformableDETRModule": "modules",
     "Detection": "types",

@@ -13,6 +13,9 @@ PARAMETERS = [
     # classes and background's boxes in three stages
     ("cascadercnn_convnext_tiny_fpn", 85_930_578 - 7_929_840 - 2 * 1440 + 3 * (10 * 5 + 4) * 1025),
     ("cascadercnn_convnext_base_fpn", 145_800_242 - 7_929_840 - 2 * 1920 + 3 * (10 * 5 + 4) * 1025),
+    # detrex's checkpoints, with 10 more classes: seven heads and the label embedding
+    ("dino_convnext_tiny", 48_494_124 + 10 * (7 * 257 + 256)),
+    ("dino_convnext_large", 219_019_020 + 10 * (7 * 257 + 256)),
     ("deformable_detr_boxref_convnextv2_tiny", 39_992_252 - 6 * 257),  # 90 of the model card's 91 slots
 ]
 WITHOUT_BACKBONE = [
@@ -21,6 +24,7 @@ WITHOUT_BACKBONE = [
     "deformable_detr",
     "deformable_detr_boxref",
     "deformable_detr_two_stage",
+    "dino",
 ]
 SMALL = [
     *WITHOUT_BACKBONE,

@@ -24,6 +24,7 @@ from lightning_convnext_det.cli.messages import one_line, shorten_refusal
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
 from lightning_convnext_det.errors import UserError
+from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
@@ -32,7 +33,7 @@ from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.modules.registry import MODULES
 from lightning_convnext_det.suggestions import suggest
 
-_MODELS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR, ClassifierModule)
+_MODELS = (DetectionModule, CascadeRCNN, FasterRCNN, DeformableDETR, DINO, ClassifierModule)
 _DATA = (DetectionDataModule, ImageFolderDataModule)
 _KINDS: dict[str, Sequence[type]] = {  # that arguments may name without their module
     "model": list(MODULES.values()),

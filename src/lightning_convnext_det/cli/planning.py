@@ -13,6 +13,7 @@ from lightning_convnext_det.data.fingerprint import take_fingerprint
 from lightning_convnext_det.errors import WeightsError
 from lightning_convnext_det.models.backbone_weights import missing_weights
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
+from lightning_convnext_det.modules.dino import DINOModule
 from lightning_convnext_det.modules.registry import DETECTORS
 from lightning_convnext_det.planning.draft import Plan
 from lightning_convnext_det.planning.machine import find_machine
@@ -84,7 +85,7 @@ class TrainingPlanner:
             machine,
             given,
             images_to_validate=0 if val is None or trainer.get("limit_val_batches") == 0 else len(val),
-            kind="detr" if issubclass(kind, DeformableDETRModule) else "rcnn",
+            kind="detr" if issubclass(kind, DeformableDETRModule | DINOModule) else "rcnn",
             missing_weights=missing_weights,
         )
 

@@ -16,6 +16,7 @@ from lightning_convnext_det.convert.naming import (
     Rules,
     coco_categories,
     convnext_name,
+    convnext_rules,
     count_blocks,
     rename_key,
 )
@@ -27,16 +28,9 @@ from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 _COUNTERS = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 _IGNORED = "roi_head.mask_head."  # prefix of tensors that are ignored on purpose
 
-_BACKBONE: Rules = [
-    (r"^backbone\.downsample_layers\.0\.(\d)\.", r"backbone.body.net.stem_\1."),
-    (r"^backbone\.downsample_layers\.(\d)\.(\d)\.", r"backbone.body.net.stages_\1.downsample.\2."),
-    (r"^backbone\.stages\.(\d)\.(\d+)\.dwconv\.", r"backbone.body.net.stages_\1.blocks.\2.conv_dw."),
-    (r"^backbone\.stages\.(\d)\.(\d+)\.pwconv([12])\.", r"backbone.body.net.stages_\1.blocks.\2.mlp.fc\3."),
-    (r"^backbone\.stages\.(\d)\.(\d+)\.", r"backbone.body.net.stages_\1.blocks.\2."),
-    (r"^backbone\.norm(\d)\.", r"backbone.body.norms.\1."),
-]
 _RULES: Rules = [
-    *_BACKBONE,
+    *convnext_rules("backbone.body.net."),
+    (r"^backbone\.norm(\d)\.", r"backbone.body.norms.\1."),
     (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
     (r"^neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
     (r"^rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),

@@ -43,6 +43,18 @@ def convnext_name(stem_width: int, third_stage_blocks: int, family: str = "convn
     return name if timm.is_model(name) else None
 
 
+def convnext_rules(prefix: str) -> Rules:
+    """Rules from the names of the ConvNeXt authors' backbone to timm's feature extractor, whose names get a prefix."""
+    block = rf"{prefix}stages_\1.blocks.\2."
+    return [
+        (r"^backbone\.downsample_layers\.0\.(\d)\.", rf"{prefix}stem_\1."),
+        (r"^backbone\.downsample_layers\.(\d)\.(\d)\.", rf"{prefix}stages_\1.downsample.\2."),
+        (r"^backbone\.stages\.(\d)\.(\d+)\.dwconv\.", rf"{block}conv_dw."),
+        (r"^backbone\.stages\.(\d)\.(\d+)\.pwconv([12])\.", rf"{block}mlp.fc\3."),
+        (r"^backbone\.stages\.(\d)\.(\d+)\.", block),
+    ]
+
+
 def coco_categories() -> list[tuple[int, str]]:
     """Category ids and names of COCO's 80 classes, in order of the ids."""
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # indexed by id, with gaps

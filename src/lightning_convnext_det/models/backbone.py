@@ -24,8 +24,8 @@ class TimmPyramid(nn.Module):
     """Backbone: feature maps of a timm network at given strides.
 
     Takes normalised images, float [B, in_chans, H, W] of any size, padded with zeros at the right and the bottom to a
-    multiple of the largest stride. Returns one float map [B, channels[i], H / strides[i], W / strides[i]] per stride,
-    finest first, H and W after padding.
+    multiple of the largest stride, or of ``size_divisible``. Returns one float map [B, channels[i], H / strides[i],
+    W / strides[i]] per stride, finest first, H and W after padding.
 
     >>> import torch
     >>> pyramid = TimmPyramid("test_convnext", strides=(4, 8, 16, 32))
@@ -47,6 +47,8 @@ class TimmPyramid(nn.Module):
         batch_norm: ``frozen`` turns BatchNorm into a fixed affine map, as is usual for small detection batches;
             ``train`` keeps it.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        size_divisible: pad images to a multiple of this; the largest stride if not given. Maps of others are rounded
+            down, or however the network rounds, which only a detector without top-down path can use.
         channels_last: run in channels_last memory format, 2-4 times faster for convolutions on CPUs and tensor cores.
 
     Attributes:
@@ -72,6 +74,7 @@ class TimmPyramid(nn.Module):
         frozen_stages: int = 0,
         batch_norm: Literal["frozen", "train"] = "frozen",
         gradient_checkpointing: bool = False,
+        size_divisible: int | None = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class TimmPyramid(nn.Module):
         check_name(name, "backbone")
         if self.strides != sorted(set(self.strides)):
             raise ValueError(f"strides must ascend, got {self.strides}")
+        self.size_divisible = size_divisible or self.strides[-1]
         self.net = _create_features(name, self.strides, pretrained and weights is None, in_chans, drop_path_rate)
         if weights is not None:
             load_backbone_weights(self.net, weights, name)
@@ -145,7 +149,7 @@ class TimmPyramid(nn.Module):
         if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
             images = images.to(weight.dtype)  # after double()
         # ConvNeXt floors odd sizes, the FPN then cannot add levels
-        images = pad_to_multiple(images, self.strides[-1]).contiguous(memory_format=self.memory_format)
+        images = pad_to_multiple(images, self.size_divisible).contiguous(memory_format=self.memory_format)
         with _in_evaluation_mode(_frozen_modules(self.net) if self.training else ()):
             maps: list[Tensor] = list(self.net(images))
         if self.is_channels_last_output:

@@ -1,9 +1,9 @@
 """Image transform of every detector: images of any size to one normalised batch, and boxes back to the images.
 
 Every detector holds one `ImageTransform`, so the resize rule and the normalisation travel with the weights. Resizing
-is bilinear without antialiasing, with zeros at the right and the bottom, and follows torchvision's
-``GeneralizedRCNNTransform`` (normalised images in floating point, sizes rounded down) or OpenCV (8-bit images,
-sizes rounded to the nearest).
+is bilinear, with zeros at the right and the bottom, and follows torchvision's ``GeneralizedRCNNTransform`` (normalised
+images in floating point, sizes rounded down), OpenCV (8-bit images, sizes rounded to the nearest), both without
+antialiasing, or detectron2 with Pillow (8-bit images, antialiased, sizes rounded to the nearest).
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convnext_det.errors import DataError
-from lightning_convnext_det.ops.resize import resize_like_opencv
+from lightning_convnext_det.ops.resize import resize_like_opencv, resize_like_pillow
 from lightning_convnext_det.ops.tracing import is_recording
 from lightning_convnext_det.types import Detection, Target
 
-Resize = Literal["torchvision", "opencv"]
+Resize = Literal["torchvision", "opencv", "pillow"]
 # the statistics that almost every timm backbone is trained with (timm.data.IMAGENET_DEFAULT_MEAN and _STD)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -47,8 +47,9 @@ class ImageTransform(nn.Module):
         in_chans: channels of the images.
         size_divisible: pad both sides to a multiple of this.
         fixed_size: (height, width) that every batch is padded to, after images are resized to fit into it.
-        resize: ``torchvision`` interpolates normalised images, ``opencv`` 8-bit ones to the same bits as OpenCV;
-            floating point images are then rounded to 8 bits first.
+        resize: ``torchvision`` interpolates normalised images; ``opencv`` and ``pillow`` interpolate 8-bit ones to the
+            same bits as these libraries, floating point images are then rounded to 8 bits first.
+        smallest_side: pad both sides to at least this.
 
     Attributes:
         resize_in_training: False when the data loader has chosen the sizes already (multi-scale crops, jitter).
@@ -64,6 +65,7 @@ class ImageTransform(nn.Module):
         size_divisible: int = 32,
         fixed_size: Sequence[int] | None = None,
         resize: Resize = "torchvision",
+        smallest_side: int = 1,
     ) -> None:
         super().__init__()
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -79,7 +81,7 @@ class ImageTransform(nn.Module):
         self.fixed_size = tuple(fixed_size) if fixed_size else None
         self.image_mean = channel_statistics(image_mean, in_chans)
         self.image_std = channel_statistics(image_std, in_chans)
-        self.size_divisible = size_divisible
+        self.size_divisible, self.smallest_side = size_divisible, smallest_side
         self.resize = resize
         self.resize_in_training = True
 
@@ -136,10 +138,12 @@ class ImageTransform(nn.Module):
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise TypeError(f"images[{index}] is {image.dtype}; expected uint8 or floating point in 0..1")
         size = self.new_size(image.shape[-2], image.shape[-1])
-        if self.resize == "opencv":
+        if self.resize != "torchvision":
             if size != image.shape[-2:]:
                 pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
-                image = resize_like_opencv(pixels, size)
+                image = (
+                    resize_like_opencv(pixels, size) if self.resize == "opencv" else resize_like_pillow(pixels, size)
+                )
             return self._normalize(image, 255.0)
         image = self._normalize(image, 1.0)  # before resizing, as torchvision does: the same bits
         if size == image.shape[-2:]:
@@ -167,12 +171,12 @@ class ImageTransform(nn.Module):
             scale = 1.0
         if self.fixed_size:
             scale = min(scale, self.fixed_size[0] / height, self.fixed_size[1] / width)
-        rounding = 0.5 if self.resize == "opencv" else 0.0
+        rounding = 0.0 if self.resize == "torchvision" else 0.5
         return max(1, int(height * scale + rounding)), max(1, int(width * scale + rounding))
 
     def _batch(self, images: list[Tensor]) -> Tensor:
-        height = _round_up(max(x.shape[-2] for x in images), self.size_divisible)
-        width = _round_up(max(x.shape[-1] for x in images), self.size_divisible)
+        height = _round_up(max(self.smallest_side, *(x.shape[-2] for x in images)), self.size_divisible)
+        width = _round_up(max(self.smallest_side, *(x.shape[-1] for x in images)), self.size_divisible)
         height, width = self.fixed_size or (height, width)
         batch = images[0].new_zeros(len(images), len(self.image_mean), height, width)
         for slot, image in zip(batch, images, strict=True):

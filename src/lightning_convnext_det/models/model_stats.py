@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.models.backbone import TimmPyramid, pad_to_multiple
 from lightning_convnext_det.models.backbone_weights import find_licence
-from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+from lightning_convnext_det.models.deformable_detr.detector import QueryDetector
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.rcnn.roi_heads import BoxHeads
 from lightning_convnext_det.models.zoo import backbone_of, create_detector, list_detectors
@@ -109,7 +109,7 @@ def measure_detector(name: str, **overrides: Any) -> ModelFacts:
     with torch.device("meta"):
         detector = create_detector(name, CLASSES, **overrides).eval()
         batch = pad_to_multiple(torch.zeros(1, 3, *IMAGE), 32)
-        if isinstance(detector, DeformableDETR):
+        if isinstance(detector, QueryDetector):
             gflops = _count(_Predict(detector), batch)
         else:
             assert isinstance(detector, FasterRCNN)
@@ -119,9 +119,9 @@ def measure_detector(name: str, **overrides: Any) -> ModelFacts:
 
 
 class _Predict(nn.Module):
-    """Deformable DETR without the selection of detections, whose shapes depend on values."""
+    """Deformable DETR or DINO without the selection of detections, whose shapes depend on values."""
 
-    def __init__(self, detector: DeformableDETR) -> None:
+    def __init__(self, detector: QueryDetector) -> None:
         super().__init__()
         self.detector = detector
 

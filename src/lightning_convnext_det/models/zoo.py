@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
@@ -37,6 +38,9 @@ _DETECTORS: dict[str, tuple[Callable[..., nn.Module], str | None]] = {
     "cascadercnn_fpn": (CascadeRCNN, None),
     **{f"cascadercnn_convnext_{size}_fpn": (CascadeRCNN, f"convnext_{size}") for size in _CONVNEXT},
     **{name: (detector, None) for name, detector in _DETR.items()},
+    "dino": (DINO, None),
+    **{f"dino_{backbone}": (DINO, backbone) for backbone in _DETR_BACKBONES},
+    "dino_resnet50": (partial(DINO, out_norm=False), "resnet50"),  # its maps are not normed, as in detrex
     **{f"{name}_{backbone}": (detector, backbone) for name, detector in _DETR.items() for backbone in _DETR_BACKBONES},
 }
 

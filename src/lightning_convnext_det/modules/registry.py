@@ -15,10 +15,11 @@ from lightning_convnext_det.modules.cascade_rcnn import CascadeRCNNModule
 from lightning_convnext_det.modules.classification import ClassifierModule
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.detection import DetectionModule
+from lightning_convnext_det.modules.dino import DINOModule
 from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
 
 DETECTORS: dict[str, type[DetectionModule]] = {
-    module.__name__: module for module in (FasterRCNNModule, CascadeRCNNModule, DeformableDETRModule)
+    module.__name__: module for module in (FasterRCNNModule, CascadeRCNNModule, DeformableDETRModule, DINOModule)
 }
 MODULES: dict[str, type[DetectionModule | ClassifierModule]] = {
     **DETECTORS,

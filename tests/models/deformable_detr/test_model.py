@@ -252,7 +252,7 @@ def test_deformable_detr__two_stage_starts_from_the_best_proposals() -> None:
         levels = detector.levels(detector.backbone, batch, *detector.levels.place(batch, sizes))
         memory = detector.encoder(levels)
         heads = detector.class_heads[-1], detector.box_heads[-1]
-        proposals, reference, _, _, chosen = detector.proposer(memory, levels, *heads, 12)
+        proposals, reference, chosen = detector.proposer(memory, levels, *heads, 12)
     assert chosen.all()
     for i in range(3):
         padding = levels.padding[i]

@@ -21,7 +21,7 @@ from lightning_convnext_det.inference.export.runtimes import load_runner
 from lightning_convnext_det.inference.export.torch_file import write_compiled, write_torch
 from lightning_convnext_det.inference.export.verify import TOLERANCES, Differences, Tolerance, create_batches, verify
 from lightning_convnext_det.models.backbone import TimmPyramid
-from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
+from lightning_convnext_det.models.deformable_detr.detector import QueryDetector
 from lightning_convnext_det.ops.tracing import Attention
 
 Format = Literal["onnx", "pt2", "compiled", "openvino", "weights"]
@@ -131,7 +131,7 @@ def export(
         create_batches([torch.zeros(channels, *image_size, dtype=torch.uint8)], [3 if len(counts) > 1 else batch_size])
     )
     program = record(graph, example if "normalise" in order else example.float(), dynamic, attention)
-    _write(program, path, kind, precision, card, calibration, isinstance(network, DeformableDETR))
+    _write(program, path, kind, precision, card, calibration, isinstance(network, QueryDetector))
     try:
         run = load_runner(path)
         if precision == "int8":

@@ -59,6 +59,8 @@ class ExportGraph(nn.Module):
         assert isinstance(transform, ImageTransform)  # every detector has one
         self.transform = transform
         self.include = frozenset(include)
+        if transform.resize == "pillow" and "resize" in self.include:
+            raise ArgumentError("resize='pillow' cannot be exported; include 'normalise' alone and resize by Pillow")
         if transform.resize == "opencv" and self.include == {"resize"}:
             raise ArgumentError("resize='opencv' works on 8-bit images: include 'normalise' with 'resize', or neither")
 

@@ -105,6 +105,8 @@ class SetCriterion(nn.Module):
         ValueError: if factors are not three numbers of at least 0, or all costs are 0.
     """
 
+    giou_eps = 0.0  # see `generalized_iou`
+
     def __init__(
         self,
         loss_weights: Sequence[float] = (2.0, 5.0, 2.0),
@@ -139,22 +141,43 @@ class SetCriterion(nn.Module):
         Raises:
             DivergenceError: if a logit or box is not finite.
         """
-        if not self.auxiliary_losses:
-            decoder = Predictions(decoder.logits[-1:], decoder.boxes[-1:])
+        return self.match_and_compare(decoder, objects, proposals)[0]
+
+    def match_and_compare(
+        self, decoder: Predictions, objects: Objects, proposals: Predictions | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the weighted losses and what they are divided by, float32 [1]; see `forward`."""
         with torch.autocast(decoder.logits.device.type, enabled=False):
             self._warn_of_surplus(objects, decoder.boxes.shape[2])
-            binary = objects._replace(labels=torch.zeros_like(objects.labels))
-            sets = [(decoder, objects)] if proposals is None else [(decoder, objects), (proposals, binary)]
-            sets = [(Predictions(p.logits.float(), p.boxes.float()), o) for p, o in sets]
+            sets = [(self.trained(decoder), objects)]
+            if proposals is not None:
+                sets.append((Predictions(*(x.float() for x in proposals)), self.proposal_objects(objects)))
             matches = self._match(sets)
             num_boxes = _mean_over_ranks(sum(objects.counts), decoder.logits.device)
-            layers = len(decoder.logits)
-            suffixes = [[*(f"_aux{i}" for i in range(layers - 1)), ""], ["_proposals"]]
             losses = {}
-            for (predictions, found), pairs, names in zip(sets, matches, suffixes, strict=False):
-                for key, values in self._compare(predictions, found, pairs).items():
-                    weighted = values * (self.loss_weights[key] / num_boxes)  # [layers]
-                    losses.update({f"loss_{key}{name}": v for name, v in zip(names, weighted, strict=True)})
+            for (predictions, found), pairs, suffix in zip(sets, matches, ("", "_proposals"), strict=False):
+                losses.update(self.compare(predictions, found, pairs, num_boxes, suffix))
+        return losses, num_boxes
+
+    def trained(self, decoder: Predictions) -> Predictions:
+        """Take the layers that are trained, in float32."""
+        first = 0 if self.auxiliary_losses else -1
+        return Predictions(*(x[first:].float() for x in decoder))
+
+    def proposal_objects(self, objects: Objects) -> Objects:
+        """The ground truth of the proposals: all objects are class 0 there."""
+        return objects._replace(labels=torch.zeros_like(objects.labels))
+
+    def compare(
+        self, predictions: Predictions, objects: Objects, pairs: Matches, divisor: Tensor, suffix: str
+    ) -> dict[str, Tensor]:
+        """Compute the weighted losses of matched predictions; all layers but the last have ``_aux`` in their names."""
+        last = len(predictions.logits) - 1
+        losses = {}
+        for key, values in self._compare(predictions, objects, pairs).items():
+            weighted = values * (self.loss_weights[key] / divisor)  # [layers]
+            for layer, value in enumerate(weighted):
+                losses[f"loss_{key}{suffix}" + (f"_aux{layer}" if layer < last else "")] = value
         return losses
 
     @torch.no_grad()
@@ -192,7 +215,7 @@ class SetCriterion(nn.Module):
         positive = -self.alpha * (1 - probabilities) ** self.gamma * F.logsigmoid(logits)
         negative = -(1 - self.alpha) * probabilities**self.gamma * F.logsigmoid(-logits)
         distance = torch.cdist(boxes, targets.expand(layers, -1, -1, -1), p=1)
-        overlap = generalized_iou(corners(boxes)[:, :, :, None], corners(targets)[None, :, None])
+        overlap = generalized_iou(corners(boxes)[:, :, :, None], corners(targets)[None, :, None], self.giou_eps)
         costs = self.matching_costs
         return costs["classification"] * (positive - negative) + costs["box"] * distance - costs["giou"] * overlap
 
@@ -205,7 +228,7 @@ class SetCriterion(nn.Module):
             focal = focal.masked_fill(left_out[..., None], 0.0)
         boxes = predictions.boxes.gather(2, pairs.query[..., None].expand(-1, -1, -1, 4))  # [layers, B, N, 4]
         distance = (boxes - objects.boxes).abs().sum(-1)
-        missed = 1 - generalized_iou(corners(boxes), corners(objects.boxes))
+        missed = 1 - generalized_iou(corners(boxes), corners(objects.boxes), self.giou_eps)
         return {
             "classification": focal.flatten(1).sum(1),
             "box": (distance * pairs.matched).flatten(1).sum(1),
@@ -235,20 +258,21 @@ def corners(boxes: Tensor) -> Tensor:
     return converted
 
 
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+def generalized_iou(boxes: Tensor, others: Tensor, eps: float = 0.0) -> Tensor:
     """Compute the generalised IoU of boxes (x1, y1, x2, y2) in -1..1, elementwise after broadcasting.
 
-    A box without area has IoU 0 with every box.
+    A box without area has IoU 0 with every box. ``eps`` is added to the areas of union and enclosing box, as some
+    implementations do; in 0..1 of the image it lowers the overlap of tiny boxes.
 
     Reference:
         Rezatofighi et al., "Generalized Intersection over Union", arXiv:1902.09630.
     """
-    eps = torch.finfo(boxes.dtype).tiny ** 0.5
+    least = torch.finfo(boxes.dtype).tiny ** 0.5
     low, high = boxes[..., :2], boxes[..., 2:]
     intersection = _area((torch.minimum(high, others[..., 2:]) - torch.maximum(low, others[..., :2])).clamp(min=0))
     enclosing = _area(torch.maximum(high, others[..., 2:]) - torch.minimum(low, others[..., :2]))
     union = _area(high - low) + _area(others[..., 2:] - others[..., :2]) - intersection
-    return intersection / union.clamp(min=eps) - (enclosing - union) / enclosing.clamp(min=eps)
+    return intersection / (union + eps).clamp(min=least) - (enclosing - union) / (enclosing + eps).clamp(min=least)
 
 
 def _area(sides: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Multi-scale feature maps as one sequence of tokens with position encodings and padding mask, for Deformable DETR.
+"""Multi-scale feature maps as one sequence of tokens with position encodings and padding mask.
 
 Unlike in the authors' implementation (fundamentalvision/Deformable-DETR), a batch without padding carries no mask,
 position encodings are computed per row and per column, and images can be projected independently of their batch.
@@ -58,6 +58,7 @@ class PyramidLevels(nn.Module):
             the padding that its neighbours need; else on the padded batch.
         always_masked: compute the padding mask also where nothing is padded, so that all batches of a size have the
             same graph; images are then never independent.
+        position_temperature: see `encode_sine`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class PyramidLevels(nn.Module):
         position_offset: float,
         independent_images: bool,
         always_masked: bool = False,
+        position_temperature: float = 10000.0,
     ) -> None:
         super().__init__()
         channels = backbone.channels
@@ -76,8 +78,8 @@ class PyramidLevels(nn.Module):
             layers.append(nn.Conv2d(hidden_dim if i else channels[-1], hidden_dim, 3, stride=2, padding=1))
         self.projections = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(32, hidden_dim)) for layer in layers)
         self.embedding = nn.Parameter(torch.empty(len(layers), hidden_dim))
-        self.position_offset = position_offset
-        self.stride = backbone.strides[-1]
+        self.position_offset, self.position_temperature = position_offset, position_temperature
+        self.stride, self.size_divisible = backbone.strides[-1], backbone.size_divisible
         self.independent_images = independent_images and not always_masked
         self.always_masked = always_masked
         nn.init.normal_(self.embedding)
@@ -93,7 +95,7 @@ class PyramidLevels(nn.Module):
             return None, None
         groups = None
         if self.independent_images:
-            frames = [_round_up(size, self.stride) for size in sizes]
+            frames = [self._frame(size) for size in sizes]
             groups = {frame: [i for i, f in enumerate(frames) if f == frame] for frame in frames}
         return torch.tensor(sizes, device=batch.device), None if groups is None or set(groups) == {full} else groups
 
@@ -104,7 +106,7 @@ class PyramidLevels(nn.Module):
 
         Args:
             backbone: computes the feature maps.
-            batch: normalised images, float [B, C, H, W], H and W multiples of the largest stride, zero on padding.
+            batch: normalised images, float [B, C, H, W], H and W multiples of ``size_divisible``, zero on padding.
             sizes: (height, width) of every image without its padding, int64 [B, 2]; None if no image is padded.
             frames: groups of images that run through the backbone without the padding that others need (default: the
                 batch is one group).
@@ -125,7 +127,12 @@ class PyramidLevels(nn.Module):
         if sizes is None and self.always_masked:
             sizes = frame
         valid = None if sizes is None else _count_covered(sizes, frame, cells)
-        return flatten_levels(maps, valid, self.embedding, self.position_offset)
+        return flatten_levels(maps, valid, self.embedding, self.position_offset, self.position_temperature)
+
+    def _frame(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Size (height, width) that an image is padded to where it is alone."""
+        height, width = (-(-max(n, self.stride) // self.size_divisible) * self.size_divisible for n in size)
+        return height, width
 
     def _project(self, backbone: TimmPyramid, batch: Tensor) -> list[Tensor]:
         maps = backbone(batch)
@@ -138,8 +145,9 @@ class PyramidLevels(nn.Module):
 
 
 def flatten_levels(
-    maps: Sequence[Tensor], valid_sizes: Tensor | None, level_embedding: Tensor, position_offset: float
-) -> Levels:
+    maps: Sequence[Tensor], valid_sizes: Tensor | None, level_embedding: Tensor, position_offset: float,
+    temperature: float = 10000.0,
+) -> Levels:  # fmt: skip
     """Flatten the feature maps of all levels into one sequence of tokens.
 
     Args:
@@ -148,6 +156,7 @@ def flatten_levels(
         level_embedding: added to the position encoding of each level, float [L, D].
         position_offset: subtracted from the 1-based cell number before encoding it: 0.5 encodes cell centres, as the
             paper's authors and Hugging Face do; 0.0 encodes far edges, as birder does.
+        temperature: see `encode_sine`.
     """
     device, shapes = maps[0].device, [(x.shape[-2], x.shape[-1]) for x in maps]
     tokens = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)  # [B, S, D]
@@ -160,7 +169,7 @@ def flatten_levels(
         valid_height, valid_width = valid[:, level, :1], valid[:, level, 1:]  # [B, 1]
         y = (row[:, 0] + 1 - position_offset) / (valid_height + 1e-6)  # [B, H]
         x = (column[0] + 1 - position_offset) / (valid_width + 1e-6)  # [B, W]
-        positions.append(_encode_grid(y, x, tokens.shape[-1]) + level_embedding[level])
+        positions.append(_encode_grid(y, x, tokens.shape[-1], temperature) + level_embedding[level])
         center_y = (row + 0.5) / valid_height[:, :, None]  # [B, H, 1]
         center_x = (column + 0.5) / valid_width[:, :, None]  # [B, 1, W]
         center = torch.stack([center_x.expand(-1, height, -1), center_y.expand(-1, -1, width)], -1)  # [B, H, W, 2]
@@ -174,27 +183,25 @@ def flatten_levels(
     return Levels(tokens, position, reference_points, center, shapes, cells, ratios, (center >= 1).any(-1))
 
 
-def _encode_grid(y: Tensor, x: Tensor, dim: int) -> Tensor:
+def _encode_grid(y: Tensor, x: Tensor, dim: int, temperature: float) -> Tensor:
     """Encode rows [B, H] and columns [B, W], both in 0..1: half of the channels hold y, half x. [B, H * W, dim]."""
-    rows, columns = encode_sine(y, dim // 2), encode_sine(x, dim // 2)
+    rows, columns = encode_sine(y, dim // 2, temperature), encode_sine(x, dim // 2, temperature)
     rows = rows[:, :, None].expand(-1, -1, x.shape[1], -1)  # [B, H, W, dim / 2]
     columns = columns[:, None].expand(-1, y.shape[1], -1, -1)
     return torch.cat([rows, columns], -1).flatten(1, 2)
 
 
-def encode_sine(values: Tensor, dim: int) -> Tensor:
+def encode_sine(values: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """Sine position encoding of numbers in 0..1, sines and cosines alternating; float32 [..., dim].
 
+    The wavelengths run from 1, the length of the image, to ``temperature``.
+
     Reference:
-        Carion et al., "End-to-End Object Detection with Transformers", arXiv:2005.12872, appendix A.4; base 10000.
+        Carion et al., "End-to-End Object Detection with Transformers", arXiv:2005.12872, appendix A.4.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=values.device) / dim
-    angles = (values * (2 * math.pi))[..., None] / 10000**exponents
+    angles = (values * (2 * math.pi))[..., None] / temperature**exponents
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
-
-
-def _round_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
 
 def _take(batch: Tensor, images: list[int]) -> Tensor:

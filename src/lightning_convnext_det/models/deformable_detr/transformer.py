@@ -1,4 +1,4 @@
-"""Encoder, decoder and two-stage proposals of Deformable DETR (arXiv:2010.04159).
+"""Encoder and decoders of Deformable DETR (arXiv:2010.04159) and DINO (arXiv:2203.03605).
 
 Derived from the paper and checked against the authors' implementation (fundamentalvision/Deformable-DETR, Apache-2.0).
 Unlike the original, the box heads are passed to the decoder, not attached to it, and each runs once per layer.
@@ -6,35 +6,22 @@ Unlike the original, the box heads are passed to the decoder, not attached to it
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import MLP
 
-from lightning_convnext_det.models.deformable_detr.criterion import Predictions
+from lightning_convnext_det.models.deformable_detr.heads import apply_in_full_precision
 from lightning_convnext_det.models.deformable_detr.levels import Levels, encode_sine
 from lightning_convnext_det.ops.deform_attn import multi_scale_deformable_attention
-from lightning_convnext_det.ops.tracing import is_recording
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Compute the logit of numbers in 0..1 in at least float32, with both x and 1 - x kept above ``eps``."""
     x = (x if x.dtype == torch.float64 else x.to(torch.float32)).clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
-
-
-def apply_in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
-    """Run a head in float32, or in the wider precision of its weights: bfloat16 steps are 4 pixels wide above 512."""
-    dtype = next(head.parameters()).dtype
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # torch has no autocast for meta
-        if dtype in (torch.float16, torch.bfloat16):
-            weights = {name: weight.float() for name, weight in head.named_parameters()}
-            y: Tensor = torch.func.functional_call(head, weights, (x.float(),))
-        else:
-            y = head(x.to(dtype))
-    return y
 
 
 class DeformableAttention(nn.Module):
@@ -197,10 +184,17 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         levels: Levels,
         unusable: Tensor | None,
+        blocked: Tensor | None = None,
     ) -> Tensor:
-        """Map queries [B, Q, D] to queries [B, Q, D]; none attends to the ``unusable``, bool [B, Q]."""
+        """Map queries [B, Q, D] to queries [B, Q, D].
+
+        None attends to the ``unusable``, bool [B, Q]; a query q does not attend to k where ``blocked`` [Q, Q] is True
+        at (q, k).
+        """
         placed = queries + positions
-        attended = self.self_attention(placed, placed, queries, key_padding_mask=unusable, need_weights=False)[0]
+        attended = self.self_attention(
+            placed, placed, queries, key_padding_mask=unusable, attn_mask=blocked, need_weights=False
+        )[0]
         queries = self.self_norm(queries + self.dropout(attended))
         attended = self.cross_attention(queries + positions, levels.to_maps(reference_points), memory, levels)
         queries = self.cross_norm(queries + self.dropout(attended))
@@ -262,76 +256,93 @@ class Decoder(nn.Module):
         return hidden, boxes
 
 
-class Proposals(NamedTuple):
-    """Output of the first stage, for the decoder and the losses."""
+class LookForwardTwiceDecoder(nn.Module):
+    """Decoder of DINO: queries are positioned by their boxes, and each box trains the layer before it too.
 
-    predictions: Predictions
-    """Predictions of all tokens, as one layer [1, B, S, ...]."""
-    reference_points: Tensor
-    """Boxes of the chosen tokens (centre, size) in 0..1, float32 [B, Q, 4]."""
-    queries: Tensor
-    """Float [B, Q, D]."""
-    positions: Tensor
-    """Float [B, Q, D]."""
-    usable: Tensor
-    """False on the queries that an image has no token for, bool [B, Q]."""
-
-
-class Proposer(nn.Module):
-    """First stage of the two-stage variant: every token proposes a box, and the decoder starts from the best.
-
-    Unlike in the authors' implementation, tokens on padding or at the very border are chosen only where an image has
-    fewer others than queries. Such queries are masked and detect nothing, so that padding does not change the
-    detections of a small image.
+    A layer's refined box, from its output before the norm, is what the next layer starts from, without gradient. The
+    predicted boxes, from its output after the norm, refine the box of the layer before with gradient.
 
     Args:
-        hidden_dim: channels.
+        num_layers: number of layers.
+        layer: arguments of each `DecoderLayer`.
 
     Reference:
-        Zhu et al., arXiv:2010.04159, section 4.2 and appendix A.4.
+        Zhang et al., "DINO", arXiv:2203.03605, section 3.5; Liu et al., "DAB-DETR", arXiv:2201.12329.
     """
 
-    def __init__(self, hidden_dim: int) -> None:
+    eps = 1e-3  # of the inverse sigmoid, as in the authors' implementation and detrex
+
+    def __init__(self, num_layers: int, layer: LayerArguments) -> None:
         super().__init__()
-        self.memory_projection = nn.Linear(hidden_dim, hidden_dim)
-        self.memory_norm = nn.LayerNorm(hidden_dim)
-        self.query_projection = nn.Linear(hidden_dim * 2, hidden_dim * 2)
-        self.query_norm = nn.LayerNorm(hidden_dim * 2)
+        hidden_dim = layer[0]
+        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(num_layers))
+        self.position_head = MLP(2 * hidden_dim, [hidden_dim, hidden_dim], inplace=False)
+        self.norm = nn.LayerNorm(hidden_dim)
 
     def forward(
-        self, memory: Tensor, levels: Levels, class_head: nn.Module, box_head: nn.Module, num_queries: int
-    ) -> Proposals:
-        """Score all tokens and keep the best.
+        self,
+        queries: Tensor,
+        reference_boxes: Tensor,
+        memory: Tensor,
+        levels: Levels,
+        box_heads: Sequence[nn.Module],
+        usable: Tensor | None = None,
+        blocked: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Decode queries into boxes.
 
         Args:
+            queries: float [B, Q, D].
+            reference_boxes: initial boxes (centre, size) in 0..1 of the image, float32 [B, Q, 4], without gradient.
             memory: encoded tokens, float [B, S, D].
             levels: shapes and padding of the feature maps.
-            class_head: its first logit is the objectness.
-            box_head: refines the initial box of a token.
-            num_queries: number of proposals to keep; fewer where the batch has fewer tokens.
-        """
-        boxes, valid = self._boxes(levels)
-        features = self.memory_norm(self.memory_projection(memory * valid[:, :, None].to(memory.dtype)))
-        logits = apply_in_full_precision(class_head, features)  # [B, S, C]
-        box_logits = apply_in_full_precision(box_head, features) + boxes.logit()
-        box_logits = box_logits.masked_fill(~valid[:, :, None], float("inf"))
-        objectness = logits[..., 0].masked_fill(~valid, -float("inf"))
-        # an exporter cannot record the smaller of both: its images need as many tokens as there are queries
-        count = num_queries if is_recording() else min(num_queries, memory.shape[1])
-        chosen = objectness.topk(count, 1).indices
-        reference = box_logits.detach().gather(1, chosen[:, :, None].expand(-1, -1, 4)).sigmoid()
-        encoded = encode_sine(reference, memory.shape[-1] // 2).flatten(2)  # [B, Q, 2 D]
-        positions, queries = self.query_norm(self.query_projection(encoded)).chunk(2, -1)
-        predictions = Predictions(logits[None], box_logits.sigmoid()[None])
-        return Proposals(predictions, reference, queries, positions, valid.expand(objectness.shape).gather(1, chosen))
+            box_heads: one per layer.
+            usable: False on queries that no other may attend to, bool [B, Q]; None: all are attended to.
+            blocked: True where a query, the row, does not attend to another, bool [Q, Q]; None: nowhere.
 
-    def _boxes(self, levels: Levels) -> tuple[Tensor, Tensor]:
-        """Give every token a box around it, 5 % of the image wide at the finest level, and say which are usable."""
-        centers = levels.centers
-        sides = [
-            centers.new_full((centers.shape[0], h * w, 2), 0.05 * 2**i)
-            for i, (h, w) in enumerate(levels.spatial_shapes)
-        ]
-        boxes = torch.cat([centers, torch.cat(sides, 1)], -1)  # [B or 1, S, 4]
-        valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-        return boxes, valid
+        Returns:
+            The normed queries [B, Q, D] after every layer, and the boxes (centre, size) in 0..1 of the image, float32
+            [B, Q, 4].
+        """
+        hidden, boxes = [], []
+        unusable = None if usable is None else ~usable
+        previous = reference_boxes  # as the references of each layer, but with gradient
+        for layer, box_head in zip(self.layers, box_heads, strict=True):
+            positions = self.encode_boxes(levels.to_maps(reference_boxes)[:, :, 0])
+            queries = layer(queries, positions, reference_boxes, memory, levels, unusable, blocked)
+            hidden.append(self.norm(queries))
+            delta = apply_in_full_precision(box_head, hidden[-1])
+            boxes.append((delta + inverse_sigmoid(previous, self.eps)).sigmoid())
+            if len(boxes) < len(self.layers):
+                delta = apply_in_full_precision(box_head, queries)
+                previous = (delta + inverse_sigmoid(reference_boxes, self.eps)).sigmoid()
+                reference_boxes = previous.detach()
+        return hidden, boxes
+
+    def encode_boxes(self, boxes: Tensor) -> Tensor:
+        """Turn boxes [B, Q, 4] (centre, size) in 0..1 of the finest map into position encodings [B, Q, D]."""
+        x, y, width, height = boxes.unbind(-1)
+        ordered = torch.stack([y, x, width, height], -1)
+        encoded: Tensor = self.position_head(encode_sine(ordered, self.position_head[0].in_features // 4).flatten(2))
+        return encoded
+
+
+def check_width(hidden_dim: int, num_heads: int) -> None:
+    """Refuse a width that heads or norms cannot divide."""
+    if hidden_dim % num_heads:
+        raise ValueError(f"hidden_dim {hidden_dim} cannot be divided among {num_heads} heads; choose a multiple of it")
+    if hidden_dim % 32:
+        raise ValueError(f"hidden_dim is {hidden_dim}; GroupNorm needs a multiple of 32")
+
+
+def reset_transformer(*parts: nn.Module | None) -> None:
+    """Draw all matrices by Xavier's rule, and let deformable attention start as the paper says."""
+    present = [part for part in parts if part is not None]
+    for part in present:
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+    for part in present:
+        for module in part.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
