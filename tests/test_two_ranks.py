@@ -24,6 +24,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n": (50, 50),
         "box_batch_size_per_image": 16,
     },
+    "DINOModule": {
+        "hidden_dim": 32, "num_queries": 12, "num_heads": 2, "feedforward_dim": 16, "encoder_layers": 1,
+        "decoder_layers": 2, "denoising_queries": 4,
+    },
     "DeformableDETRModule": {
         "hidden_dim": 32, "num_queries": 12, "num_heads": 2, "feedforward_dim": 16, "encoder_layers": 1,
         "decoder_layers": 2,

@@ -79,16 +79,15 @@ def load_state_dict(model: str) -> dict[str, Tensor]:
 def build_detector(model: str, tweak: dict[str, list[float]] | None = None) -> DINO:
     """Import the weights of a model into our detector, in evaluation mode."""
     assert convnext_golden  # registered with timm
-    mini = {"backbone": "convnext_golden", "num_heads": 4, "detections_per_image": 100}
+    mini = {"backbone": "convnext_golden", "num_heads": 4, "detections_per_image": 100, "independent_images": False}
     state = load_state_dict(model)
     for name, shift in (tweak or {}).items():
         for key in state:
             if load_goldens_module("recipe").canonical(key) == name:
                 state[key] = state[key] + torch.tensor(shift)
-    converted = convert_dino(state, **(mini if model == MINI else {}))
+    converted = convert_dino(state, **(mini if model == MINI else {}))  # padded as by detrex
     detector = DINO(**converted.arguments)
     detector.load_state_dict(converted.state_dict)
-    detector.levels.independent_images = False  # as detrex pads
     return detector.eval()
 
 

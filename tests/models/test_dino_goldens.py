@@ -353,7 +353,7 @@ def test_deformable_attention__units() -> None:
 
     units = load_file(GOLDENS / "units" / "units.safetensors")
     for width in (32, 128):
-        decoder = LookForwardTwiceDecoder(1, (2 * width, 2, 4, 8, 0.0, 4))
+        decoder = LookForwardTwiceDecoder(1, (2 * width, 2, 4, 8, 0.0, 4), False)
         decoder.position_head = torch.nn.Sequential(torch.nn.Linear(4 * width, 4 * width))
         torch.nn.init.eye_(decoder.position_head[0].weight)
         torch.nn.init.zeros_(decoder.position_head[0].bias)

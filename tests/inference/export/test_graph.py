@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.models import swin_transformer
 
-from lightning_convnext_det import CascadeRCNN, DeformableDETR, FasterRCNN
+from lightning_convnext_det import DINO, CascadeRCNN, DeformableDETR, FasterRCNN
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.export.backbones import roll, window_reverse
 from lightning_convnext_det.inference.export.graph import ExportGraph
@@ -20,6 +20,7 @@ DETECTORS = {
     "detr": (DeformableDETR, DETR),
     "detr_two_stage": (DeformableDETR, {**DETR, "two_stage": True}),
     "detr_fixed_size": (DeformableDETR, {**DETR, "fixed_size": [96, 128]}),
+    "dino": (DINO, DETR),
     "detr_nms": (DeformableDETR, {**DETR, "nms": "hard", "nms_threshold": 0.3}),
 }
 

@@ -88,7 +88,7 @@ class DINO(QueryDetector):
             authors and MMDetection).
         position_temperature: base of the position encoding of cells; 20 for the authors and MMDetection.
         independent_images: detections of an image do not depend on its batch; else images are padded before the
-            backbone, which is faster on GPUs where sizes differ.
+            backbone, which is faster on GPUs where sizes differ, and queries know of the padding, as in detrex.
         fixed_size: (height, width) in pixels that every batch is padded to, after images are resized to fit into it:
             for devices that compile again for each shape, such as TPUs. Multiples of the largest stride.
         objects_multiple: pad the objects of an image to a multiple of this, for the same devices.
@@ -183,7 +183,8 @@ class DINO(QueryDetector):
         self.encoder = Encoder(encoder_layers, (*layer, encoder_points), gradient_checkpointing)
         self.proposer = QuerySelection(hidden_dim)
         self.query_embedding = nn.Embedding(num_queries, hidden_dim)
-        self.decoder = LookForwardTwiceDecoder(decoder_layers, (*layer, decoder_points))
+        self.decoder = LookForwardTwiceDecoder(
+            decoder_layers, (*layer, decoder_points), position_in_map=not independent_images)  # fmt: skip
         self.class_heads, self.box_heads = self._create_heads(hidden_dim, decoder_layers + 1)  # the last of proposals
         self.denoising = (
             Denoising(num_classes, hidden_dim, denoising_queries, label_noise, box_noise) if denoising_queries else None

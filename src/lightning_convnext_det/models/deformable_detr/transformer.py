@@ -265,6 +265,8 @@ class LookForwardTwiceDecoder(nn.Module):
     Args:
         num_layers: number of layers.
         layer: arguments of each `DecoderLayer`.
+        position_in_map: position queries by their boxes in the finest map with its padding, as detrex does, instead of
+            in the image. Both are the same without padding.
 
     Reference:
         Zhang et al., "DINO", arXiv:2203.03605, section 3.5; Liu et al., "DAB-DETR", arXiv:2201.12329.
@@ -272,9 +274,9 @@ class LookForwardTwiceDecoder(nn.Module):
 
     eps = 1e-3  # of the inverse sigmoid, as in the authors' implementation and detrex
 
-    def __init__(self, num_layers: int, layer: LayerArguments) -> None:
+    def __init__(self, num_layers: int, layer: LayerArguments, position_in_map: bool) -> None:
         super().__init__()
-        hidden_dim = layer[0]
+        hidden_dim, self.position_in_map = layer[0], position_in_map
         self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(num_layers))
         self.position_head = MLP(2 * hidden_dim, [hidden_dim, hidden_dim], inplace=False)
         self.norm = nn.LayerNorm(hidden_dim)
@@ -308,7 +310,8 @@ class LookForwardTwiceDecoder(nn.Module):
         unusable = None if usable is None else ~usable
         previous = reference_boxes  # as the references of each layer, but with gradient
         for layer, box_head in zip(self.layers, box_heads, strict=True):
-            positions = self.encode_boxes(levels.to_maps(reference_boxes)[:, :, 0])
+            placed = levels.to_maps(reference_boxes)[:, :, 0] if self.position_in_map else reference_boxes
+            positions = self.encode_boxes(placed)
             queries = layer(queries, positions, reference_boxes, memory, levels, unusable, blocked)
             hidden.append(self.norm(queries))
             delta = apply_in_full_precision(box_head, hidden[-1])
@@ -320,7 +323,7 @@ class LookForwardTwiceDecoder(nn.Module):
         return hidden, boxes
 
     def encode_boxes(self, boxes: Tensor) -> Tensor:
-        """Turn boxes [B, Q, 4] (centre, size) in 0..1 of the finest map into position encodings [B, Q, D]."""
+        """Turn boxes [B, Q, 4] (centre, size) in 0..1 into position encodings [B, Q, D]."""
         x, y, width, height = boxes.unbind(-1)
         ordered = torch.stack([y, x, width, height], -1)
         encoded: Tensor = self.position_head(encode_sine(ordered, self.position_head[0].in_features // 4).flatten(2))
