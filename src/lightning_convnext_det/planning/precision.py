@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_convnext_det.ops.depthwise_conv import DepthwiseConv2d
+
 MIN_GAIN = 1.05  # of bfloat16 over float32: less is no more than the noise of a measurement of a second
 _SECONDS = 0.4  # for each precision
 _LEAST_PASSES = 3
@@ -33,7 +35,7 @@ class _Block(nn.Module):
 
     def __init__(self, width: int = 96) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.depthwise = DepthwiseConv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width)
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.pyramid = nn.Conv2d(width, 64, 3, padding=1)
