@@ -4,7 +4,7 @@ Arrays, not lists of objects: worker processes share their pages, and checks are
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.types import Frequency
 
 Format = Literal["coco", "voc", "yolo", "cvat"]
 Action = Literal["refused", "dropped", "clipped", "noted"]
@@ -84,6 +85,41 @@ class UnreadableError(DataError):
         return self.problem._replace(file=file)
 
 
+class LabelLists(NamedTuple):
+    """Lists of labels of some images, by image id."""
+
+    image_ids: NDArray[np.int64]
+    """Ascending, [K]."""
+    offsets: NDArray[np.int64]
+    """The labels of image k are ``labels[offsets[k]:offsets[k + 1]]``, [K + 1]."""
+    labels: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, lists: Mapping[int, Sequence[int]]) -> "LabelLists":
+        """Create them from labels by image id."""
+        ids = sorted(lists)
+        labels = np.array([label for key in ids for label in lists[key]], np.int64)
+        return cls(np.array(ids, np.int64), np.cumsum([0, *(len(lists[key]) for key in ids)]).astype(np.int64), labels)
+
+    def find(self, image_id: int) -> NDArray[np.int64] | None:
+        """The labels of an image; None if it has no list."""
+        place = int(np.searchsorted(self.image_ids, image_id))
+        if place == len(self.image_ids) or self.image_ids[place] != image_id:
+            return None
+        return self.labels[self.offsets[place] : self.offsets[place + 1]]
+
+
+class FederatedLabels(NamedTuple):
+    """What LVIS knows of images in which not all classes are annotated."""
+
+    negative: LabelLists
+    """Classes verified to be absent."""
+    not_exhaustive: LabelLists
+    """Classes some of whose objects are not annotated."""
+    frequencies: tuple[Frequency, ...] = ()
+    """Of the classes in the training images, in order of label; empty where the file does not tell."""
+
+
 @dataclass(frozen=True, eq=False)
 class DetectionAnnotations:
     """Images and boxes of a split. The objects of image ``i`` are rows ``offsets[i]:offsets[i + 1]``.
@@ -107,6 +143,7 @@ class DetectionAnnotations:
         category_ids: the dataset's own ids of the classes, in order of label.
         problems: of the annotation files, found while reading.
         crowd_is_difficult: whether ``crowd`` marks VOC's difficult objects, not COCO's regions.
+        federated: LVIS's lists of the images and frequencies of the classes; None for other datasets.
     """
 
     image_root: Path
@@ -124,6 +161,7 @@ class DetectionAnnotations:
     category_ids: tuple[int, ...]
     problems: tuple[Problem, ...] = ()
     crowd_is_difficult: bool = False
+    federated: FederatedLabels | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -136,6 +174,15 @@ class DetectionAnnotations:
     def rows(self, index: int) -> slice:
         """The rows of ``boxes``, ``labels`` ... that belong to an image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def label_lists(self, index: int) -> dict[str, NDArray[np.int64]]:
+        """LVIS's ``negative_labels`` and ``not_exhaustive_labels`` of an image; empty where it has none."""
+        if self.federated is None:
+            return {}
+        image_id = int(self.image_ids[index])
+        lists = {"negative_labels": self.federated.negative, "not_exhaustive_labels": self.federated.not_exhaustive}
+        found = {name: labels.find(image_id) for name, labels in lists.items()}
+        return {name: labels.copy() for name, labels in found.items() if labels is not None}
 
     @property
     def image_index(self) -> NDArray[np.int64]:

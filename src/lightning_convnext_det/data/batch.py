@@ -18,6 +18,7 @@ Sample = tuple[Tensor, Target]
 """An image [C, H, W], uint8 or float in 0..1, and its target."""
 Batch = tuple[list[Tensor], list[Target]]
 """Images of any sizes and one target for each: what detectors take."""
+_LISTS = ("negative_labels", "not_exhaustive_labels")
 
 
 class UnreadableImage(NamedTuple):
@@ -40,7 +41,9 @@ class PackedBatch(NamedTuple):
     counts: list[int]
     """Number of objects in each image."""
     objects: dict[str, Tensor]
-    """The tensors of the targets, concatenated over all images."""
+    """The tensors of the targets with a row for each object, concatenated over all images."""
+    label_lists: dict[str, list[list[int] | None]]
+    """LVIS's lists of classes of each image, by name; None for an image without."""
     image_ids: list[int]
     file_names: list[str]
     unreadable: list[UnreadableImage]
@@ -123,7 +126,10 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
     flat = [
         (image.permute(1, 2, 0) if last else image).reshape(-1) for image, last in zip(images, innermost, strict=True)
     ]
-    rows = [{key: value for key, value in target.items() if isinstance(value, Tensor)} for target in targets]
+    rows = [
+        {key: value for key, value in target.items() if isinstance(value, Tensor) and key not in _LISTS}
+        for target in targets
+    ]
     return PackedBatch(
         pixels=torch.cat(flat or [torch.empty(0, dtype=torch.uint8)]),
         channels=images[0].shape[0] if images else 3,
@@ -131,6 +137,7 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
         innermost=innermost,
         counts=[len(target["boxes"]) for target in targets],
         objects={key: torch.cat([fields[key] for fields in rows]) for key in (rows[0] if rows else ())},
+        label_lists={key: _lists(targets, key) for key in _LISTS if any(key in target for target in targets)},
         image_ids=[cast(int, image_id_of(target)) for target in targets],
         file_names=[target["file_name"] for target in targets],
         unreadable=[sample for sample in samples if isinstance(sample, UnreadableImage)],
@@ -159,5 +166,19 @@ def unpack(batch: PackedBatch) -> Batch:
             target["difficult"] = rows["difficult"][index]
         if "area" in rows:
             target["area"] = rows["area"][index]
+        if (negative := _list_of(batch, "negative_labels", index)) is not None:
+            target["negative_labels"] = negative
+        if (not_exhaustive := _list_of(batch, "not_exhaustive_labels", index)) is not None:
+            target["not_exhaustive_labels"] = not_exhaustive
         targets.append(target)
     return images, targets
+
+
+def _lists(targets: Sequence[Target], key: str) -> list[list[int] | None]:
+    values = [target.get(key) for target in targets]
+    return [value.tolist() if isinstance(value, Tensor) else None for value in values]
+
+
+def _list_of(batch: PackedBatch, key: str, index: int) -> Tensor | None:
+    values = batch.label_lists[key][index] if key in batch.label_lists else None
+    return None if values is None else torch.tensor(values, dtype=torch.int64)

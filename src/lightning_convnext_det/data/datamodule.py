@@ -43,6 +43,7 @@ from lightning_convnext_det.data.transforms import (
 )
 from lightning_convnext_det.data.user_dataset import UserDataset, UserSplits
 from lightning_convnext_det.errors import ArgumentError, DataError
+from lightning_convnext_det.types import Frequency
 
 GreyValue = Annotated[int, Range(*WHOLE_RANGE)]
 
@@ -198,6 +199,11 @@ class DetectionDataModule(LoadingDataModule):
     def category_ids(self) -> list[int]:
         """The dataset's category ids, in order of label."""
         return list((self._user or self.split_reader).class_table()[1])
+
+    @property
+    def frequencies(self) -> list[Frequency]:
+        """LVIS's frequency of each class in the training images, in order of label; empty for other datasets."""
+        return self.split_reader.frequencies() if self._user is None else []
 
     @property
     def num_classes(self) -> int:

@@ -116,6 +116,11 @@ class DetectionDataset(SeededDataset):
         else:
             target["difficult" if table.crowd_is_difficult else "iscrowd"] = crowd
             target["area"] = torch.from_numpy(table.area[rows].copy())
+            lists = table.label_lists(index)
+            if "negative_labels" in lists:
+                target["negative_labels"] = torch.from_numpy(lists["negative_labels"])
+            if "not_exhaustive_labels" in lists:
+                target["not_exhaustive_labels"] = torch.from_numpy(lists["not_exhaustive_labels"])
         return target
 
     def _read(self, epoch: int, index: int) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.listing import list_names
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_images
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.types import Frequency
 
 Stage = Literal["train", "val", "test"]
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
@@ -93,6 +94,11 @@ class SplitReader:
         table = self.annotations(self._first_stage())
         assert table is not None
         return table.class_names, table.category_ids
+
+    def frequencies(self) -> list[Frequency]:
+        """Return LVIS's frequency of each class, in order of label; empty for other datasets."""
+        table = self.annotations(self._first_stage())
+        return list(table.federated.frequencies) if table is not None and table.federated is not None else []
 
     def annotations(self, stage: Stage) -> DetectionAnnotations | None:
         """Return the annotations of a stage; None if validation is switched off.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_convnext_det.data.annotations import DetectionAnnotations
+from lightning_convnext_det.data.annotations import DetectionAnnotations, FederatedLabels
 from lightning_convnext_det.errors import DataError
 
 
@@ -47,8 +47,23 @@ def select_classes(table: DetectionAnnotations, class_names: Sequence[str]) -> D
         _take_objects(table, kept, counts_before[table.offsets]),
         labels=labels[kept],
         class_names=tuple(class_names),
+        federated=_select_federated(table.federated, old_labels, new_labels),
         category_ids=tuple(table.category_ids[label] for label in old_labels),
     )
+
+
+def _select_federated(
+    federated: FederatedLabels | None, old_labels: Sequence[int], new_labels: NDArray[np.int64]
+) -> FederatedLabels | None:
+    if federated is None:
+        return None
+    lists = []
+    for one in federated[:2]:
+        labels = new_labels[one.labels]
+        before = np.concatenate([[0], np.cumsum(labels >= 0)])
+        lists.append(one._replace(offsets=before[one.offsets], labels=labels[labels >= 0]))
+    chosen = tuple(federated.frequencies[label] for label in old_labels) if federated.frequencies else ()
+    return FederatedLabels(lists[0], lists[1], chosen)
 
 
 def split_randomly(

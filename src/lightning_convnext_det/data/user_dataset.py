@@ -39,7 +39,8 @@ class UserDataset(SeededDataset):
         dataset: with ``__len__`` and ``__getitem__``.
         transforms: applied to image and target after the dataset's own; None for none.
         name: for messages.
-        training: leave out crowd boxes. Otherwise targets keep ``iscrowd`` and ``area``.
+        training: leave out crowd boxes. Otherwise targets keep ``iscrowd``, ``area``, ``negative_labels`` and
+            ``not_exhaustive_labels``.
         seed: of the random numbers.
     """
 
@@ -122,6 +123,9 @@ class UserDataset(SeededDataset):
         if self.training:
             kept = ~fields.get("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
             fields = {key: fields[key][kept] for key in ("boxes", "labels")}
+        else:
+            lists = {key: given[key] for key in ("negative_labels", "not_exhaustive_labels") if key in given}
+            fields |= {key: torch.as_tensor(values).to(torch.int64).reshape(-1) for key, values in lists.items()}
         image_id = image_id_of(given)
         names = {"image_id": index if image_id is None else image_id, "file_name": str(given.get("file_name", name))}
         return cast(Target, {**fields, **names})

@@ -184,6 +184,7 @@ class DetectionModule(TrainableModule):
                 self.set_classes(names, ids)
             elif names != self.class_names:
                 raise DataError(f"[LCD-D120] {class_difference(self.class_names, names)}")
+            self.evaluator.frequencies = list(getattr(data, "frequencies", ()))
         transform = getattr(self.detector, "transform", None)
         if stage == "fit" and transform is not None:
             transform.resize_in_training = not getattr(data, "resizes", False)

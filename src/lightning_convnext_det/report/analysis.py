@@ -120,7 +120,8 @@ def num_samples(num_detections: int, wanted: int) -> int:
 
 
 def _coco_metrics(evaluation: Evaluation, names: list[str]) -> dict[str, float]:
-    evaluator = DetectionEvaluator(names)
+    federated = evaluation.annotations.federated
+    evaluator = DetectionEvaluator(names, frequencies=federated.frequencies or None if federated else None)
     evaluator.update(
         [Detection(boxes=d["boxes"], labels=d["labels"], scores=d["scores"]) for d in evaluation.detections],
         cast(list[Target], evaluation.targets),

@@ -142,7 +142,9 @@ def _targets(annotations: DetectionAnnotations) -> list[dict[str, Tensor]]:
     targets = []
     for index in range(len(annotations)):
         rows = annotations.rows(index)
+        lists = {name: torch.from_numpy(labels) for name, labels in annotations.label_lists(index).items()}
         target = {
+            **lists,
             "boxes": torch.from_numpy(annotations.boxes[rows].astype(np.float32)),
             "labels": torch.from_numpy(annotations.labels[rows].copy()),
             "area": torch.from_numpy(annotations.area[rows].astype(np.float32)),

@@ -23,13 +23,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 import lightning_convnext_det
-from lightning_convnext_det.data.annotations import DetectionAnnotations, Problem, Split
+from lightning_convnext_det.data.annotations import DetectionAnnotations, FederatedLabels, LabelLists, Problem, Split
 from lightning_convnext_det.data.formats.discovery import read_split
 
-_MAGIC = b"lightning-convnext-det annotations 1\n"
+_MAGIC = b"lightning-convnext-det annotations 2\n"
 _ALIGNMENT = 64  # bytes: numpy's vector loops take aligned arrays only
 _SINGLE = ("image_root", "class_names", "category_ids", "problems", "crowd_is_difficult")
-_ARRAYS = tuple(field.name for field in fields(DetectionAnnotations) if field.name not in _SINGLE)
+_ARRAYS = tuple(field.name for field in fields(DetectionAnnotations) if field.name not in (*_SINGLE, "federated"))
 LEAST_BYTES = 8 << 20  # of annotations: a smaller file is read in less than half a second
 _UNUSED_DAYS = 60  # after which a cached file is removed
 
@@ -100,12 +100,16 @@ def save_annotations(annotations: DetectionAnnotations, path: Path, folder_chang
         OSError: if it cannot be written.
     """
     arrays = {name: np.ascontiguousarray(getattr(annotations, name)) for name in _ARRAYS}
+    if (federated := annotations.federated) is not None:
+        arrays |= {f"negative.{name}": array for name, array in federated.negative._asdict().items()}
+        arrays |= {f"not_exhaustive.{name}": array for name, array in federated.not_exhaustive._asdict().items()}
     places: dict[str, dict[str, Any]] = {}
     position = 0
     for name, array in arrays.items():
         places[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": position}
         position += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     single = {name: getattr(annotations, name) for name in _SINGLE} | {"image_root": str(annotations.image_root)}
+    single["frequencies"] = None if federated is None else federated.frequencies
     header = {"arrays": places, "bytes": position, "folder_changed": folder_changed, **single}
     text = json.dumps(header).encode()
     start = _start(len(text))
@@ -150,8 +154,16 @@ def load_annotations(path: Path) -> DetectionAnnotations | None:
 
 
 def _restored(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> DetectionAnnotations:
+    federated = None
+    if header["frequencies"] is not None:
+        negative, not_exhaustive = (
+            LabelLists(*(arrays[f"{kind}.{name}"] for name in LabelLists._fields))
+            for kind in ("negative", "not_exhaustive")
+        )
+        federated = FederatedLabels(negative, not_exhaustive, tuple(header["frequencies"]))
     return DetectionAnnotations(
-        **arrays,
+        **{name: arrays[name] for name in _ARRAYS},
+        federated=federated,
         image_root=Path(header["image_root"]),
         class_names=tuple(header["class_names"]),
         category_ids=tuple(header["category_ids"]),

@@ -13,6 +13,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from lightning_convnext_det.data.formats.coco_json import decode_json, kind_of, 
 from lightning_convnext_det.data.formats.coco_values import MalformedError, Mended, Record
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.file_names import choose_folder, encode_names
+from lightning_convnext_det.data.formats.lvis import CategoryLists, category_lists, federated_labels
 from lightning_convnext_det.data.formats.outlines import outline_box
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, InvalidAnnotations, Source
 from lightning_convnext_det.data.formats.validation import validate_annotations
@@ -45,6 +47,8 @@ class _Image(Struct, gc=False):
     file_name: str
     height: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
     width: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
+    neg_category_ids: list[int] | None = None
+    not_exhaustive_category_ids: list[int] | None = None
 
 
 class _Annotation(Struct, gc=False):
@@ -106,6 +110,8 @@ def read_coco(
     del content
     reader.note_mended()
     annotations, source = reader.annotations(split, classes)
+    federated = federated_labels(reader.category_lists, annotations.image_ids, classes, categories)
+    annotations = replace(annotations, federated=federated)
     return validate_annotations(
         annotations,
         source,
@@ -124,6 +130,7 @@ class _Reader:
         self.path, self.file, self.problems = path, file, problems
         self.mended: Mended = Counter()
         self.index_of: dict[int | str, int] = {}
+        self.category_lists: dict[int, CategoryLists] = {}
         self.file_names: list[str] = []
         self.sizes = array("l")
         self.num_annotations = 0
@@ -138,8 +145,11 @@ class _Reader:
                 try:
                     image = _decode_image(record)
                     key, name, size = image.id, image.file_name, (image.height, image.width)
+                    lists: CategoryLists = (image.neg_category_ids, image.not_exhaustive_category_ids)
                 except DecodeError:
-                    key, name, size = self._unusual_image(self._object(record))  # type: ignore[assignment]
+                    unusual = self._object(record)
+                    key, name, size = self._unusual_image(unusual)  # type: ignore[assignment]
+                    lists = category_lists(unusual)
             except MalformedError as error:
                 self.problems.refuse("LCD-D002", (self.file, f"images[{number}]"), str(error).lstrip(": "))
                 continue
@@ -147,6 +157,8 @@ class _Reader:
                 reason = f"image id {key} is used before; ids are unique"
                 self.problems.refuse("LCD-D003", (self.file, f"images[{number}]"), reason)
                 continue
+            if lists != (None, None):
+                self.category_lists[len(self.file_names)] = lists
             self.index_of[key] = len(self.file_names)
             self.file_names.append(name)
             self.sizes.extend(size)
