@@ -104,3 +104,10 @@ def test_milestones__count_whole_epochs_however_early_the_training_stops(
     trainer.fit(module, loader)
     factor = module.lr_schedulers().lr_lambdas[0]
     assert [factor(step) for step in (0, 2, 3)] == pytest.approx([1, 1, 0.1])  # 3 batches per epoch
+
+
+def test_fit__clips_gradients_of_the_fused_step_in_mixed_precision(tmp_path: Path, loader: DataLoader[Batch]) -> None:
+    module = create_module()
+    trainer = create_trainer(tmp_path, max_steps=1, precision="bf16-mixed", gradient_clip_val=0.1)
+    trainer.fit(module, loader)
+    assert all(group["fused"] for group in trainer.optimizers[0].param_groups)

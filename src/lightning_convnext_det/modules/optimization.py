@@ -54,9 +54,11 @@ class TrainableModule(ReliableModule):
             rank_zero_info(format_groups(groups))
         optimizer: torch.optim.Optimizer
         if options["optimizer"] == "adamw":
-            # on CPUs the fused step takes a tenth of the time; with a scaler of gradients, Lightning cannot clip them
+            # the fused step takes a quarter of the time on CPUs. It is set per group: Lightning does not clip gradients
+            # in mixed precision if the constructor is asked for it, as if a scaler of gradients were at work
             fused = all(p.device.type == "cpu" for group in groups for p in group["params"]) or None
-            optimizer = torch.optim.AdamW(groups, lr=options["lr"], weight_decay=options["weight_decay"], fused=fused)
+            groups = [{**group, "fused": fused} for group in groups]
+            optimizer = torch.optim.AdamW(groups, lr=options["lr"], weight_decay=options["weight_decay"])
         else:
             optimizer = torch.optim.SGD(groups, lr=options["lr"], momentum=0.9, weight_decay=options["weight_decay"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor())
