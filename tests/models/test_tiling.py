@@ -1,8 +1,12 @@
 """Tiles are compared with what is drawn: a detector that sees colours finds every object of an image exactly."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
+from lightning_convnext_det.data.io.regions import open_regions
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 from lightning_convnext_det.models.tiling import TiledDetector
 from lightning_convnext_det.ops.window_merging import TileMerge
@@ -87,3 +91,27 @@ def test_tiled_detector__without_objects() -> None:
 def test_tiled_detector__refuses_an_overlap_of_one() -> None:
     with pytest.raises(ValueError, match=r"overlap is 1\.0; it must be at least 0 and below 1"):
         TiledDetector(ColorDetector(), overlap=1.0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_tiled_detector__regions_of_a_file(tmp_path: Path, whole: bool) -> None:
+    pytest.importorskip("rasterio")
+    boxes = [(10, 12, 20, 22), (44, 40, 60, 51), (90, 60, 116, 86)]
+    image = draw(88, 117, boxes)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.tif", compression="tiff_lzw")
+    regions = open_regions(tmp_path / "a.tif", 50)
+    assert regions is not None
+    detector = TiledDetector(ColorDetector(), tile=50, whole=whole)
+    found, expected = detector([regions, image])
+    assert all(torch.equal(found[key], expected[key]) for key in ("boxes", "labels", "scores"))
+
+
+def test_tiled_detector__boxes_of_the_reduced_image_are_scaled_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rasterio")
+    monkeypatch.setattr("lightning_convnext_det.models.tiling.WHOLE_SIDE", 58)
+    image = draw(88, 117, [(20, 10, 90, 80)])
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.tif")
+    found = TiledDetector(ColorDetector(), tile=30)([open_regions(tmp_path / "a.tif", 30)])[0]
+    torch.testing.assert_close(found["boxes"], torch.tensor([[20.0, 10.0, 90.0, 80.0]]), atol=2, rtol=0)

@@ -69,6 +69,27 @@ def test_merge_windows__neighbours_whose_boxes_overlap_stay_two() -> None:
     assert sorted(box for box, _ in found) == [first, second]
 
 
+@pytest.mark.parametrize("method", ["nmm", "nms", "wbf"])
+def test_merge_windows__a_part_that_another_window_would_see_whole_is_dropped(method: TileMerge) -> None:
+    # the left window cuts it, the right one sees all of it and finds nothing
+    assert merge([(0, [85, 10, 100, 30], 0.9)], method, (LEFT, RIGHT)) == []
+    assert merge([(0, [85, 10, 100, 30], 0.9)], method) == []  # the pass over the whole image does not confirm it
+    # in the first case it reaches out of what the right window sees, in the second it touches that window's border
+    for kept in ([70.0, 10.0, 100.0, 30.0], [81.0, 10.0, 100.0, 30.0]):
+        assert merge([(0, kept, 0.9)], method, (LEFT, RIGHT)) == [(kept, 0.9)]
+
+
+def test_merge_windows__a_wrong_box_of_the_whole_image_takes_no_parts() -> None:
+    # it contains all that the windows cut, but is not of the same size within any of them
+    wrong = (2, [5, 2, 175, 98], 0.3)
+    cut_twice = [(0, [70, 10, 100, 30], 0.9), (1, [80, 10, 110, 30], 0.8)]
+    others = [(0, [10, 60, 30, 80], 0.7), (1, [80, 50, 100, 60], 0.6), (0, [78, 50, 100, 60], 0.5)]
+    found = merge([wrong, *cut_twice, *others])
+    assert ([5, 2, 175, 98], 0.3) in found
+    assert ([70, 10, 110, 30], 0.9) in found
+    assert len(found) == 4
+
+
 def test_merge_windows__detections_of_one_window_stay_apart() -> None:
     twins = [(0, [10, 10, 40, 40], 0.9), (0, [11, 10, 41, 40], 0.8)]
     assert len(merge(twins)) == 2

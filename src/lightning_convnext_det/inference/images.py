@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_convnext_det.data.io.decode import MAX_ASPECT, MIN_SIDE, read_image, to_rgb_tensor
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRange
+from lightning_convnext_det.data.io.regions import RegionImage, open_regions
 from lightning_convnext_det.data.io.video import FrameReader, parse_frame_name
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.models.image_transform import OVERSHOOT
@@ -27,6 +28,8 @@ class PixelFormat(NamedTuple):
     """Files and Pillow images are converted to them; arrays and tensors must have them."""
     grey: GreyRange | None = None
     """Values of 16-bit grey files and Pillow images that become 0 and 255; None for all of them."""
+    tile: int | None = None
+    """TIFF files with a longer side than this are read region by region, where rasterio is installed."""
 
 
 def read_source(
@@ -34,8 +37,8 @@ def read_source(
     name: str,
     frames: FrameReader | None = None,
     pixel_format: PixelFormat = PixelFormat(),  # noqa: B008  # it cannot be changed
-) -> Tensor:
-    """The pixels of an image, uint8 or float32 in 0..1, [channels, H, W].
+) -> Tensor | RegionImage:
+    """The pixels of an image, uint8 or float32 in 0..1, [channels, H, W], or a large file that is read by regions.
 
     Args:
         image: an `ImageSource`.
@@ -47,11 +50,13 @@ def read_source(
         DataError: if it cannot be read, or its shape or pixels are not those of an RGB image.
         TypeError: if it is not an image.
     """
-    channels, grey = pixel_format
+    channels, grey, tile = pixel_format
     if isinstance(image, str | Path):
         frame = parse_frame_name(image)
         if frame is not None:
             return (frames or FrameReader()).read(*frame)
+        if tile is not None and (regions := open_regions(image, tile, channels, grey)) is not None:
+            return regions
         if grey is None:
             return read_image(image, channels=channels)
         return read_image(image, channels=channels, value_range=(grey.low, grey.high), clip=grey.clip)

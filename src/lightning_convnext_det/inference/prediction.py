@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -280,7 +280,7 @@ class Prediction:
     def _pixels(self) -> Tensor:
         if self.image is None:
             raise ArgumentError("this prediction does not know its image; a Predictor's does")
-        return read_source(self.image, "the image")
+        return cast(Tensor, read_source(self.image, "the image"))
 
     # ---- helpers
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Fraction, check_arguments, check_class_names
 from lightning_convnext_det.data.io.pixels import Channels, GreyRange
+from lightning_convnext_det.data.io.regions import RegionImage
 from lightning_convnext_det.errors import ArgumentError, DivergenceError
 from lightning_convnext_det.inference.images import ImageSource, PixelFormat, read_source
 from lightning_convnext_det.inference.prediction import Prediction
@@ -117,7 +118,7 @@ class Predictor:
         self.progress = progress
         channels = next((part.in_chans for part in detector.modules() if isinstance(part, TimmPyramid)), 3)
         grey = None if value_range is None else GreyRange(*value_range, clip=True)
-        self.pixel_format = PixelFormat(cast(Channels, channels), grey)
+        self.pixel_format = PixelFormat(cast(Channels, channels), grey, tiles)
         self._augmented()  # refuses views that cannot be read
 
     @classmethod
@@ -252,7 +253,7 @@ class Predictor:
         """
         found = self(image) if prediction is None else prediction
         own = None if self.score_threshold == "best" else self.score_threshold
-        pixels = read_source(image, "the image", pixel_format=self.pixel_format)
+        pixels = cast(Tensor, read_source(image, "the image", pixel_format=self.pixel_format._replace(tile=None)))
         rgb = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels[:3]
         return found.draw_on(rgb, own if score_threshold is None else score_threshold, font)
 
@@ -267,7 +268,7 @@ class Predictor:
             detections: list[Detection] = self._augmented()([image.pixels.to(self.device) for image in batch])
         return [self._prediction(found, *image) for found, image in zip(detections, batch, strict=True)]
 
-    def _prediction(self, detection: Detection, source: ImageSource, pixels: Tensor) -> Prediction:
+    def _prediction(self, detection: Detection, source: ImageSource, pixels: Tensor | RegionImage) -> Prediction:
         labels, scores = detection["labels"].cpu(), detection["scores"].to("cpu", torch.float32)
         given = None if self.score_threshold in (None, "best") else [self.score_threshold] * len(self.class_names)
         least = self.score_thresholds if self.score_threshold == "best" else cast(list[float] | None, given)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from lightning_convnext_det.data.io.inputs import find_images, names_one_image
+from lightning_convnext_det.data.io.regions import RegionImage
 from lightning_convnext_det.data.io.video import FrameReader
 from lightning_convnext_det.data.loader import report_unreadable
 from lightning_convnext_det.errors import ArgumentError, DataError
@@ -35,7 +36,7 @@ class SourceImage(NamedTuple):
     """An image that has been read."""
 
     source: ImageSource
-    pixels: Tensor
+    pixels: Tensor | RegionImage
     """uint8 or float32 in 0..1, [3, H, W]."""
 
 

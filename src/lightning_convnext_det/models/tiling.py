@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Range, check_arguments
+from lightning_convnext_det.data.io.regions import RegionImage
+from lightning_convnext_det.models.image_transform import scale_boxes
 from lightning_convnext_det.ops.window_merging import TileMerge, merge_windows
 from lightning_convnext_det.ops.windows import Window, tile_windows
 from lightning_convnext_det.types import Detection
 
+WHOLE_SIDE = 2048  # pixels of the longer side; detectors resize to less
 Overlap = Annotated[float, Range(0, 1, below=True)]
 """From 0 to below 1, as the share of a window that the next one covers."""
 
@@ -61,8 +64,11 @@ class TiledDetector(nn.Module):
         self.whole = whole
         self.batch_size = batch_size
 
-    def forward(self, images: Sequence[Tensor] | Tensor) -> list[Detection]:
-        """Find objects in images, uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W]."""
+    def forward(self, images: Sequence[Tensor | RegionImage] | Tensor) -> list[Detection]:
+        """Find objects in images, uint8 or float in 0..1, each [C, H, W] of its own size, or stacked [B, C, H, W].
+
+        Of a `RegionImage`, one batch of windows is in memory at a time, and the whole image reduced to 2048 pixels.
+        """
         large = [i for i, image in enumerate(images) if max(image.shape[-2:]) > self.tile]
         if not large:
             unchanged: list[Detection] = self.detector(images)
@@ -73,17 +79,17 @@ class TiledDetector(nn.Module):
             found |= zip(small, self.detector([images[i] for i in small]), strict=True)
         return [found[i] for i in range(len(images))]
 
-    def _detect(self, image: Tensor) -> Detection:
+    def _detect(self, image: Tensor | RegionImage) -> Detection:
         """Find objects in the windows of one image."""
         height, width = image.shape[-2:]
         windows = tile_windows(height, width, self.tile, self.overlap)
         detections: list[Detection] = []
         for start in range(0, len(windows), self.batch_size):
             batch = windows[start : start + self.batch_size]
-            detections += self.detector([image[:, w.top : w.bottom, w.left : w.right] for w in batch])
+            detections += self.detector([_crop(image, window) for window in batch])
         if self.whole:
             windows = [*windows, Window(0, 0, width, height)]
-            detections += self.detector([image])
+            detections.append(self._detect_in_whole(image))
         offsets = [d["boxes"].new_tensor([w.left, w.top] * 2) for d, w in zip(detections, windows, strict=True)]
         boxes, scores, labels = merge_windows(
             torch.cat([d["boxes"] + offset for d, offset in zip(detections, offsets, strict=True)]),
@@ -95,3 +101,20 @@ class TiledDetector(nn.Module):
             margin=max(2.0, 0.01 * self.tile),  # detectors locate borders to about a hundredth of the image
         )
         return Detection(boxes=boxes, labels=labels, scores=scores)
+
+    def _detect_in_whole(self, image: Tensor | RegionImage) -> Detection:
+        """Find objects in the whole of one image, reduced where it cannot be in memory."""
+        if isinstance(image, Tensor):
+            found: Detection = self.detector([image])[0]
+            return found
+        _, height, width = image.shape
+        reduced = image.read(0, 0, width, height, WHOLE_SIDE)
+        found = self.detector([reduced])[0]
+        boxes = scale_boxes(found["boxes"], (reduced.shape[-2], reduced.shape[-1]), (height, width))
+        return Detection(boxes=boxes, labels=found["labels"], scores=found["scores"])
+
+
+def _crop(image: Tensor | RegionImage, window: Window) -> Tensor:
+    if isinstance(image, Tensor):
+        return image[:, window.top : window.bottom, window.left : window.right]
+    return image.read(*window)

@@ -3,7 +3,8 @@
 Two detections of different windows belong to one object if they agree in the area that both windows see. A box that a
 window has cut is compared with what the other window sees of the same area, so the half of an object matches its whole,
 and two neighbours do not match although their boxes may overlap. Detections of one window are never merged with each
-other: the detector itself has decided that they are different objects.
+other: the detector itself has decided that they are different objects. What only windows found that cut it, although
+another window sees all of it, is a wrong guess at a part, and dropped.
 """
 
 from typing import Literal
@@ -15,7 +16,9 @@ from lightning_convnext_det.ops.windows import find_cut_sides
 
 TileMerge = Literal["nmm", "nms", "wbf"]
 AGREEMENT = 0.5  # IoU in the common area: that of COCO's loosest match
-CONTAINMENT = 0.7  # share of a cut box inside another; a sliver at a border is located too badly for its IoU
+CONTAINMENT = 0.7  # share of a cut box inside another, whose part it is located too badly for
+_BOXES = 1024  # compared with all windows at a time
+PART_AGREEMENT = 0.3  # IoU that it needs all the same: a wrong box of half the image contains every part in it
 
 
 def merge_windows(
@@ -65,8 +68,25 @@ def merge_windows(
             new_boxes[members[0]] = _merged_box(on_cpu[rows], new_scores[rows], cut[rows], size[rows], method)
             new_scores[members[0]] = new_scores[rows].max()
     rows = torch.tensor(kept)
+    all_cut = torch.tensor([bool(cut[members].all()) for members in clusters])
+    unconfirmed = [
+        _are_whole_in_a_tile(some, windows, margin) for some in torch.split(new_boxes[rows[all_cut]], _BOXES)
+    ]
+    rows = rows[~all_cut.masked_scatter(all_cut, torch.cat(unconfirmed))]
     rows = rows[new_scores[rows].argsort(descending=True, stable=True)]
     return new_boxes[rows].to(device), new_scores[rows].to(device), labels[rows.to(device)]
+
+
+def _are_whole_in_a_tile(boxes: Tensor, windows: Tensor, margin: float) -> Tensor:
+    """Which boxes one of the smallest windows sees and does not cut, bool [N]."""
+    size = (windows[:, 2:] - windows[:, :2]).prod(dim=1)
+    tiles = windows[size == size.min()]  # the pass over the whole image may be too coarse for the object
+    count = len(tiles)
+    pairs = boxes.repeat_interleave(count, 0), tiles.repeat(len(boxes), 1)
+    cut = find_cut_sides(*pairs, windows[:, 2:].amax(0), margin).any(dim=1).view(-1, count)
+    low, high = tiles[:, :2] - margin, tiles[:, 2:] + margin
+    inside = ((boxes[:, None, :2] >= low) & (boxes[:, None, 2:] <= high)).all(dim=2)
+    return (inside & ~cut).any(dim=1)
 
 
 def _merged_box(boxes: Tensor, scores: Tensor, cut: Tensor, size: Tensor, method: TileMerge) -> Tensor:
@@ -137,5 +157,6 @@ def _affinity(boxes: Tensor, cut: Tensor, window: Tensor, others: Tensor, others
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)[:, None].clamp(min=1e-12)
     other_areas = (others[:, 2:] - others[:, :2]).prod(dim=1).clamp(min=1e-12)
     contained = torch.maximum(inside / areas * cut[:, None], inside / other_areas * others_cut)
-    weak = torch.where(contained >= CONTAINMENT, contained.clamp(max=1), torch.zeros(()))
+    is_part = (contained >= CONTAINMENT) & (agreement >= PART_AGREEMENT)
+    weak = torch.where(is_part, contained.clamp(max=1), torch.zeros(()))
     return torch.where(agreement >= AGREEMENT, 1 + agreement, weak)
