@@ -23,6 +23,7 @@ DETECTORS = {
         "--model.convention=torchvision",  # as Faster R-CNN
     ],
     "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refinement=true", "--model.num_queries=100"],
+    "DINOModule": ["--model.num_queries=100", "--model.feedforward_dim=1024"],  # as wide as Deformable DETR's
 }
 SMALL = ["--model.backbone=convnext_atto", "--model.min_size=160", "--model.max_size=214", "--data.batch_size=8"]
 PROPOSALS = ["--model.rpn_pre_nms_top_n=[500,1000]", "--model.rpn_post_nms_top_n=[300,1000]"]

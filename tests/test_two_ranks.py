@@ -228,3 +228,47 @@ def test_fit__slurm_requeues_once_and_the_job_goes_on(tmp_path: Path) -> None:
         assert again == whole[2:]
         assert equal_weights(tmp_path / f"slurm.{rank}.pt", tmp_path / f"whole.{rank}.pt")
     assert not (tmp_path / "slurm" / "hpc_ckpt_1.ckpt").is_symlink()
+
+
+LOSSES = """
+import json, sys, warnings
+from pathlib import Path
+warnings.filterwarnings("ignore")
+import torch
+from lightning_convnext_det import DINO
+from lightning_convnext_det.models.deformable_detr import denoising
+from tests.processes import launch
+
+folder, small = Path(sys.argv[1]), json.loads(sys.argv[2])
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(5)
+images = [torch.rand(3, 64, 96, generator=generator) for _ in range(4)]
+targets = [{"boxes": torch.rand(n, 4, generator=generator) * 20 + torch.tensor([0, 0, 30, 30]),
+            "labels": torch.randint(5, (n,), generator=generator)} for n in (7, 1, 0, 2)]
+draw = denoising.draw_noise
+
+def losses(places):
+    torch.manual_seed(0)
+    detector = DINO(5, "test_convnext", min_size=64, max_size=96, objects_multiple=8, **small)
+    whole = draw(2, denoising.Objects(torch.zeros(4, 8, 4), torch.zeros(4, 8, dtype=torch.int64), [0] * 4), 5)
+    denoising.draw_noise = lambda *_: denoising.Noise(*(x[:, places] for x in whole))
+    return {name: float(x) for name, x in detector(images[places], targets[places]).items()}
+
+def run(rank, world_size):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    (folder / f"losses.{rank}").write_text(json.dumps(losses(slice(2 * rank, 2 * rank + 2))))
+
+print(json.dumps([launch(run, 2, folder / "log"), losses(slice(4))]))
+"""
+
+
+@pytest.mark.heavy
+def test_dino__losses_of_two_ranks_are_those_of_one_with_both_batches(tmp_path: Path) -> None:
+    result = run_script(LOSSES, tmp_path, json.dumps(SMALL["DINOModule"]))
+    assert result.returncode == 0, result.stderr
+    statuses, together = json.loads(result.stdout.splitlines()[-1])
+    assert statuses == [0, 0], log(tmp_path, "log")
+    ranks = [json.loads((tmp_path / f"losses.{rank}").read_text()) for rank in (0, 1)]  # of 8 and 2 objects
+    # gradients are averaged over ranks, and so are the losses that they are of
+    assert {name: (ranks[0][name] + ranks[1][name]) / 2 for name in together} == pytest.approx(together, rel=1e-5)
+    assert together["loss_box_denoising"] > 0

@@ -1,12 +1,18 @@
-"""Deformable DETR on an XLA device; run by ``make test-xla``, in an environment that has torch_xla."""
+"""Deformable DETR and DINO on an XLA device; run by ``make test-xla``, in an environment that has torch_xla."""
 
 import math
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
+from lightning_convnext_det.models.deformable_detr import denoising
+from lightning_convnext_det.models.deformable_detr.criterion import Objects
+from lightning_convnext_det.models.deformable_detr.denoising import Noise, draw_noise
+from lightning_convnext_det.models.deformable_detr.detector import QueryDetector
+from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.types import Target
 
@@ -68,7 +74,7 @@ def compiled_graphs() -> int:
     return int(data[0]) if data else 0
 
 
-def train(detector: DeformableDETR, device: torch.device) -> tuple[list[dict[str, float]], list[int]]:
+def train(detector: QueryDetector, device: torch.device) -> tuple[list[dict[str, float]], list[int]]:
     """The losses of every step, and how many graphs have been compiled by the end of it."""
     detector.to(device).train()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
@@ -89,10 +95,29 @@ def train(detector: DeformableDETR, device: torch.device) -> tuple[list[dict[str
     return losses, graphs
 
 
-@pytest.mark.parametrize("two_stage", [False, True], ids=["boxref", "two_stage"])
-def test_deformable_detr__trains_on_xla_as_on_the_cpu(device: torch.device, two_stage: bool) -> None:
-    expected, _ = train(build(two_stage=two_stage), torch.device("cpu"))
-    losses, graphs = train(build(two_stage=two_stage), device)
+def build_dino() -> DINO:
+    torch.manual_seed(0)
+    return DINO(3, **{**SMALL, "denoising_queries": 16})  # type: ignore[arg-type]
+
+
+def draw_on_the_host(copies: int, objects: Objects, num_classes: int) -> Noise:
+    """Draw the same noise on any device."""
+    host = torch.zeros(objects.labels.shape, dtype=torch.int64)
+    noise = draw_noise(copies, Objects(torch.zeros(*host.shape, 4), host, objects.counts), num_classes)
+    return Noise(*(x.to(objects.boxes.device) for x in noise))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [build, lambda: build(two_stage=True), build_dino],
+    ids=["boxref", "two_stage", "dino"],
+)
+def test_query_detector__trains_on_xla_as_on_the_cpu(
+    device: torch.device, build: Callable[[], QueryDetector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoising, "draw_noise", draw_on_the_host)
+    expected, _ = train(build(), torch.device("cpu"))
+    losses, graphs = train(build(), device)
     print(f"\ngraphs compiled by the end of each step: {graphs}")
     for step, (ours, theirs) in enumerate(zip(losses, expected, strict=True)):
         worst = max(abs(ours[name] - theirs[name]) for name in theirs)

@@ -5,7 +5,6 @@ Limits are those of the goldens' README, ten times what rounding changes; the co
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -197,7 +196,8 @@ def train(name: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> tup
 @pytest.mark.parametrize(
     ("dtype", "of_losses", "of_norms", "of_gradients"),
     [
-        # float32 rounds GIoU by 1.04e-5 and two norms of sampling offsets by 1.8e-4: the limits of the README
+        # the README's limits but for gradients: a sample of train_3_0 is so near to a cell's centre that 1e-7 of noise
+        # on the weights, also in float32, moves a gradient by 1.2e-3 of its maximum or by 4e-6, and nothing between
         pytest.param(torch.float32, 1e-4, 5e-4, 2e-3, id="float32"),
         pytest.param(torch.float64, 1e-5, 1e-4, 5e-4, id="float64"),  # seen: 4e-6, 6e-5
     ],
@@ -347,9 +347,8 @@ def test_criterion__units() -> None:
         torch.testing.assert_close(losses[f"loss_{ours}"], units[f"matcher.loss_{theirs}"][0], rtol=1e-5, atol=0)
 
 
-def test_deformable_attention__units() -> None:
-    from lightning_convnext_det.models.deformable_detr.levels import encode_sine
-    from lightning_convnext_det.models.deformable_detr.transformer import LookForwardTwiceDecoder
+def test_encode_boxes__units() -> None:
+    from lightning_convnext_det.models.deformable_detr.dino_decoder import LookForwardTwiceDecoder
 
     units = load_file(GOLDENS / "units" / "units.safetensors")
     for width in (32, 128):
@@ -359,5 +358,3 @@ def test_deformable_attention__units() -> None:
         torch.nn.init.zeros_(decoder.position_head[0].bias)
         encoded = decoder.encode_boxes(units["sine.refs"])
         torch.testing.assert_close(encoded.detach(), units[f"sine.{width}"], rtol=0, atol=2e-5)
-    assert encode_sine(torch.zeros(1), 4).tolist() == [[0.0, 1.0, 0.0, 1.0]]
-    assert np.isfinite(units["sine.128"].numpy()).all()

@@ -18,15 +18,11 @@ from lightning_convnext_det.models.deformable_detr.criterion import Objects, Per
 from lightning_convnext_det.models.deformable_detr.denoising import Denoising, DenoisingQueries, block_attention
 from lightning_convnext_det.models.deformable_detr.detector import Outputs, QueryDetector
 from lightning_convnext_det.models.deformable_detr.dino_criterion import DINOCriterion
+from lightning_convnext_det.models.deformable_detr.dino_decoder import LookForwardTwiceDecoder
 from lightning_convnext_det.models.deformable_detr.heads import apply_in_full_precision, create_heads, reset_heads
 from lightning_convnext_det.models.deformable_detr.levels import Levels, PyramidLevels
 from lightning_convnext_det.models.deformable_detr.proposals import QuerySelection
-from lightning_convnext_det.models.deformable_detr.transformer import (
-    Encoder,
-    LookForwardTwiceDecoder,
-    check_width,
-    reset_transformer,
-)
+from lightning_convnext_det.models.deformable_detr.transformer import Encoder, check_width, reset_transformer
 from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, Resize
 from lightning_convnext_det.models.selection import Selection
 from lightning_convnext_det.ops.nms import NMSMethod
@@ -217,7 +213,7 @@ class DINO(QueryDetector):
         class_heads, box_heads = list(self.class_heads), list(self.box_heads)
         proposals, boxes, usable = self.proposer(memory, levels, class_heads.pop(), box_heads.pop(), self.num_queries)
         count = boxes.shape[1]
-        contents, blocked, attended = self.query_embedding.weight[:count].expand(len(boxes), -1, -1), None, usable
+        contents, blocked, attended = self.query_embedding.weight[:count].expand(boxes.shape[0], -1, -1), None, usable
         if noisy is not None:
             contents = torch.cat([noisy.contents, contents], 1)
             boxes = torch.cat([noisy.box_logits.sigmoid(), boxes], 1)

@@ -125,7 +125,7 @@ class QuerySelection(TokenProposals):
         features = self.project(memory, valid)
         logits = apply_in_full_precision(class_head, features)  # [B, S, C]
         chosen, usable = self.choose(logits.amax(-1), valid, num_queries)
-        initial = _take(boxes.expand(len(memory), -1, -1), chosen).logit()
+        initial = _take(boxes.expand(memory.shape[0], -1, -1), chosen).logit()
         box_logits = apply_in_full_precision(box_head, _take(features, chosen)) + initial
         box = box_logits.masked_fill(~usable[:, :, None], float("inf")).sigmoid()  # [B, Q, 4]
         return Proposals(Predictions(_take(logits, chosen)[None], box[None]), box.detach(), usable)
