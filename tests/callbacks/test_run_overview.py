@@ -52,7 +52,7 @@ class Clock(Callback):
 
 
 def _log(module: pl.LightningModule, batch: object, batch_idx: int) -> object:
-    module.log("train/loss", 0.5, batch_size=1)
+    module.log_dict({"train/loss": 0.5, "train/loss_boxes_aux0": 0.1}, batch_size=1)
     return sum(p.sum() for p in module.parameters() if p.requires_grad) * 0.0
 
 

@@ -142,7 +142,8 @@ def forecast(trainer: pl.Trainer, pace: Pace) -> str:
 def progress_line(trainer: pl.Trainer, pace: Pace) -> str:
     """Epoch, step, time to go, losses and last mAP on a line."""
     metrics = {**trainer.logged_metrics, **trainer.callback_metrics}
-    names = [name for name in metrics if name.startswith("train/loss") and not name.endswith("_step")]
+    # without those of the decoder's inner layers, of which Deformable DETR has fifteen
+    names = [name for name in metrics if name.startswith("train/loss") and "_aux" not in name]
     shown = [f"{name} {float(metrics[name]):.3f}" for name in [*names, "val/map"] if name in metrics]
     total, to_go = float(trainer.estimated_stepping_batches), pace.seconds_to_go(trainer)
     of = f" of {total:.0f}" if math.isfinite(total) else ""
