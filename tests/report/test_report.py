@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.report.analysis import analyse
-from lightning_convnext_det.report.curves import read_learning_curves
+from lightning_convnext_det.report.curves import read_learning_curves, write_learning_curves
 from lightning_convnext_det.report.drawings import crop_label_errors
 from lightning_convnext_det.report.evaluation import evaluate_predictions
+from lightning_convnext_det.report.training import metric_table
 
 pytestmark = pytest.mark.heavy
 Spoil = Callable[[dict[str, Any]], None]
@@ -155,3 +157,28 @@ def test_read_learning_curves__averages_the_steps_of_an_epoch(tmp_path: Path) ->
     log = tmp_path / "metrics.csv"
     log.write_text("epoch,step,train/loss,val/map\n0,9,2.0,\n0,19,1.0,\n0,19,,0.25\n1,29,0.5,\n")
     assert read_learning_curves(log) == {"train/loss": ([0.0, 1.0], [1.5, 0.5]), "val/map": ([0.0], [0.25])}
+
+
+def test_write_learning_curves__draws_one_plot_for_losses_and_one_for_metrics(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text("epoch,step,train/loss,val/map\n0,9,2.0,\n0,19,,0.25\n1,29,0.5,\n")
+    assert write_learning_curves(log, tmp_path / "both.png")
+    log.write_text("epoch,step,train/loss,val/map\n0,9,2.0,\n1,29,0.5,\n")
+    assert write_learning_curves(log, tmp_path / "losses.png")
+    with Image.open(tmp_path / "both.png") as both, Image.open(tmp_path / "losses.png") as losses:
+        assert both.width == 2 * losses.width
+        assert both.height == losses.height
+    log.write_text("epoch,step,lr\n0,9,2.0\n")
+    assert not write_learning_curves(log, tmp_path / "none.png")
+
+
+def test_metric_table__has_the_best_epoch_and_the_last(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text("epoch,step,train/loss,val/map\n0,9,,0.25\n1,19,,0.5\n2,29,,nan\n3,39,,0.25\n")
+    assert [line.split() for line in metric_table(log, "val/map")] == [
+        ["best", "last"],
+        ["epoch", "1", "3"],
+        ["val/map", "0.500", "0.250"],
+    ]
+    log.write_text("epoch,step,train/loss\n0,9,2.0\n")
+    assert metric_table(log, "val/map") == []

@@ -166,7 +166,7 @@ def save_learning(groups: Mapping[str, Mapping[str, Curve]], destination: Path) 
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(True, color="#dddddd", linewidth=0.6)
         _draw_learning(axes, curves)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=7)
     figure.savefig(destination, dpi=110)
 
 
