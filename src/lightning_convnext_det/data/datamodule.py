@@ -1,5 +1,6 @@
 """LightningDataModule for detection datasets in COCO, Pascal VOC or YOLO format, and for datasets of the user's own."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
@@ -95,8 +96,9 @@ class DetectionDataModule(LoadingDataModule):
         train_transforms: augmentation of training images: ``none``; ``flip``: horizontal flip; ``multiscale``: flip,
             resize to one of ``sizes``, in half of the cases after a random crop; ``lsj``: flip, scale by 0.1 to 2, crop
             or pad to a square; ``tiles``: flip, crop to a window of ``crop_size`` at the image's own resolution, in
-            which an object counts if 40 % of its area are visible. Or a transform of torchvision v2, or any callable
-            on image and target.
+            which an object counts if 40 % of its area are visible; ``mosaic``: crops of four images in one, but for
+            the last tenth of the training, and flip. Or a transform of torchvision v2, or any callable on image and
+            target.
         sizes: shorter sides for ``multiscale`` in pixels.
         max_size: largest longer side for ``multiscale`` in pixels.
         crop_size: side of the square for ``lsj`` and of the windows for ``tiles`` in pixels; --tiles sets it.
@@ -172,6 +174,8 @@ class DetectionDataModule(LoadingDataModule):
         super().__init__(predict, batch_size, num_workers, seed, drop_last, persistent_workers, timeout)
         check_arguments(DetectionDataModule.__init__, locals())
         check_choices(root, datasets, predict, predict_split, repeat_threshold, class_names, value_range)
+        if datasets is not None and train_transforms == "mosaic":
+            raise ArgumentError("mosaic joins images of a folder; give root, not datasets")
         self.repeat_threshold = repeat_threshold
         self.train_transforms = train_transforms
         self.predict_split, self.predict_recursive = predict_split, predict_recursive
@@ -265,7 +269,10 @@ class DetectionDataModule(LoadingDataModule):
             self.check_shared_memory(int(dataset.annotations.sizes.prod(axis=1).mean()))
             if self.repeat_threshold:
                 factors = repeat_factors(dataset.annotations, self.repeat_threshold)
-        return self.training_loader(TrainingLoader, dataset, dataset.landscape, factors)
+        loader = self.training_loader(TrainingLoader, dataset, dataset.landscape, factors)
+        if self.train_transforms == "mosaic":
+            loader.before_epoch = self._close_mosaics
+        return loader
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Validation batches of this rank, over all ranks each image once; an empty list without validation."""
@@ -337,7 +344,17 @@ class DetectionDataModule(LoadingDataModule):
             return None
         step = max(1, len(annotations) // SAMPLED)
         reader = self._image_reader([annotations.path(index) for index in range(0, len(annotations), step)])
-        return DetectionDataset(annotations, transforms, training=training, seed=seed, read=reader)
+        mosaic = training and self.train_transforms == "mosaic"
+        return DetectionDataset(annotations, transforms, training=training, seed=seed, read=reader, mosaic=mosaic)
+
+    def _close_mosaics(self, loader: TrainingLoader) -> None:
+        """End mosaics a tenth of the epochs, and at least one, before the training, as far as its length is known."""
+        if self.trainer is None:
+            return
+        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches / len(loader)
+        ends = [length for length in (self.trainer.max_epochs or 0, math.ceil(steps)) if length > 0]
+        if ends:
+            cast(DetectionDataset, loader.dataset).mosaic_epochs.fill_(min(ends) - max(1, round(min(ends) / 10)))
 
     def _image_reader(self, paths: Sequence[Path]) -> ImageReader:
         """Reads images with the channels that the model takes, and 16-bit grey by its range of values."""

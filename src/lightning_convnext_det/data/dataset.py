@@ -13,6 +13,7 @@ from lightning_convnext_det.data.annotations import DetectionAnnotations
 from lightning_convnext_det.data.batch import Sample, UnreadableImage
 from lightning_convnext_det.data.io.reader import ImageReader
 from lightning_convnext_det.data.io.video import FrameReader, parse_frame_name
+from lightning_convnext_det.data.mosaic import NUM_IMAGES, create_mosaic
 from lightning_convnext_det.data.sampler import Key
 from lightning_convnext_det.data.seeding import SeededDataset, seeded
 from lightning_convnext_det.data.transforms import SampleTransform, transform_sample
@@ -46,6 +47,10 @@ class DetectionDataset(SeededDataset):
         training: leave out crowd boxes. Otherwise targets also have ``area`` and ``iscrowd``, or VOC's ``difficult``.
         seed: of the transforms.
         read: decodes the images.
+        mosaic: put each image together from crops of four, see `create_mosaic`, in epochs before ``mosaic_epochs``.
+
+    Attributes:
+        mosaic_epochs: a number that worker processes share, int64 []; 0 without ``mosaic``.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class DetectionDataset(SeededDataset):
         training: bool,
         seed: int = 0,
         read: ImageReader = ImageReader(),  # noqa: B008  # frozen
+        mosaic: bool = False,
     ) -> None:
         if transforms is not None and not training:
             raise ValueError("transforms are for training: evaluation compares boxes in pixels of the original images")
@@ -64,6 +70,8 @@ class DetectionDataset(SeededDataset):
         self.training = training
         self.seed = seed
         self.read = read
+        self.mosaic_epochs = torch.tensor(torch.iinfo(torch.int64).max if mosaic else 0)
+        self.mosaic_epochs.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -93,12 +101,17 @@ class DetectionDataset(SeededDataset):
             return [self[one] for one in key]
         epoch, number = key if isinstance(key, tuple) else (0, key)
         index = number % len(self) if isinstance(key, tuple) else number  # a copy, augmented by its own number
-        image = self._read(epoch, index)
-        target = self.target(index)
-        if self.transforms is None:
-            return image, target
         with seeded(self.seed, epoch, number):
-            return transform_sample(self.transforms, image, target)
+            joins = epoch < int(self.mosaic_epochs)
+            image, target = self._mosaic(epoch, index) if joins else self._sample(epoch, index)
+            return (image, target) if self.transforms is None else transform_sample(self.transforms, image, target)
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        return self._read(epoch, index), self.target(index)
+
+    def _mosaic(self, epoch: int, index: int) -> Sample:
+        others = torch.randint(len(self), (NUM_IMAGES - 1,)).tolist()
+        return create_mosaic([self._sample(epoch, one) for one in (index, *others)])
 
     def target(self, index: int) -> Target:
         """The target of an image before transforms; its tensors are copies."""

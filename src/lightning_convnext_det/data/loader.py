@@ -88,10 +88,14 @@ class TrainingLoader(EvaluationLoader):
     sampler: TrainingBatchSampler
     follows_checkpoint = True
     """Whether the seed of a loaded state replaces the one that the loader was created with."""
+    before_epoch: Callable[["TrainingLoader"], None] | None = None
+    """Called in the main process before the first batch of an epoch is read."""
     _received = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises an internal class
         """Yield the batches of the sampler's epoch, from the position of a loaded state on."""
+        if self.before_epoch is not None:
+            self.before_epoch(self)
         self._received = self.sampler.start
         for batch in super().__iter__():
             self._received += 1

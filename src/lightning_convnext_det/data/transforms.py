@@ -1,4 +1,4 @@
-"""Augmentation of training images and their boxes: five presets of torchvision v2 transforms.
+"""Augmentation of training images and their boxes: six presets of torchvision v2 transforms.
 
 ``ShortestSide`` and ``LargeScaleJitter`` round sides to the nearest pixel, at least 1; torchvision's RandomShortestSize
 and ScaleJitter round down, to 0 for very narrow images. All random numbers come from torch's CPU generator, which
@@ -22,7 +22,7 @@ from lightning_convnext_det.types import Target
 _logger = logging.getLogger(__name__)
 _warned: set[str] = set()  # codes of warnings that this process has given
 
-Preset = Literal["none", "flip", "multiscale", "lsj", "tiles"]
+Preset = Literal["none", "flip", "multiscale", "lsj", "tiles", "mosaic"]
 SampleTransform: TypeAlias = v2.Transform | Callable[[tv_tensors.Image, Target], tuple[tv_tensors.Image, Target]]
 """A transform of an image, uint8 [C, H, W], and its target; ``boxes`` is a ``tv_tensors.BoundingBoxes``."""
 RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
@@ -211,8 +211,9 @@ def create_transforms(
         preset: ``none``; ``flip``: horizontal flip with probability 0.5; ``multiscale``: flip, then resize to one of
             ``sizes``, in half of the cases after a random crop (DETR, arXiv:2005.12872); ``lsj``: flip, resize to 0.1
             to 2 times ``crop_size``, crop or pad to that square (arXiv:2012.07177); ``tiles``: flip, crop to a window
-            of ``crop_size`` at the image's own resolution, see `RandomTile`. A transform or another callable on image
-            and target is returned as it is.
+            of ``crop_size`` at the image's own resolution, see `RandomTile`; ``mosaic``: flip, of images that the
+            dataset puts together from four, see `create_mosaic`. A transform or another callable on image and target
+            is returned as it is.
         sizes: shorter sides for ``multiscale`` in pixels. Its crop scales with the largest of them; for 800, as in
             DETR, it is: resize to 400, 500 or 600, crop to 384 ... 600.
         max_size: largest longer side for ``multiscale`` in pixels.
