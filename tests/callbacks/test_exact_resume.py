@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_convnext_det import DetectionDataModule
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.exact_resume import seed_step
+from lightning_convnext_det.data.repeat_factors import repeat_factors
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules import DeformableDETRModule, DetectionModule, FasterRCNNModule
 from tests.training import TINY, create_batches, create_trainer
@@ -81,7 +82,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     def __init__(
         self, detector: str, num_workers: int, data: Path, folder: Path, interruption: Interruption | None = None,
-        resume: bool = False, ema: bool = False, accumulate: int = 1,
+        resume: bool = False, ema: bool = False, accumulate: int = 1, repeat_threshold: float = 0.0,
     ) -> None:  # fmt: skip
         torch.manual_seed(0 if not resume else 99)  # a resumed run takes the seed of the first
         self.watch = interruption or Interruption()
@@ -91,8 +92,9 @@ class Run:
             callbacks.append(EMAWeightAveraging(decay=0.8))
         best = BestCheckpoint(folder, "best", "val/map", mode="max", save_last=True, enable_version_counter=False)
         module = DetectionDataModule(
-            str(data), batch_size=4, num_workers=num_workers, train_transforms="lsj", crop_size=64
-        )
+            str(data), batch_size=4, num_workers=num_workers, train_transforms="lsj", crop_size=64,
+            repeat_threshold=repeat_threshold,
+        )  # fmt: skip
         trainer = create_trainer(
             folder,
             max_epochs=3,
@@ -113,7 +115,7 @@ def check(tmp_path: Path, data: Path, detector: str, num_workers: int, point: st
     assert (whole.status, before.status) == (0, 143)
     after = Run(detector, num_workers, data, tmp_path / "parts", resume=True, **more)
     assert after.status == 0
-    assert len(before.watch.seen) < 9
+    assert len(before.watch.seen) < len(whole.watch.seen)
     assert before.watch.seen + after.watch.seen == whole.watch.seen
     assert before.watch.figures + after.watch.figures == whole.watch.figures  # each epoch was measured, once
     weights = [run.module.state_dict() for run in (whole, after)]
@@ -127,6 +129,15 @@ def check(tmp_path: Path, data: Path, detector: str, num_workers: int, point: st
 )
 def test_resume__gives_the_same_weights(tmp_path: Path, data: Path, detector: str, point: str) -> None:
     check(tmp_path, data, detector, 0, point)
+
+
+@pytest.mark.heavy
+def test_resume__repeated_images_go_on(tmp_path: Path, data: Path) -> None:
+    """Images with rare classes come several times, each time augmented by numbers of its own."""
+    check(tmp_path, data, "faster_rcnn", 0, "in the second epoch", repeat_threshold=1.0)
+    annotations = DetectionDataModule(str(data)).annotations("train")
+    assert annotations is not None
+    assert repeat_factors(annotations, 1.0).max() > 1.2
 
 
 @pytest.mark.slow

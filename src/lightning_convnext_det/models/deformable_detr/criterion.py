@@ -100,12 +100,16 @@ class SetCriterion(nn.Module):
         auxiliary_losses: train every decoder layer, not only the last.
         alpha: weight of positives in the focal loss and cost.
         gamma: exponent that turns easy examples down in the focal loss and cost.
+        class_weights: factor of the focal loss of queries that are matched with an object of each class, float [C];
+            None for 1 each.
 
     Raises:
         ValueError: if factors are not three numbers of at least 0, or all costs are 0.
     """
 
     giou_eps = 0.0  # see `generalized_iou`
+    proposals_have_classes = False
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -114,8 +118,10 @@ class SetCriterion(nn.Module):
         auxiliary_losses: bool = True,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.loss_weights = _per_loss("loss_weights", loss_weights)
         self.matching_costs = _per_loss("matching_costs", matching_costs)
         if not any(matching_costs):
@@ -174,7 +180,8 @@ class SetCriterion(nn.Module):
         """Compute the weighted losses of matched predictions; all layers but the last have ``_aux`` in their names."""
         last = len(predictions.logits) - 1
         losses = {}
-        for key, values in self._compare(predictions, objects, pairs).items():
+        has_classes = suffix != "_proposals" or self.proposals_have_classes
+        for key, values in self._compare(predictions, objects, pairs, has_classes).items():
             weighted = values * (self.loss_weights[key] / divisor)  # [layers]
             for layer, value in enumerate(weighted):
                 losses[f"loss_{key}{suffix}" + (f"_aux{layer}" if layer < last else "")] = value
@@ -219,10 +226,15 @@ class SetCriterion(nn.Module):
         costs = self.matching_costs
         return costs["classification"] * (positive - negative) + costs["box"] * distance - costs["giou"] * overlap
 
-    def _compare(self, predictions: Predictions, objects: Objects, pairs: Matches) -> dict[str, Tensor]:
+    def _compare(
+        self, predictions: Predictions, objects: Objects, pairs: Matches, has_classes: bool
+    ) -> dict[str, Tensor]:
         """Sum the losses of each layer over images, queries and classes, float32 [layers] each."""
         wanted = _one_hot(predictions, objects, pairs)
         focal = sigmoid_focal_loss(predictions.logits, wanted, self.alpha, self.gamma)
+        if self.class_weights is not None and has_classes:
+            of_query = (wanted * self.class_weights).sum(-1) + (1 - wanted.amax(-1))  # [layers, B, Q]
+            focal = focal * of_query[..., None]
         if objects.ignored is not None:  # a query without an object is background, but not in an ignored region
             left_out = find_ignored(corners(predictions.boxes.detach()), objects.ignored) & (wanted.amax(-1) == 0)
             focal = focal.masked_fill(left_out[..., None], 0.0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Fraction, NonNegative, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.models.class_weights import weight_classes
 from lightning_convnext_det.models.deformable_detr.criterion import Objects, PerLoss, Predictions
 from lightning_convnext_det.models.deformable_detr.denoising import Denoising, DenoisingQueries, block_attention
 from lightning_convnext_det.models.deformable_detr.detector import Outputs, QueryDetector
@@ -103,6 +104,8 @@ class DINO(QueryDetector):
         soft_nms_sigma: width of the Gaussian by which ``soft`` lowers scores, in squared IoU; smaller lowers more.
         detections_per_image: the most detections per image; those without area in the image are dropped of these.
         in_chans: channels of the images.
+        class_weights: factor of the focal loss of queries that are matched with an object of each class, in order of
+            label; None for 1 each.
 
     Raises:
         ValueError: if an argument does not fit the others or the backbone.
@@ -158,6 +161,7 @@ class DINO(QueryDetector):
         soft_nms_sigma: Positive = 0.5,
         detections_per_image: Count = 300,
         in_chans: Count = 3,
+        class_weights: Sequence[NonNegative] | None = None,
     ) -> None:
         super().__init__()
         check_arguments(DINO.__init__, locals())
@@ -186,7 +190,8 @@ class DINO(QueryDetector):
             Denoising(num_classes, hidden_dim, denoising_queries, label_noise, box_noise) if denoising_queries else None
         )
         reset_transformer(self.encoder, self.proposer, self.query_embedding, self.decoder)
-        self.criterion = DINOCriterion(loss_weights, matching_costs, auxiliary_losses=auxiliary_losses)
+        weights = weight_classes(class_weights, num_classes)
+        self.criterion = DINOCriterion(loss_weights, matching_costs, auxiliary_losses, class_weights=weights)
 
     def _create_heads(self, hidden_dim: int, count: int) -> tuple[nn.ModuleList, nn.ModuleList]:
         """Create the heads of all layers, which start as copies of one, as detrex's do."""

@@ -14,6 +14,7 @@ class DINOCriterion(SetCriterion):
     image, which counts for boxes of a few pixels.
     """
 
+    proposals_have_classes = True
     giou_eps = 1e-6  # detrex/layers/box_ops.py
 
     def forward(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, Fraction, NonNegative, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.models.class_weights import weight_classes
 from lightning_convnext_det.models.deformable_detr.criterion import Objects, PerLoss, Predictions, SetCriterion
 from lightning_convnext_det.models.deformable_detr.detector import Outputs, QueryDetector
 from lightning_convnext_det.models.deformable_detr.heads import (
@@ -103,6 +104,8 @@ class DeformableDETR(QueryDetector):
         soft_nms_sigma: width of the Gaussian by which ``soft`` lowers scores, in squared IoU; smaller lowers more.
         detections_per_image: the most detections per image.
         in_chans: channels of the images.
+        class_weights: factor of the focal loss of queries that are matched with an object of each class, in order of
+            label; None for 1 each.
 
     Raises:
         ValueError: if an argument does not fit the others or the backbone.
@@ -153,6 +156,7 @@ class DeformableDETR(QueryDetector):
         soft_nms_sigma: Positive = 0.5,
         detections_per_image: Count = 100,
         in_chans: Count = 3,
+        class_weights: Sequence[NonNegative] | None = None,
     ) -> None:
         super().__init__()
         check_arguments(DeformableDETR.__init__, locals())
@@ -172,7 +176,8 @@ class DeformableDETR(QueryDetector):
         self.encoder = Encoder(encoder_layers, (*layer, encoder_points), gradient_checkpointing)
         self.decoder = Decoder(decoder_layers, (*layer, decoder_points), box_refinement)
         self._add_heads(hidden_dim, two_stage)
-        self.criterion = SetCriterion(loss_weights, matching_costs, auxiliary_losses=auxiliary_losses)
+        weights = weight_classes(class_weights, num_classes)
+        self.criterion = SetCriterion(loss_weights, matching_costs, auxiliary_losses, class_weights=weights)
 
     def _add_heads(self, hidden_dim: int, two_stage: bool) -> None:
         self.proposer = Proposer(hidden_dim) if two_stage else None

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, Positive, check_arguments
+from lightning_convnext_det.arguments import Count, Fraction, NonNegative, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.models.class_weights import weight_classes
 from lightning_convnext_det.models.fpn import PyramidFPN
 from lightning_convnext_det.models.image_transform import (
     IMAGENET_MEAN,
@@ -110,6 +111,8 @@ class FasterRCNN(SelectsDetections, nn.Module):
         convention: whose details to follow, ``torchvision`` (Faster R-CNN's default) or ``mmdetection`` (Cascade
             R-CNN's default); weights trained under one give other boxes under the other. A mapping changes single
             points, e.g. ``{base: mmdetection, roi_aligned: false}``; `Convention` lists them.
+        class_weights: factor of the classification loss of samples of each class, in order of label; background
+            has 1. None for 1 each.
 
     Raises:
         ValueError: if an argument is out of range or does not fit the others.
@@ -164,6 +167,7 @@ class FasterRCNN(SelectsDetections, nn.Module):
         soft_nms_sigma: Positive = 0.5,
         detections_per_image: Count = 100,
         convention: ConventionSetting | None = None,
+        class_weights: Sequence[NonNegative] | None = None,
     ) -> None:
         super().__init__()
         check_arguments(FasterRCNN.__init__, locals())
@@ -181,7 +185,10 @@ class FasterRCNN(SelectsDetections, nn.Module):
         self.rpn = ProposalNetwork(self.backbone.strides, fpn_channels, anchor_sizes, aspect_ratios, rules, draw, keep)
         draw = Sampling(box_fg_iou_threshold, box_bg_iou_threshold, box_batch_size_per_image, box_positive_fraction)
         pooler, kind = create_pooler(self.backbone.strides, roi_output_size, rules), box_head or self.default_box_head
-        stages = StageBuilder(pooler, kind, fpn_channels, box_head_features, num_classes, rules, self.selection)
+        weights = weight_classes(class_weights, num_classes)
+        stages = StageBuilder(
+            pooler, kind, fpn_channels, box_head_features, num_classes, rules, self.selection, weights
+        )
         self.roi_heads = self.create_roi_heads(stages, draw)
 
     def create_roi_heads(self, stages: StageBuilder, sampling: Sampling) -> "BoxHeads | CascadeHeads":

@@ -68,8 +68,10 @@ class BoxHeads(RoIHeads):
         selection: which detections are kept.
         stds: standard deviations of the deltas.
         match_best: with MMDetection's matching, also match each object's best proposal if it reaches the threshold.
+        class_weights: factor of the classification loss of each class, float [classes]; None for 1 each.
     """
 
+    class_weights: Tensor | None
     # torchvision's names, by which its users change them
     score_thresh = Setting[float]("score_threshold")
     nms_thresh = Setting[float]("nms_threshold")
@@ -85,10 +87,13 @@ class BoxHeads(RoIHeads):
         selection: Selection,
         stds: Stds = FASTER_STDS,
         match_best: bool = True,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.selection = selection  # first: torchvision's constructor sets the attributes above
         limits = selection.score_threshold, selection.nms_threshold, selection.detections_per_image
         super().__init__(pooler, head, predictor, *sampling, None, *limits)
+        background = None if class_weights is None else torch.cat((torch.ones(1), class_weights))
+        self.register_buffer("class_weights", background, persistent=False)  # [classes + 1]
         self.box_coder = create_box_coder(stds, convention.box_coding)
         self.box_loss = create_box_loss(convention.box_loss, self.box_coder, convention.box_smooth_l1_beta)
         default_weight = 10.0 if convention.box_loss == "giou" else 1.0
@@ -154,8 +159,15 @@ class BoxHeads(RoIHeads):
         boxes = torch.cat([s.boxes for s in samples])[object_rows]
         ground_truth = torch.cat([s.ground_truth for s in samples])[object_rows]
         loss = self.box_loss(own, boxes, ground_truth) * (self.box_loss_weight / max(1, len(labels)))
-        classification = F.cross_entropy(logits, labels) if len(labels) else logits.sum()  # 0 if there is no proposal
-        return classification, loss
+        return self._classification_loss(logits, labels), loss
+
+    def _classification_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over all samples, weighted or not, so that a weight of 2 doubles what its class adds."""
+        if len(labels) == 0:
+            return logits.sum()  # 0 if there is no proposal
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, self.class_weights, reduction="sum") / len(labels)
 
     def move(self, deltas: Tensor, labels: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
         """Move each box by the deltas of one class, and clip it to its image.
@@ -217,12 +229,16 @@ class StageBuilder(NamedTuple):
     num_classes: int
     convention: Convention
     selection: Selection
+    class_weights: Tensor | None = None
 
     def build(self, sampling: Sampling, stds: Stds = FASTER_STDS, match_best: bool = True) -> BoxHeads:
         """Build box heads with weights of their own, see `BoxHeads`."""
         head = create_box_head(self.kind, self.channels, self.pooler.output_size[0], self.features)
         predictor = BoxPredictor(self.features, self.num_classes + 1)  # torchvision's background is class 0
-        return BoxHeads(self.pooler, head, predictor, self.convention, sampling, self.selection, stds, match_best)
+        return BoxHeads(
+            self.pooler, head, predictor, self.convention, sampling, self.selection, stds, match_best,
+            self.class_weights,
+        )  # fmt: skip
 
 
 def create_box_head(kind: BoxHeadKind, channels: int, size: int, features: int) -> nn.Module:
