@@ -5,6 +5,10 @@ proportional (PSS): a page that several processes share counts once in all.
 
     python benchmarks/coco_scale.py [--images 118000] [--boxes 860000] [--folder FOLDER] [--batches 0]
         [--only ours|torchvision] > benchmarks/results/cpu/coco_scale.md
+    python benchmarks/coco_scale.py --starts --images 1000000 --boxes 7300000
+
+``--starts`` measures the first start, which fills the cache of annotations, a second one, and four at once; its image
+files are links to a thousand different ones.
 """
 
 import argparse
@@ -29,21 +33,25 @@ DIFFERENT = 1000  # images and outlines; the files differ in a comment
 CLASSES = 80
 
 
-def write_dataset(root: Path, num_images: int, boxes: int) -> Path:
-    """Write images, no two alike, and a JSON file whose records are as long as COCO's, outlines included."""
+def write_dataset(root: Path, num_images: int, boxes: int, links: bool = False) -> Path:
+    """Write images, no two alike or links, and a JSON file whose records are as long as COCO's, outlines included."""
     (root / "train").mkdir(parents=True)
     (root / "annotations").mkdir()
     images = [encode_image(number) for number in range(min(DIFFERENT, num_images))]
     for number in range(num_images):
         content, comment = images[number % DIFFERENT], b"%012d" % number
         content = content[:2] + b"\xff\xfe\x00\x0e" + comment + content[2:]  # JPEG's comment, after its first marker
-        (root / "train" / f"{number:012d}.jpg").write_bytes(content)
+        if links and number >= DIFFERENT:
+            os.link(root / "train" / f"{number % DIFFERENT:012d}.jpg", root / "train" / f"{number:012d}.jpg")
+        else:
+            (root / "train" / f"{number:012d}.jpg").write_bytes(content)
     path = root / "annotations" / "instances_train.json"
     with open(path, "w") as file:
         file.write('{"info": {"year": 2017}, "licenses": [], "images": [')
         file.write(", ".join(map(image_record, range(num_images))))
         file.write('], "annotations": [')
-        file.write(", ".join(annotation_records(boxes, num_images)))
+        for number, record in enumerate(annotation_records(boxes, num_images)):
+            file.write(f", {record}" if number else record)
         categories = [{"supercategory": "x", "id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)]
         file.write(f'], "categories": {json.dumps(categories)}}}')
     return path
@@ -102,7 +110,7 @@ def measure(what: str, root: Path, batches: int) -> dict[str, float]:
     if what == "ours":
         from lightning_convnext_det.data.datamodule import DetectionDataModule
 
-        data = DetectionDataModule(str(root), num_workers=2, batch_size=16, val_fraction=0.0)
+        data = DetectionDataModule(str(root), num_workers=2, batch_size=16, val_fraction=0.0, cache="none")
         before = proportional_megabytes([os.getpid()])  # the imports of Lightning are not the dataset's
         begun = time.process_time()
         data.setup("fit")
@@ -148,6 +156,82 @@ def cpu_seconds() -> float:
 def peak_megabytes() -> float:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if "VmHWM" in line) / 1024
+
+
+def measure_start(root: Path, cache: str) -> None:
+    """Start once, print a line of figures, and live on until a line comes, so that several share their pages."""
+    import torch
+
+    from lightning_convnext_det.data.datamodule import DetectionDataModule
+
+    torch.set_num_threads(1)
+    before, cpu, wall = anonymous_megabytes(), time.process_time(), time.perf_counter()
+    data = DetectionDataModule(str(root), num_workers=0, batch_size=16, val_fraction=0.0, cache=cache)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    found = {"seconds to read": time.perf_counter() - wall, "seconds of CPU to read": time.process_time() - cpu}
+    next(iter(loader))
+    found["seconds until the first batch"] = time.perf_counter() - wall
+    print("started", flush=True)
+    sys.stdin.readline()
+    found["MB that the dataset adds, anonymous"] = anonymous_megabytes() - before
+    found["MB that the dataset adds, its share of the mapped cache"] = mapped_megabytes(".annotations")
+    found["MB resident at the peak, libraries included"] = peak_megabytes()
+    print(json.dumps(found), flush=True)
+    sys.stdin.readline()
+
+
+def anonymous_megabytes() -> float:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss_Anon:")) / 1024
+
+
+def mapped_megabytes(suffix: str) -> float:
+    """Proportional size of the mapped files with a suffix."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            counts = line.endswith(suffix)
+        elif counts and line.startswith("Pss:"):
+            total += int(line.split()[1])
+    return total / 1024
+
+
+def run_starts(root: Path, cache: Path, processes: int) -> dict[str, float]:
+    """Start processes at once; the mean of what they measure."""
+    command = [sys.executable, __file__, "--measure", "start", "--folder", str(root), "--cache", str(cache)]
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(processes)]
+    results = []
+    for process in running:  # all have started
+        while not process.stdout.readline().startswith("started"):
+            if process.poll() is not None:
+                raise SystemExit("a start failed")
+    for process in running:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        results.append(json.loads(process.stdout.readline()))
+    for process in running:
+        process.communicate("\n")
+    return {key: sum(result[key] for result in results) / processes for key in results[0]}
+
+
+def print_starts(options: argparse.Namespace, root: Path) -> None:
+    cache = root.parent / "cache"
+    columns = {"first start": 1, "second start": 1, "four at once, each": 4}
+    results = {}
+    for name, processes in columns.items():
+        results[name] = run_starts(root, cache, processes)
+        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+    sizes = [sum(f.stat().st_size for f in folder.glob("*")) / 2**20 for folder in (root / "annotations", cache)]
+    print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}.")
+    print(
+        f"{options.images:,} images, {options.boxes:,} boxes, {sizes[0]:,.0f} MB of JSON, {sizes[1]:,.0f} MB of cache. "
+        "Reading and the first batch of 16, in the process itself, after the imports.\n"
+    )
+    print("| `benchmarks/coco_scale.py --starts` | " + " | ".join(results) + " |\n|---" + "|---:" * len(results) + "|")
+    for key in results["first start"]:
+        print(f"| {key} | " + " | ".join(f"{found[key]:,.1f}" for found in results.values()) + " |")
 
 
 def measure_check(root: Path) -> dict[str, float]:
@@ -204,8 +288,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--batches", type=int, default=0, help="end the epoch after so many of 16 images")
     parser.add_argument("--only", choices=("ours", "torchvision"))
-    parser.add_argument("--measure", choices=("ours", "torchvision", "check"))
+    parser.add_argument("--starts", action="store_true", help="measure starts with the cache of annotations")
+    parser.add_argument("--cache", default="none")
+    parser.add_argument("--measure", choices=("ours", "torchvision", "check", "start"))
     options = parser.parse_args()
+    if options.measure == "start":
+        measure_start(options.folder, options.cache)
+        return
     if options.measure:
         check = options.measure == "check"
         found = measure_check(options.folder) if check else measure(options.measure, options.folder, options.batches)
@@ -215,7 +304,10 @@ def main() -> None:
         root = options.folder or Path(folder) / "set"
         path = root / "annotations" / "instances_train.json"
         if not path.exists():
-            write_dataset(root, options.images, options.boxes)
+            write_dataset(root, options.images, options.boxes, links=options.starts)
+        if options.starts:
+            print_starts(options, root)
+            return
         results = {}
         if options.only != "torchvision":
             results["ours"] = run("check", root, 0) | run("ours", root, options.batches)

@@ -87,3 +87,24 @@ def test_format_table__by_hand() -> None:
         "* no object, or none found: nothing is stored, and 0.3 is used: owl",
         "not reached by any threshold, the nearest is taken: wide load",
     ]
+
+
+@pytest.mark.heavy
+def test_thresholds__of_windows_views_and_ensembles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_synthetic_coco(tmp_path / "data", 1, 2, 1)
+    data = DetectionDataModule(str(tmp_path / "data"))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        module = create_module(
+            data.num_classes, class_names=data.class_names, category_ids=data.category_ids, score_threshold=0.0
+        )
+        save_module(module, tmp_path / f"{seed}.ckpt")
+    arguments = [f"--data.root={tmp_path / 'data'}", "--data.num_workers=0", "--accelerator=cpu"]
+    before = (tmp_path / "0.ckpt").read_bytes()
+    for options in (["--tta=flip"], [f"--ensemble={tmp_path / '1.ckpt'}", "--tiles=200"]):
+        assert main(["thresholds", str(tmp_path / "0.ckpt"), *arguments, *options]) == 0
+        assert "nothing is written (fused scores are not those of the checkpoint alone)" in capsys.readouterr().out
+        assert (tmp_path / "0.ckpt").read_bytes() == before
+    assert main(["thresholds", str(tmp_path / "0.ckpt"), *arguments, "--tiles=200", "--tile_overlap=0.4"]) == 0
+    assert "written:" in capsys.readouterr().out
+    assert (tmp_path / "0.ckpt").read_bytes() != before

@@ -12,6 +12,7 @@ from lightning_convnext_det.checkpoints.file import read_checkpoint_file, write_
 from lightning_convnext_det.checkpoints.format import FORMAT
 from lightning_convnext_det.cli.arguments import Parser
 from lightning_convnext_det.cli.commands import TOOLS
+from lightning_convnext_det.cli.inference import add_inference_arguments, add_to_inference
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.metrics.thresholds import ClassThreshold, choose_thresholds
@@ -22,6 +23,8 @@ from lightning_convnext_det.visualization import SCORE_THRESHOLD
 
 def run_thresholds(arguments: Sequence[str]) -> int:
     """Print the score threshold of each class and what it gives, and write it into the checkpoint.
+
+    With test-time augmentation or an ensemble it is printed only: predictions without them have other scores.
 
     Args:
         arguments: of the command line, see ``--help``.
@@ -34,6 +37,7 @@ def run_thresholds(arguments: Sequence[str]) -> int:
         raise ArgumentError("give --precision or --recall, not both")
     module = load_module(options.checkpoint)
     data = DetectionDataModule(**options.data.as_dict())
+    add_to_inference(module, options.as_dict(), data, "validate")
     module.evaluator.choose = partial(choose_thresholds, precision=options.precision, recall=options.recall)
     chosen = _evaluate(module, data, options.split, options.accelerator)
     goal = "highest F1" if options.precision is None else f"a precision of {options.precision:g}"
@@ -41,8 +45,9 @@ def run_thresholds(arguments: Sequence[str]) -> int:
     sys.stdout.write(
         f"thresholds of {goal} at IoU 0.5, on the {options.split} split\n{format_table(module.class_names, chosen)}"
     )
-    if options.dry_run:
-        sys.stdout.write("nothing is written (--dry_run)\n")
+    if options.dry_run or options.tta or options.ensemble:
+        reason = "--dry_run" if options.dry_run else "fused scores are not those of the checkpoint alone"
+        sys.stdout.write(f"nothing is written ({reason})\n")
     else:
         store_thresholds(options.checkpoint, chosen)
         sys.stdout.write(f"written: {options.checkpoint}\n")
@@ -109,6 +114,7 @@ def _create_parser() -> Parser:
     parser.add_argument(
         "--recall", type=float | None, default=None, help="choose the highest precision that has this recall"
     )
+    add_inference_arguments(parser)
     parser.add_argument("--accelerator", type=str, default="auto", help="device, as of Lightning's trainer")
     parser.add_argument("--dry_run", action="store_true", help="print, but do not write")
     return parser

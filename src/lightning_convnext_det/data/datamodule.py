@@ -123,7 +123,7 @@ class DetectionDataModule(LoadingDataModule):
             in an epoch (LVIS: 0.001; default: each image once).
         train_on_difficult: train on objects that VOC marks as difficult.
         cache: folder for checked annotations of large COCO and CVAT files, which the next start maps into memory;
-            ``auto`` is ~/.cache/lightning-convnext-det, ``off`` reads and checks the files each time.
+            ``auto`` is ~/.cache/lightning-convnext-det, ``none`` reads and checks the files each time.
         drop_last: leave out the last batch of a training epoch if it is smaller than the others.
         persistent_workers: keep the worker processes from one epoch to the next.
         timeout: seconds to wait for a batch from a worker; 0 waits without limit.

@@ -146,7 +146,7 @@ def test_cache_folder__choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert cache_folder("auto") == tmp_path / "lightning-convnext-det"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder("auto") == Path.home() / ".cache" / "lightning-convnext-det"
-    assert cache_folder("off") is None
+    assert cache_folder("none") is None
 
 
 def test_datamodule__cache(split: Split, tmp_path: Path) -> None:

@@ -37,14 +37,14 @@ _UNUSED_DAYS = 60  # after which a cached file is removed
 def cache_folder(choice: str) -> Path | None:
     """The folder of cached annotations that a user chooses; None for none.
 
-    >>> cache_folder("off") is None, cache_folder("/data/cache").name
+    >>> cache_folder("none") is None, cache_folder("/data/cache").name
     (True, 'cache')
 
     Args:
         choice: a folder; ``auto`` for ``lightning-convnext-det`` in ``$XDG_CACHE_HOME``, by default ``~/.cache``;
-            ``off`` for none.
+            ``none`` for none.
     """
-    if choice == "off":
+    if choice == "none":
         return None
     if choice != "auto":
         return Path(choice)
@@ -78,7 +78,7 @@ def read_cached_split(split: Split, folder: Path | None, **options: Any) -> Dete
     path = folder / f"{_key(split, options)}.annotations"
     cached = load_annotations(path)
     if cached is not None:
-        rank_zero_info(f"split '{split.name}': annotations from {path}; data.cache=off reads and checks them anew")
+        rank_zero_info(f"split '{split.name}': annotations from {path}; data.cache=none reads and checks them anew")
         return cached
     changed = {images: _changed(images) for images in split.images}  # before they are looked at
     annotations = read_split(split, **options)
