@@ -14,7 +14,7 @@ from lightning_convnext_det.models.deformable_detr import denoising
 from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.heads import apply_in_full_precision
 from lightning_convnext_det.models.deformable_detr.levels import Levels
-from lightning_convnext_det.models.deformable_detr.proposals import token_boxes
+from lightning_convnext_det.models.deformable_detr.proposals import QuerySelection, token_boxes
 from lightning_convnext_det.models.deformable_detr.transformer import inverse_sigmoid
 from lightning_convnext_det.types import Target
 from tests.models.dino_goldens import (
@@ -168,13 +168,18 @@ def final_of_unpadded(case: Case) -> dict[str, Tensor]:
     return mine | {f"raw{i}_{k}": getattr(found, k)[i] for i in range(2) for k in ("boxes", "scores", "labels")}
 
 
-@pytest.mark.slow  # half a minute, 3 GB
-def test_dino__full_size_detections_equal_detrex() -> None:
+@pytest.mark.slow  # two forward passes, 3 GB
+def test_dino__full_size_detections_equal_detrex(monkeypatch: pytest.MonkeyPatch) -> None:
     case = load_case(FULL, "photo_1333x800")
-    mine = collect(case)
-    chosen, expected = mine["topk_indices"][0], case.golden["topk_indices"][0]
-    assert len(set(chosen.tolist()) & set(expected.tolist())) >= 898
-    compare(case, mine, scale=3)  # seen: all ranks equal, final list within 0.005 pixels
+    own = collect(case)
+    chosen, expected = own["topk_indices"], case.golden["topk_indices"]
+    assert len(set(chosen[0].tolist()) & set(expected[0].tolist())) >= 898  # seen: all 900, ranks 706 and 707 swapped
+    monkeypatch.setattr(
+        QuerySelection, "choose", lambda *_: (expected, torch.ones_like(expected, dtype=torch.bool))
+    )  # a swapped near tie swaps the contents of two queries: row by row, only equal ranks can be compared
+    fed = collect(case) | {"topk_indices": expected}
+    fed |= {name: own[name] for name in own if name.startswith("final")}  # seen: within 0.015 pixels and 5e-5
+    compare(case, fed, scale=3)
 
 
 def train(name: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> tuple[DINO, dict[str, Tensor]]:
@@ -197,7 +202,7 @@ def train(name: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> tup
     ("dtype", "of_losses", "of_norms", "of_gradients"),
     [
         # the README's limits but for gradients: a sample of train_3_0 is so near to a cell's centre that 1e-7 of noise
-        # on the weights, also in float32, moves a gradient by 1.2e-3 of its maximum or by 4e-6, and nothing between
+        # on the weights, also in float32, moves a gradient by up to 1.6e-3 of its maximum
         pytest.param(torch.float32, 1e-4, 5e-4, 2e-3, id="float32"),
         pytest.param(torch.float64, 1e-5, 1e-4, 5e-4, id="float64"),  # seen: 4e-6, 6e-5
     ],
