@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from lightning_convnext_det import DeformableDETRModule
+from lightning_convnext_det import DeformableDETRModule, DetectionModule, DINOModule
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export import onnx_file
 from lightning_convnext_det.inference.export.export import ExportReport, export, verify_file
 from lightning_convnext_det.inference.export.triton import write_triton
+from tests.inference.export.conftest import spread_scores
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "run_onnx.py"
 
@@ -36,6 +37,21 @@ def damage(path: Path, to: Path) -> Path:
 def test_export__onnx_of_any_batch_and_size_finds_what_the_detector_finds(
     exported: ExportReport, module: DeformableDETRModule
 ) -> None:
+    check_onnx(exported, module)
+
+
+@pytest.mark.slow  # a minute
+def test_export__onnx_of_dino(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = DINOModule(
+        2, ["cat", "dog"], backbone="test_convnext", strides=(8, 16), num_queries=10, hidden_dim=32, num_heads=2,
+        encoder_layers=1, decoder_layers=2, feedforward_dim=32, min_size=64, max_size=160, detections_per_image=15,
+    )  # fmt: skip
+    spread_scores(module.detector)
+    check_onnx(export(module.eval(), tmp_path / "dino.onnx", attention="grid_sample"), module)
+
+
+def check_onnx(exported: ExportReport, module: DetectionModule) -> None:
     session = onnxruntime.InferenceSession(exported.path)
     assert [axis for value in session.get_inputs() for axis in value.shape] == ["batch", 3, "height", "width"]
     for count, height, width in ((1, 61, 87), (3, 150, 50), (2, 64, 96)):
