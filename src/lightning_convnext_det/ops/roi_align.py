@@ -212,8 +212,9 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
 def _find_zoom(padded_height: int, tallest: Tensor) -> tuple[Tensor, Tensor]:
     """Round padded_height / tallest to 2 ** n, and return it and n; in integers, since a logarithm is not exact."""
     steps = torch.arange(_MOST_STEPS, device=tallest.device)
-    # 2 ** (n + 0.5) < ratio, squared
-    passed = tallest * tallest * (2 ** (2 * steps + 1)) < padded_height * padded_height
+    # 2 ** (n + 0.5) < ratio, squared, with small numbers only: OpenVINO computes int64 in 32 bits
+    squared = torch.full_like(steps, padded_height * padded_height - 1)
+    passed = 2 * tallest * tallest <= squared // 4**steps
     return 1 + (passed * 2**steps).sum(), passed.sum()
 
 

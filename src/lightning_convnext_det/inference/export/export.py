@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, check_arguments
@@ -130,8 +131,10 @@ def export(
     example = next(
         create_batches([torch.zeros(channels, *image_size, dtype=torch.uint8)], [3 if len(counts) > 1 else batch_size])
     )
+    rank_zero_info("recording the detector: about a minute, with a large backbone some minutes")
     program = record(graph, example if "normalise" in order else example.float(), dynamic, attention)
     _write(program, path, kind, precision, card, calibration, isinstance(network, QueryDetector))
+    rank_zero_info(f"comparing '{path}' with the detector")
     try:
         run = load_runner(path)
         if precision == "int8":
@@ -182,6 +185,7 @@ def _write(
     calibration: Sequence[Tensor],
     is_transformer: bool,
 ) -> None:
+    rank_zero_info(f"writing {kind}, {precision}")
     if kind == "onnx":
         write_onnx(program, path, as_text(card), "fp16" if precision == "fp16" else "fp32")
     elif kind == "openvino":
