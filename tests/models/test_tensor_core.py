@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from lightning_convnext_det.models import tensor_detections
-from lightning_convnext_det.models.deformable_detr import levels, transformer
+from lightning_convnext_det.models.deformable_detr import dino_decoder, heads, levels, proposals, transformer
+from lightning_convnext_det.models.deformable_detr.detector import QueryDetector
+from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.fpn import PyramidFPN
 from lightning_convnext_det.models.rcnn import faster_rcnn
@@ -48,9 +50,11 @@ RCNN = [
     batch_nms.fill_rows,
 ]
 DETR = [
-    DeformableDETR.forward_tensors,
-    DeformableDETR._run,
-    DeformableDETR.select,
+    QueryDetector.forward_tensors,
+    QueryDetector.select,
+    DeformableDETR.decode,
+    DINO.decode,
+    DINO._decode,
     levels.PyramidLevels.forward,
     levels.PyramidLevels._project,
     levels.Levels.to_maps,
@@ -60,7 +64,7 @@ DETR = [
     levels._count_covered,
     levels.number_tensor,
     transformer.inverse_sigmoid,
-    transformer.apply_in_full_precision,
+    heads.apply_in_full_precision,
     transformer.DeformableAttention.forward,
     transformer.DeformableAttention._locate,
     transformer.FeedForward.forward,
@@ -68,8 +72,14 @@ DETR = [
     transformer.Encoder.forward,
     transformer.DecoderLayer.forward,
     transformer.Decoder.forward,
-    transformer.Proposer.forward,
-    transformer.Proposer._boxes,
+    dino_decoder.LookForwardTwiceDecoder.forward,
+    dino_decoder.LookForwardTwiceDecoder.encode_boxes,
+    proposals.TokenProposals.project,
+    proposals.TokenProposals.choose,
+    proposals.Proposer.forward,
+    proposals.Proposer.encode,
+    proposals.QuerySelection.forward,
+    proposals.token_boxes,
     deform_attn.multi_scale_deformable_attention,
     deform_attn.attention_by_grid_sample,
     deform_attn_indexed.attention_by_indexing,
@@ -79,7 +89,8 @@ DETR = [
 READS = {"item", "tolist", "numpy", "cpu"}
 ALLOWED = {
     # lengths of lists
-    "len(self.stages)", "len(anchors)", "len(maps)", "len(rows)", "len(self.decoder.layers)", "len(self.box_heads)",
+    "len(self.stages)", "len(anchors)", "len(maps)", "len(rows)", "len(hidden)",
+    "len(self.layers)", "len(self.decoder.layers)", "len(self.box_heads)",
     "len(self.class_heads)",
     "float('inf')",
     # an XLA device's only

@@ -71,7 +71,7 @@ class LookForwardTwiceDecoder(nn.Module):
             hidden.append(self.norm(queries))
             delta = apply_in_full_precision(box_head, hidden[-1])
             boxes.append((delta + inverse_sigmoid(previous, self.eps)).sigmoid())
-            if len(boxes) < len(self.layers):
+            if len(hidden) < len(self.layers):
                 delta = apply_in_full_precision(box_head, queries)
                 previous = (delta + inverse_sigmoid(reference_boxes, self.eps)).sigmoid()
                 reference_boxes = previous.detach()
