@@ -47,6 +47,7 @@ def export(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int
         calibration=calibration,
         annotated=annotated,
         source=options.checkpoint,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     sys.stdout.write(f"{report}\n")
     if options.triton:

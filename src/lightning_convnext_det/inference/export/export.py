@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, check_arguments
@@ -70,6 +69,7 @@ def export(
     calibration: Sequence[Tensor] = (),
     annotated: Callable[[], Any] | None = None,
     source: str | Path | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> ExportReport:
     """Write a detector to a file that runs without this package, load the file again, and compare it.
 
@@ -93,6 +93,7 @@ def export(
         calibration: uint8 images [C, H, W] for ``int8``; some hundred of the kind that the detector will see.
         annotated: makes an iterator of (images, targets), on which mAP is measured before and after ``int8``.
         source: the checkpoint, whose SHA-256 goes into the metadata.
+        progress: called with a line before each stage, which may take a minute.
 
     Returns:
         The greatest differences.
@@ -131,10 +132,12 @@ def export(
     example = next(
         create_batches([torch.zeros(channels, *image_size, dtype=torch.uint8)], [3 if len(counts) > 1 else batch_size])
     )
-    rank_zero_info("recording the detector: about a minute, with a large backbone some minutes")
+    say = progress or (lambda line: None)
+    say("recording the detector: about a minute, with a large backbone some minutes")
     program = record(graph, example if "normalise" in order else example.float(), dynamic, attention)
+    say(f"writing {kind}, {precision}")
     _write(program, path, kind, precision, card, calibration, isinstance(network, QueryDetector))
-    rank_zero_info(f"comparing '{path}' with the detector")
+    say(f"comparing '{path}' with the detector")
     try:
         run = load_runner(path)
         if precision == "int8":
@@ -185,7 +188,6 @@ def _write(
     calibration: Sequence[Tensor],
     is_transformer: bool,
 ) -> None:
-    rank_zero_info(f"writing {kind}, {precision}")
     if kind == "onnx":
         write_onnx(program, path, as_text(card), "fp16" if precision == "fp16" else "fp32")
     elif kind == "openvino":
