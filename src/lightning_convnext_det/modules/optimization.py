@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.modules.fused_step import secure_fused_step
 from lightning_convnext_det.modules.layer_decay import Layers, find_layers
 from lightning_convnext_det.modules.reliable import ReliableModule
 
@@ -59,6 +60,7 @@ class TrainableModule(ReliableModule):
             fused = all(p.device.type == "cpu" for group in groups for p in group["params"]) or None
             groups = [{**group, "fused": fused} for group in groups]
             optimizer = torch.optim.AdamW(groups, lr=options["lr"], weight_decay=options["weight_decay"])
+            secure_fused_step(optimizer)
         else:
             optimizer = torch.optim.SGD(groups, lr=options["lr"], momentum=0.9, weight_decay=options["weight_decay"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor())
