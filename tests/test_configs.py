@@ -8,6 +8,7 @@ import yaml
 
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.model import DeformableDETR
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
 
@@ -40,7 +41,9 @@ def test_config__trains_one_step(
         dataset = request.getfixturevalue("shared_data") / "coco_mini"
     model = yaml.safe_load(config.read_text())["model"]["init_args"]
     small = {"fpn_channels": 16, "box_head_features": 32, "hidden_dim": 32, "feedforward_dim": 32}
-    known = inspect.signature(DeformableDETR if "DeformableDETR" in config.read_text() else FasterRCNN).parameters
+    kinds = {"DeformableDETR": DeformableDETR, "DINO": DINO}
+    kind = yaml.safe_load(config.read_text())["model"].get("class_path", "").split(".")[-1].removesuffix("Module")
+    known = inspect.signature(kinds.get(kind, FasterRCNN)).parameters
     backbone = "resnet18" if model["backbone"].startswith("resnet") else "convnext_atto"
     arguments = [
         f"--model.backbone={backbone}",

@@ -18,7 +18,7 @@ from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.exact_resume import seed_step
 from lightning_convnext_det.data.repeat_factors import repeat_factors
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
-from lightning_convnext_det.modules import DeformableDETRModule, DetectionModule, FasterRCNNModule
+from lightning_convnext_det.modules import DeformableDETRModule, DetectionModule, DINOModule, FasterRCNNModule
 from tests.training import TINY, create_batches, create_trainer
 
 pytestmark = [
@@ -35,6 +35,7 @@ DETR = {
 DETECTORS: dict[str, Callable[[int], DetectionModule]] = {
     "faster_rcnn": lambda n: FasterRCNNModule(n, **TINY, drop_path_rate=0.2),
     "deformable_detr": lambda n: DeformableDETRModule(n, **DETR),
+    "dino": lambda n: DINOModule(n, **DETR, denoising_queries=6),  # which draws noise
 }
 # 10 images in batches of 4: 3 steps per epoch, 3 epochs
 POINTS = {
@@ -125,7 +126,8 @@ def check(tmp_path: Path, data: Path, detector: str, num_workers: int, point: st
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("detector", "point"), [("faster_rcnn", "in the second epoch"), ("deformable_detr", "in a validation")]
+    ("detector", "point"),
+    [("faster_rcnn", "in the second epoch"), ("deformable_detr", "in a validation"), ("dino", "in the first epoch")],
 )
 def test_resume__gives_the_same_weights(tmp_path: Path, data: Path, detector: str, point: str) -> None:
     check(tmp_path, data, detector, 0, point)

@@ -101,8 +101,8 @@ def import_weights_tool(arguments: Sequence[str], run: Command) -> int:
     parser = _create_parser("import-weights")
     parser.add_argument(
         "source",
-        help="weights of Deformable DETR from birder, its authors or Hugging Face; of Mask or Cascade Mask R-CNN from "
-        "ConvNeXt's authors; of Faster R-CNN from torchvision",
+        help="weights of Deformable DETR from birder, its authors or Hugging Face; of DINO from detrex or MMDetection; "
+        "of Mask or Cascade Mask R-CNN from ConvNeXt's authors; of Faster R-CNN from torchvision",
     )
     parser.add_argument("destination", help="checkpoint to write")
     parser.add_argument("--backbone", help="timm name of the backbone, where the file does not name it")

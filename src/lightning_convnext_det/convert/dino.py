@@ -78,12 +78,12 @@ def convert_dino(
     """
     tensors, redundant, contradicting = rename_dino(state_dict)
     try:
-        inferred = {**_infer_arguments(tensors, int(arguments.get("num_heads", 8))), **arguments}  # type: ignore[arg-type]
+        inferred = {**infer_dino_arguments(tensors, int(arguments.get("num_heads", 8))), **arguments}  # type: ignore[arg-type]
     except KeyError as error:
         raise CheckpointError(f"[LCD-K011] {_ORIGIN}: tensor {error} is missing; is the file complete?") from None
     if "backbone" not in inferred:
         raise CheckpointError(f"[LCD-K011] {_ORIGIN}: the backbone is not recognised; give its timm name as backbone")
-    slots = _name_classes(int(inferred["num_classes"]), class_names)  # type: ignore[arg-type]
+    slots = name_dino_classes(int(inferred["num_classes"]), class_names)  # type: ignore[arg-type]
     return fill(DINO, inferred, tensors, _ORIGIN, slots=slots, redundant=redundant, left_over=contradicting)
 
 
@@ -121,7 +121,7 @@ def _rules_of(keys: Iterable[str]) -> Rules:
     return rules
 
 
-def _infer_arguments(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Argument]:
+def infer_dino_arguments(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Argument]:
     """Infer the arguments of `DINO` from renamed tensors, without ``backbone`` if it is unknown.
 
     Raises:
@@ -147,15 +147,24 @@ def _infer_arguments(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str,
         "size_divisible": 1,
         "resize": "pillow",
     }
-    stem = tensors.get("backbone.net.stem_0.weight")
-    if stem is not None:
-        blocks = count_blocks(tensors, r"backbone\.net\.stages_2\.blocks\.(\d+)\.")
-        if (name := convnext_name(len(stem), blocks)) is not None:
-            arguments["backbone"] = name
+    if (name := _backbone_name(tensors)) is not None:
+        arguments["backbone"] = name
     return arguments
 
 
-def _name_classes(count: int, given: Sequence[str]) -> tuple[Slot, ...]:
+def _backbone_name(tensors: Mapping[str, Tensor]) -> str | None:
+    """Recognise a ConvNeXt, or a ResNet with three convolutions per block; None if it is another."""
+    stem = tensors.get("backbone.net.stem_0.weight")
+    if stem is not None:
+        return convnext_name(len(stem), count_blocks(tensors, r"backbone\.net\.stages_2\.blocks\.(\d+)\."))
+    if "backbone.net.layer1.0.conv3.weight" not in tensors:
+        return None
+    blocks = count_blocks(tensors, r"backbone\.net\.layer3\.(\d+)\.")
+    return {6: "resnet50", 23: "resnet101"}.get(blocks)
+
+
+def name_dino_classes(count: int, given: Sequence[str]) -> tuple[Slot, ...]:
+    """Names and ids of the classes: those given, if their number is right, or COCO's for 80; else none."""
     coco = coco_categories()
     if count == len(coco) and not given:
         return tuple(Slot(row, name, index) for row, (index, name) in enumerate(coco))

@@ -25,7 +25,9 @@ from lightning_convnext_det.convert.deformable_detr import (
     describe_original,
     detect_origin,
 )
+from lightning_convnext_det.convert.dino import convert_dino, is_detrex_dino
 from lightning_convnext_det.convert.mmdetection import convert_mmdetection, is_mmdetection, read_class_names
+from lightning_convnext_det.convert.mmdetection_dino import convert_mmdetection_dino, is_mmdetection_dino
 from lightning_convnext_det.convert.naming import Argument
 from lightning_convnext_det.convert.report import Converted, Slot
 from lightning_convnext_det.convert.torchvision import convert_torchvision, is_torchvision
@@ -49,8 +51,9 @@ def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: 
 
     Args:
         path: Deformable DETR of birder (``.pt``, ``.safetensors``), of its authors (``.pth``) or of Hugging Face
-            (folder or weight file); Mask R-CNN or Cascade Mask R-CNN of the ConvNeXt authors (``.pth``);
-            ``fasterrcnn_resnet50_fpn`` of torchvision (``.pth``).
+            (folder or weight file); DINO on ConvNeXt of detrex or on ResNet of MMDetection (``.pth``); Mask R-CNN or
+            Cascade Mask R-CNN of the ConvNeXt authors (``.pth``); ``fasterrcnn_resnet50_fpn`` of torchvision
+            (``.pth``).
         keep_unused: keep rows of Deformable DETR's class heads that belong to no class.
         arguments: arguments of the detector that cannot be inferred from the file, e.g. ``backbone``.
 
@@ -60,6 +63,10 @@ def import_weights(path: str | Path, *, keep_unused: bool = False, **arguments: 
     path = Path(path)
     source = read_source(path)
     try:
+        if is_detrex_dino(source.state_dict):
+            return convert_dino(source.state_dict, class_names=source.class_names, **arguments)
+        if is_mmdetection_dino(source.state_dict):
+            return convert_mmdetection_dino(source.state_dict, class_names=source.class_names, **arguments)
         if is_mmdetection(source.state_dict):
             return convert_mmdetection(source.state_dict, class_names=source.class_names, **arguments)
         if is_torchvision(source.state_dict):
@@ -104,7 +111,9 @@ def _describe(path: Path, tensors: dict[str, Tensor], extras: dict[str, Any]) ->
         except (OSError, ValueError) as error:
             raise CheckpointError(f"[LCD-K012] {config} cannot be read: {first_line(error)}") from None
         return Source(tensors, *describe_huggingface(content))
-    if is_mmdetection(tensors):
+    if is_detrex_dino(tensors):
+        return Source(tensors)
+    if is_mmdetection(tensors) or is_mmdetection_dino(tensors):
         return Source(tensors, class_names=tuple(read_class_names(extras)))
     if "class_to_idx" in extras:
         return Source(tensors, *describe_birder(extras))
