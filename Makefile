@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo check test test-all test-oldest test-xla lint types docs clean
+.PHONY: demo check test test-all test-oldest test-xla lint types docs notebooks clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -63,6 +63,10 @@ types: .venv/ready
 # every page and every docstring, warnings as errors; nothing is loaded from the network, neither here nor by the pages
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# executed in place, with their outputs; pictures stay below 150 kB
+notebooks: .venv/ready
+	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf site .venv .venv-oldest .venv-xla runs demo .pytest_cache .mypy_cache .ruff_cache
