@@ -95,6 +95,9 @@ def test_report__writes_the_plots(report: Path) -> None:
     plots = sorted((report / "report_plots").glob("*.svg"))
     assert len(plots) == 11
     assert all(plot.read_text().startswith("<svg") for plot in plots)
+    images = sorted((report / "report_plots").glob("*.png"))
+    assert [image.stem for image in images] == [plot.stem for plot in plots]
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
 
 
 def swap_class(record: dict[str, Any]) -> None:

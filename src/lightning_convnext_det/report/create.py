@@ -1,4 +1,4 @@
-"""Write the report of a detector on a split: an HTML page, report.json and the plots as SVG."""
+"""Write the report of a detector on a split: an HTML page, report.json and the plots as SVG and PNG."""
 
 import json
 import math
@@ -34,6 +34,7 @@ from lightning_convnext_det.report.drawings import (
     draw_worst_images,
 )
 from lightning_convnext_det.report.evaluation import Evaluation
+from lightning_convnext_det.report.plots import Plot
 
 _WORST = 12
 _CROPS = 48
@@ -102,15 +103,16 @@ def create_report(evaluation: Evaluation, data: DetectionDataModule, split: str,
     numbers.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
     folder = output.with_name(f"{output.stem}_plots")
     folder.mkdir(exist_ok=True)
-    for name, svg in (item for group in drawn.values() for item in group.items()):
-        (folder / f"{_file_stem(name)}.svg").write_text(svg)
+    for name, plot in (item for group in drawn.values() for item in group.items()):
+        (folder / f"{_file_stem(name)}.svg").write_text(plot.svg)
+        (folder / f"{_file_stem(name)}.png").write_bytes(plot.png)
     return Written(output, numbers, folder, analysis, errors)
 
 
 def _draw_plots(
     evaluation: Evaluation, analysis: Analysis, splits: dict[str, DetectionAnnotations]
-) -> dict[str, dict[str, str]]:
-    """All plots as SVG, by section and title."""
+) -> dict[str, dict[str, Plot]]:
+    """All plots, by section and title."""
     names = evaluation.annotations.class_names
     counts = {
         name: np.bincount(table.labels[~table.crowd], minlength=len(names)).astype(np.int64)
@@ -182,7 +184,7 @@ def _classes(evaluation: Evaluation, analysis: Analysis) -> html.Section:
     return html.Section("classes", "Classes", intro, html.table(head, rows))
 
 
-def _errors(analysis: Analysis, svgs: dict[str, str]) -> html.Section:
+def _errors(analysis: Analysis, drawn: dict[str, Plot]) -> html.Section:
     loss = analysis.breakdown.loss
     intro = (
         f"AP50 won if all errors of a kind were mended; without any false positive it would be {100 * loss['FP']:.1f} "
@@ -190,11 +192,14 @@ def _errors(analysis: Analysis, svgs: dict[str, str]) -> html.Section:
         f"annotated. Calibration: D-ECE {100 * analysis.ece:.1f}, LaECE {100 * analysis.laece:.1f} points; the numbers "
         "above the bars count detections."
     )
-    return html.Section("errors", "Errors and calibration", intro, html.plots(svgs))
+    return html.Section("errors", "Errors and calibration", intro, html.plots(drawn))
 
 
 def _dataset(
-    data: DetectionDataModule, splits: dict[str, DetectionAnnotations], shared: list[SharedImage], svgs: dict[str, str]
+    data: DetectionDataModule,
+    splits: dict[str, DetectionAnnotations],
+    shared: list[SharedImage],
+    drawn: dict[str, Plot],
 ) -> html.Section:
     rows = []
     for name, annotations in splits.items():
@@ -204,7 +209,7 @@ def _dataset(
             str(taken.objects_per_image), dataset_hash(annotations)[:12],
         ))  # fmt: skip
     head = ("split", "images", "without objects", "objects", "ignored", "box side, px", "objects per image", "hash")
-    body = html.table(head, rows, sortable=False) + "<br>" + html.plots(svgs)
+    body = html.table(head, rows, sortable=False) + "<br>" + html.plots(drawn)
     if shared:
         found = [(one.file_name, one.split, one.other_file_name, one.other_split) for one in shared[:100]]
         body += f"<h3>{len(shared)} images look the same in two splits</h3>" + html.table(
@@ -214,15 +219,15 @@ def _dataset(
         body += "<p>No image looks the same in two splits.</p>"
     samples = training_images(data)
     if samples:
-        drawn = draw_training_images(samples, data.class_names)
-        body += "<h3>Training images as the network gets them</h3>" + html.image_grid(drawn, "training image")
+        images = draw_training_images(samples, data.class_names)
+        body += "<h3>Training images as the network gets them</h3>" + html.image_grid(images, "training image")
     return html.Section("dataset", "Dataset", "Medians, with the 10th and 90th percentile.", body)
 
 
-def _training(evaluation: Evaluation, svgs: dict[str, str]) -> list[html.Section]:
-    if not svgs:
+def _training(evaluation: Evaluation, drawn: dict[str, Plot]) -> list[html.Section]:
+    if not drawn:
         return []
-    return [html.Section("training", "Training", f"From {_log_of(evaluation.source)}.", html.plots(svgs))]
+    return [html.Section("training", "Training", f"From {_log_of(evaluation.source)}.", html.plots(drawn))]
 
 
 def _provenance(evaluation: Evaluation) -> html.Section:
@@ -241,7 +246,7 @@ def _origin(evaluation: Evaluation) -> dict[str, str]:
     }
 
 
-def _learning_plots(evaluation: Evaluation) -> dict[str, str]:
+def _learning_plots(evaluation: Evaluation) -> dict[str, Plot]:
     """Losses and mAP of the run that wrote the checkpoint, where its log lies beside it."""
     log = _log_of(evaluation.source)
     return {} if log is None else draw_learning_curves(log)

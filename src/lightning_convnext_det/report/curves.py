@@ -22,8 +22,8 @@ def read_learning_curves(log: Path) -> dict[str, tuple[list[float], list[float]]
     return {name: (list(epochs), [sum(v) / len(v) for v in epochs.values()]) for name, epochs in sorted(sums.items())}
 
 
-def draw_learning_curves(log: Path) -> dict[str, str]:
-    """Losses and validation metrics as SVG, by title; nothing for a log without them."""
+def draw_learning_curves(log: Path) -> dict[str, plots.Plot]:
+    """Losses and validation metrics, by title; nothing for a log without them."""
     losses, scores = _groups(log)
     drawn = {}
     if losses:

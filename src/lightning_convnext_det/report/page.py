@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from lightning_convnext_det.report.drawings import ErrorCrop, WorstImage
+from lightning_convnext_det.report.plots import Plot
 
 Cell = str | float | int
 _KINDS = {
@@ -63,12 +64,13 @@ def tiles(values: Sequence[Tile]) -> str:
     )
 
 
-def plots(svgs: Mapping[str, str]) -> str:
+def plots(drawn: Mapping[str, Plot]) -> str:
     """Plots with their titles, beside each other where there is room."""
     return (
         '<div class="grid">'
         + "".join(
-            f'<figure class="card"><h3>{_text(title)}</h3>{_named(svg, title)}</figure>' for title, svg in svgs.items()
+            f'<figure class="card"><h3>{_text(title)}</h3>{_named(plot.svg, title)}</figure>'
+            for title, plot in drawn.items()
         )
         + "</div>"
     )

@@ -1,9 +1,9 @@
-"""The plots of a report as SVG: distinguishable without colour, and readable at the width of a phone."""
+"""The plots of a report as SVG and PNG: distinguishable without colour, and readable at the width of a phone."""
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,17 @@ Curve = tuple[Sequence[float], Sequence[float]]
 """Epochs and values."""
 _STYLES = ("-", "--", "-.", ":")
 _SIZE = (4.4, 3.2)  # inches; at the 390 pixels of a phone the text keeps its size
+_DPI = 150
 _MOST_CURVES = 8
 _MOST_CLASSES = 20  # in a confusion matrix with numbers
 _MOST_BARS = 30
+
+
+class Plot(NamedTuple):
+    """A plot as a drawing for pages, and as an image for slides and documents."""
+
+    svg: str
+    png: bytes
 
 
 def check_matplotlib() -> None:
@@ -37,7 +45,7 @@ def check_matplotlib() -> None:
         raise ArgumentError("a report needs matplotlib: pip install 'lightning-convnext-det[report]'") from None
 
 
-def plot_precision_recall(curves: Sequence[ScoreCurve], names: Sequence[str]) -> str:
+def plot_precision_recall(curves: Sequence[ScoreCurve], names: Sequence[str]) -> Plot:
     """Precision against recall at IoU 0.5, of the classes with most objects."""
     figure, axes = _axes("recall", "precision")
     for style, label in enumerate(_most(curves)):
@@ -48,7 +56,7 @@ def plot_precision_recall(curves: Sequence[ScoreCurve], names: Sequence[str]) ->
     return _with_legend(figure, axes)
 
 
-def plot_f1(curves: Sequence[ScoreCurve], thresholds: Sequence[ClassThreshold], names: Sequence[str]) -> str:
+def plot_f1(curves: Sequence[ScoreCurve], thresholds: Sequence[ClassThreshold], names: Sequence[str]) -> Plot:
     """F1 against the score threshold, with the threshold that is chosen."""
     figure, axes = _axes("score threshold", "F1 at IoU 0.5")
     for style, label in enumerate(_most(curves)):
@@ -61,7 +69,7 @@ def plot_f1(curves: Sequence[ScoreCurve], thresholds: Sequence[ClassThreshold], 
     return _with_legend(figure, axes)
 
 
-def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
+def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> Plot:
     """Confusion matrix; each row in per cent of its sum, background last; of many classes the most confused."""
     matrix, labels = _reduced(matrix, [*names, "background"])
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -76,10 +84,10 @@ def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
     for row, column in np.argwhere(matrix > 0):
         color = "white" if share[row, column] > 0.55 else "black"
         axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", color=color, fontsize=size)
-    return _svg(figure)
+    return _saved(figure)
 
 
-def plot_errors(breakdown: ErrorBreakdown) -> str:
+def plot_errors(breakdown: ErrorBreakdown) -> Plot:
     """AP50 lost by each of TIDE's kinds of errors."""
     meanings = {
         "Cls": "Cls: wrong class", "Loc": "Loc: box misplaced", "Both": "Both: class and box",
@@ -91,7 +99,7 @@ def plot_errors(breakdown: ErrorBreakdown) -> str:
     return _bars(list(meanings.values()), values, notes, "AP50 lost, points (number of errors)")
 
 
-def plot_groups(groups: Sequence[Group]) -> str:
+def plot_groups(groups: Sequence[Group]) -> Plot:
     """MAP of groups of objects."""
     names = [group.name for group in groups]
     values = [100 * group.map for group in groups]
@@ -102,7 +110,7 @@ def plot_groups(groups: Sequence[Group]) -> str:
     return _bars(names, [0 if np.isnan(v) else v for v in values], notes, "mAP (objects)", limit=100)
 
 
-def plot_reliability(table: Reliability) -> str:
+def plot_reliability(table: Reliability) -> Plot:
     """Precision of the detections against their score."""
     figure, axes = _axes("score", "precision at IoU 0.5")
     bins = len(table.num_detections)
@@ -116,7 +124,7 @@ def plot_reliability(table: Reliability) -> str:
     return _with_legend(figure, axes)
 
 
-def plot_counts(counts: Mapping[str, NDArray[np.int64]], names: Sequence[str]) -> str:
+def plot_counts(counts: Mapping[str, NDArray[np.int64]], names: Sequence[str]) -> Plot:
     """Objects of each class, in each split."""
     total = np.sum(list(counts.values()), axis=0)
     order = np.argsort(-total, kind="stable")[:_MOST_BARS]
@@ -134,7 +142,7 @@ def plot_counts(counts: Mapping[str, NDArray[np.int64]], names: Sequence[str]) -
     return _with_legend(figure, axes)
 
 
-def plot_sizes(sides: Mapping[str, NDArray[np.float64]]) -> str:
+def plot_sizes(sides: Mapping[str, NDArray[np.float64]]) -> Plot:
     """Sizes of the boxes of each split, in shares, so that splits of different length compare."""
     figure, axes = _axes("square root of the area, pixels", "share of the boxes")
     joined = np.concatenate([*sides.values(), np.ones(1)]).clip(min=1)
@@ -150,7 +158,7 @@ def plot_sizes(sides: Mapping[str, NDArray[np.float64]]) -> str:
     return _with_legend(figure, axes)
 
 
-def plot_learning(curves: Mapping[str, Curve], ylabel: str) -> str:
+def plot_learning(curves: Mapping[str, Curve], ylabel: str) -> Plot:
     """Values against the epoch."""
     figure, axes = _axes("epoch", ylabel)
     _draw_learning(axes, curves)
@@ -189,7 +197,7 @@ def _axes(xlabel: str, ylabel: str, size: tuple[float, float] = _SIZE) -> tuple[
     return figure, axes
 
 
-def _bars(names: Sequence[str], values: Sequence[float], notes: Sequence[str], xlabel: str, limit: float = 0.0) -> str:
+def _bars(names: Sequence[str], values: Sequence[float], notes: Sequence[str], xlabel: str, limit: float = 0.0) -> Plot:
     figure, axes = _axes(xlabel, "", (_SIZE[0], 0.8 + 0.27 * len(names)))
     axes.barh(range(len(names)), values, color=COLORS[0], height=0.68)
     longest = max(limit, *values, 1e-3)
@@ -198,26 +206,27 @@ def _bars(names: Sequence[str], values: Sequence[float], notes: Sequence[str], x
     axes.set_yticks(range(len(names)), [_short(name, 24) for name in names])
     axes.set_xlim(0, 1.3 * longest)
     axes.invert_yaxis()
-    return _svg(figure)
+    return _saved(figure)
 
 
-def _with_legend(figure: Any, axes: Any) -> str:
+def _with_legend(figure: Any, axes: Any) -> Plot:
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         figure.legend(loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8)
-    return _svg(figure)
+    return _saved(figure)
 
 
-def _svg(figure: Any) -> str:
+def _saved(figure: Any) -> Plot:
     import matplotlib as mpl
 
-    buffer = io.StringIO()
+    text, image = io.StringIO(), io.BytesIO()
     # ids are hashes of what they name, so those that two plots on a page share name the same thing
     settings = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": ["sans-serif"]}
     with mpl.rc_context(settings):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        figure.savefig(image, format="png", metadata={"Software": None}, dpi=_DPI, facecolor="white")
+    svg = text.getvalue()
+    return Plot(svg[svg.index("<svg") :], image.getvalue())
 
 
 def _most(curves: Sequence[ScoreCurve]) -> list[int]:
