@@ -20,6 +20,7 @@ NETWORK = [
     "--model.rpn_post_nms_top_n=[300,1000]",
     "--model.min_size=144",
     "--model.max_size=192",
+    "--model.nms_threshold=0.4",  # mAP50 0.854 instead of 0.847, and few objects have two boxes of a class
     "--data.batch_size=2",
     "--data.vertical_flip=true",
 ]
