@@ -6,19 +6,26 @@
   classes, and becomes the backbone that the detector starts with.
 - ``classifier_x0.1``: the same with a tenth of the learning rate in the backbone.
 - ``small_data``: ``small_data.yaml`` with that network, from random weights.
+- ``deformable_detr``: ``bccd_deformable_detr_convnext_atto.yaml``.
+- ``dino``: ``small_data_dino.yaml``.
+
+With ``--seconds`` every recipe gets the same processor time instead of the same passes, its schedule finished.
 
 Prints mAP / mAP50 / mAP75 of the test split. Results of an earlier call are read, not measured again.
 
     python benchmarks/blood_cells.py BCCD runs/blood_cells --recipes faster cascade --seeds 1 2 3
+    python benchmarks/blood_cells.py BCCD runs/seconds --recipes faster deformable_detr dino --seconds 180
 """
 
 import argparse
 import csv
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 
+from lightning_convnext_det.callbacks import time_budget
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 
@@ -96,6 +103,15 @@ def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[st
         "faster": (PLAIN, []),
         "cascade": (CONFIGS / "bccd_cascade_rcnn_convnext_atto.yaml", []),
         "small_data": (CONFIGS / "small_data.yaml", small),
+        "deformable_detr": (CONFIGS / "bccd_deformable_detr_convnext_atto.yaml", []),
+        "dino": (
+            CONFIGS / "small_data_dino.yaml",
+            [
+                "--data.train=trainval",
+                "--data.val_fraction=0",
+                "--trainer.limit_val_batches=0",
+            ],
+        ),
     }
     if any(name.startswith("classifier") for name in options.recipes):
         if not (options.out / "crops").is_dir():
@@ -104,7 +120,11 @@ def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[st
         given = [f"--model.backbone_weights={weights}"]
         recipes["classifier"] = PLAIN, given
         recipes["classifier_x0.1"] = PLAIN, [*given, "--model.backbone_lr_factor=0.1"]
-    budget = [f"--trainer.max_epochs={options.epochs}", f"--model.min_size={options.min_size}"]
+    length = [f"--trainer.max_epochs={options.epochs}"]
+    if options.seconds:
+        length = ["--trainer.max_epochs=-1", f"--time={options.seconds}s"]
+        time_budget.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
+    budget = [*length, f"--model.min_size={options.min_size}"]
     budget += [f"--model.max_size={options.min_size * 4 // 3}"]
     return {name: (recipes[name][0], [*recipes[name][1], *budget]) for name in options.recipes}
 
@@ -118,6 +138,7 @@ def compare() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=6, help="of the detector")
+    parser.add_argument("--seconds", type=int, help="of the detector's training, of this process, instead of epochs")
     parser.add_argument("--classifier_epochs", type=int, default=4)
     parser.add_argument("--min_size", type=int, default=240)
     options = parser.parse_args()
