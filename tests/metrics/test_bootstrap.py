@@ -81,11 +81,12 @@ def sampled_map(detections: list, targets: list) -> tuple[float, np.ndarray]:
 
 @pytest.mark.slow
 def test_interval__covers_the_ap_of_the_population() -> None:
-    population = match_detections(*simulated(np.random.default_rng(0), 20_000), num_classes=1)
-    expected = float(average_precision(population)[0, 0])
+    # 160,000 images: the AP of 20,000 is off by a tenth of the deviation of 150, which costs two points of coverage
+    populations = [match_detections(*simulated(np.random.default_rng([0, i]), 20_000), num_classes=1) for i in range(8)]
+    expected = np.mean([average_precision(population)[0, 0] for population in populations])
     covered = 0
-    for trial in range(500):
+    for trial in range(1000):
         estimate, samples = sampled_map(*simulated(np.random.default_rng(trial + 1), 150))
         low, high = interval(samples, estimate)
         covered += low <= expected <= high
-    assert 0.92 <= covered / 500 <= 0.98
+    assert 0.92 <= covered / 1000 <= 0.98
