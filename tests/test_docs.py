@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from lightning_convnext_det import (
+    DINO,
     CascadeRCNN,
     Classifier,
     DeformableDETR,
@@ -28,6 +29,8 @@ from lightning_convnext_det.cli.commands import TOOLS
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.modules.registry import MODULES
+from tests.convert.test_dino import SMALL as SMALL_DINO
+from tests.convert.test_dino import detrex_tensors
 from tests.convert.test_importer import original_state
 from tests.data.io.test_video import write_video
 from tests.test_layers import ROOMS
@@ -42,7 +45,7 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--
 ALONE = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.precision=32-true", "--data.batch_size=2"]
 IMAGE_SIZE = ["--model.min_size=64", "--model.max_size=96"]
 RCNN = [*IMAGE_SIZE, "--model.fpn_channels=16", "--model.box_head_features=32", "--model.score_threshold=0"]
-DETR = [*IMAGE_SIZE, "--model.hidden_dim=32", "--model.feedforward_dim=32", "--model.num_queries=20"]
+DETR = [*IMAGE_SIZE, "--model.hidden_dim=64", "--model.feedforward_dim=32", "--model.num_queries=20"]
 SMALL = 'backbone="test_convnext", min_size=64, max_size=96'
 
 pytestmark = [
@@ -80,6 +83,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.save(timm.create_model("test_convnext", num_classes=2).state_dict(), folder / "classifier.ckpt")
     for size in ("tiny_1k", "base_22k"):  # of another source, which is small; tests/convert has those of this name
         torch.save({"model": original_state(num_queries=20)}, folder / f"cascade_mask_rcnn_convnext_{size}_3x.pth")
+    dino = DINO(80, "convnext_atto", min_size=64, max_size=96, size_divisible=1, resize="pillow", **SMALL_DINO)
+    torch.save({"model": detrex_tensors(dino)}, folder / "dino_convnext_tiny_384_4scale_12ep.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         fit = [
@@ -162,7 +167,7 @@ def small_options(words: list[str]) -> list[str]:
     options += ["--model.backbone=test_convnext", "--model.pretrained_backbone=false"]
     if "ClassifierModule" in line:
         return [*options, "--data.image_size=64"]
-    return [*options, *(DETR if "DeformableDETR" in line else RCNN)]
+    return [*options, *(DETR if "DeformableDETR" in line or "DINO" in line else RCNN)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)

@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "box_batch_size_per_image": 16,
     },
     "DINOModule": {
-        "hidden_dim": 32, "num_queries": 12, "num_heads": 2, "feedforward_dim": 16, "encoder_layers": 1,
+        "hidden_dim": 64, "num_queries": 12, "num_heads": 2, "feedforward_dim": 16, "encoder_layers": 1,
         "decoder_layers": 2, "denoising_queries": 4,
     },
     "DeformableDETRModule": {

@@ -51,6 +51,8 @@ Factor = Annotated[float, Range(0, 1, above=True)]
 """Above 0 and at most 1, as factors that make smaller are."""
 Count = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
+Frequency = Literal["rare", "common", "frequent"]
+"""LVIS's groups of classes: annotated in at most 10, in 11 to 100, in more than 100 training images."""
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

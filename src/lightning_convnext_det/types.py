@@ -2,12 +2,9 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
-
-Frequency = Literal["rare", "common", "frequent"]
-"""LVIS's groups of classes: annotated in at most 10, in 11 to 100, in more than 100 training images."""
 
 
 class Target(TypedDict):

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_convnext_det.arguments import Frequency
 from lightning_convnext_det.errors import DataError
-from lightning_convnext_det.types import Frequency
 
 Format = Literal["coco", "voc", "yolo", "cvat"]
 Action = Literal["refused", "dropped", "clipped", "noted"]

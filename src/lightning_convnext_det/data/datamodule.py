@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lightning_convnext_det.arguments import (
     Count,
     Fraction,
+    Frequency,
     NonNegative,
     NonNegativeInt,
     Positive,
@@ -44,7 +45,6 @@ from lightning_convnext_det.data.transforms import (
 )
 from lightning_convnext_det.data.user_dataset import UserDataset, UserSplits
 from lightning_convnext_det.errors import ArgumentError, DataError
-from lightning_convnext_det.types import Frequency
 
 GreyValue = Annotated[int, Range(*WHOLE_RANGE)]
 

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_convnext_det.arguments import Frequency
 from lightning_convnext_det.data.annotations import DetectionAnnotations, Format, Split, canonical_split
 from lightning_convnext_det.data.formats.cache import read_cached_split
 from lightning_convnext_det.data.formats.discovery import compare_classes, compare_objects, find_splits, make_split
@@ -19,7 +20,6 @@ from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.listing import list_names
 from lightning_convnext_det.data.subset import count_shared, select_classes, split_randomly, take_images
 from lightning_convnext_det.errors import DataError
-from lightning_convnext_det.types import Frequency
 
 Stage = Literal["train", "val", "test"]
 STAGES: tuple[Stage, ...] = ("train", "val", "test")

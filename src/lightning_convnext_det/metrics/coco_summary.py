@@ -10,9 +10,9 @@ from typing import NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_convnext_det.arguments import Frequency
 from lightning_convnext_det.metrics.average_precision import mean_over_classes, order_by_class, precision_areas
 from lightning_convnext_det.metrics.evaluation_records import Records
-from lightning_convnext_det.types import Frequency
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 AREA_RANGES = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # all, small, medium, large

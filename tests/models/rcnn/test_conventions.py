@@ -49,7 +49,7 @@ def test_resolve_convention__name_mapping_or_dataclass(setting: Any, expected: C
         ({"roi_align": True}, ValueError, "convention has no point 'roi_align'; did you mean 'roi_aligned'"),
         ({"box_loss": "l2"}, ValueError, "box_loss is 'l2'; choose smooth_l1, l1 or giou"),
         ({"rpn_box_loss": "giou"}, ValueError, "rpn_box_loss is 'giou'; choose smooth_l1 or l1"),
-        ({"resize": "pillow"}, ValueError, "resize is 'pillow'; choose torchvision or opencv"),
+        ({"resize": "bicubic"}, ValueError, "resize is 'bicubic'; choose torchvision, opencv or pillow"),
         ({"roi_aligned": "yes"}, TypeError, "roi_aligned is 'yes'; expected true or false"),
         ({"roi_sampling_ratio": "2"}, ValueError, "roi_sampling_ratio is '2'; it must be at least 0"),
         ({"roi_sampling_ratio": True}, TypeError, "roi_sampling_ratio is True; expected a number or a word"),

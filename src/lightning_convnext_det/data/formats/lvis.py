@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lightning_convnext_det.arguments import Frequency
 from lightning_convnext_det.data.annotations import FederatedLabels, LabelLists
 from lightning_convnext_det.data.formats.coco_classes import Classes
 from lightning_convnext_det.data.formats.coco_values import MalformedError, Record
-from lightning_convnext_det.types import Frequency
 
 _FREQUENCIES: dict[object, Frequency] = {"r": "rare", "c": "common", "f": "frequent"}
 _KEYS = ("neg_category_ids", "not_exhaustive_category_ids")

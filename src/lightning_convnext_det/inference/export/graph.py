@@ -67,7 +67,8 @@ class ExportGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Find the objects in images [B, C, H, W]."""
         height, width = images.shape[-2:]
-        side = torch.stack([torch.full((), n, dtype=torch.float64) for n in (height, width)]).to(images.device)  # [2]
+        # of vectors: OpenVINO expands a number without axes to one with an axis
+        side = torch.cat([torch.full((1,), n, dtype=torch.float64) for n in (height, width)]).to(images.device)  # [2]
         new, tiles = self._new_sizes(side)
         batch, size = self._prepare(images, side, new)
         frame = [n * self.transform.size_divisible for n in self._tiles(tiles, height, width)]

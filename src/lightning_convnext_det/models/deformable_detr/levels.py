@@ -229,5 +229,6 @@ def number_tensor(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     """Make a tensor int64 [N, M] of numbers, also of those that an exporter knows by name only."""
     if not is_recording():
         return torch.tensor([tuple(row) for row in rows], device=like.device)
-    numbers = [torch.full((), n, dtype=torch.int64, device=like.device) for row in rows for n in row]
-    return torch.stack(numbers).view(len(rows), -1)
+    # of vectors: OpenVINO expands a number without axes to one with an axis
+    numbers = [torch.full((1,), n, dtype=torch.int64, device=like.device) for row in rows for n in row]
+    return torch.cat(numbers).view(len(rows), -1)

@@ -36,7 +36,8 @@ class Convention:
     False
 
     Args:
-        resize: ``torchvision`` interpolates normalised images, ``opencv`` 8-bit ones as mmdetection does.
+        resize: ``torchvision`` interpolates normalised images, ``opencv`` 8-bit ones as mmdetection does,
+            ``pillow`` 8-bit ones with antialiasing as detectron2 and detrex do.
         anchor_rounding: round anchors to whole pixels.
         fixed_strides: take the strides of the pyramid for anchors and RoIAlign, instead of deriving them from the
             sizes of feature maps and images.
