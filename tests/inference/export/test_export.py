@@ -40,6 +40,37 @@ def test_export__onnx_of_any_batch_and_size_finds_what_the_detector_finds(
     check_onnx(exported, module)
 
 
+WITHOUT_PACKAGE = """
+import sys
+import torch
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("lightning_convnext_det", "lightning", "timm", "torchvision"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Hidden())
+found = torch.export.load(sys.argv[1]).module()(torch.load(sys.argv[2]))
+torch.save(found, sys.argv[3])
+"""
+
+
+@pytest.mark.heavy
+def test_export__pt2_runs_without_this_package(module: DeformableDETRModule, tmp_path: Path) -> None:
+    path, images = export(module, tmp_path / "a.pt2").path, torch.randint(0, 256, (2, 3, 61, 87), dtype=torch.uint8)
+    torch.save(images, tmp_path / "images")
+    files = [str(path), str(tmp_path / "images"), str(tmp_path / "found")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_PACKAGE, *files], check=True)
+    boxes, scores, labels, counts = torch.load(tmp_path / "found")
+    with torch.no_grad():
+        expected = module(list(images))
+    for i, detection in enumerate(expected):
+        assert counts[i] == len(detection["boxes"]) > 0
+        torch.testing.assert_close(boxes[i, : counts[i]], detection["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[i, : counts[i]], detection["scores"], rtol=0, atol=1e-5)
+        assert torch.equal(labels[i, : counts[i]], detection["labels"])
+
+
 @pytest.mark.slow  # a minute
 def test_export__onnx_of_dino(tmp_path: Path) -> None:
     torch.manual_seed(0)
