@@ -57,7 +57,9 @@ def main() -> None:
 def measure(detector_name: str, backbone: str, real: list[Tensor]) -> dict[str, object]:
     """Export one detector and compare it."""
     torch.manual_seed(0)
-    detector = DETECTORS[detector_name](3, backbone=backbone, min_size=128, max_size=320, pretrained_backbone=False).eval()
+    detector = DETECTORS[detector_name](
+        3, backbone=backbone, min_size=128, max_size=320, pretrained_backbone=False
+    ).eval()
     spread(detector)
     given, empty = batches(real), choose_empty(detector, real)
     start = time.process_time()
