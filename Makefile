@@ -68,7 +68,7 @@ types: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# executed in place, with their outputs; pictures stay below 150 kB
+# executed in place, with their outputs; images stay below 150 kB
 notebooks: .venv/ready
 	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python notebooks/execute.py
 

@@ -1,6 +1,6 @@
 """Execute notebooks in place, each in an empty folder: python notebooks/execute.py [NOTEBOOK ...].
 
-What is committed with them is small: pictures are JPEG or PNG below 150 kB, and neither warnings nor times of execution
+What is committed with them is small: images are JPEG or PNG below 150 kB, and neither warnings nor times of execution
 are kept.
 """
 
@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
-MOST = 150_000  # bytes of a picture
+MOST = 150_000  # bytes of an image
 
 
 def execute(notebook: NotebookNode, folder: Path) -> None:
@@ -23,7 +23,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
 
 
-def pictures(notebook: NotebookNode) -> list[bytes]:
+def images(notebook: NotebookNode) -> list[bytes]:
     """The JPEG and PNG outputs."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     found = [output.get("data", {}).get(f"image/{kind}") for output in outputs for kind in ("png", "jpeg")]
@@ -61,11 +61,11 @@ def main() -> None:
             execute(notebook, Path(folder))
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         clean(notebook, folder)
-        large = max((len(picture) for picture in pictures(notebook)), default=0)
+        large = max((len(image) for image in images(notebook)), default=0)
         if large > MOST:
-            raise SystemExit(f"{path}: a picture has {large:,} bytes; show it smaller or as JPEG")
+            raise SystemExit(f"{path}: an image has {large:,} bytes; show it smaller or as JPEG")
         nbformat.write(notebook, path)
-        print(f"{path.name}: {seconds:.0f} CPU seconds, largest picture {large / 1000:.0f} kB")
+        print(f"{path.name}: {seconds:.0f} CPU seconds, largest image {large / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

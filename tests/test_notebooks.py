@@ -29,9 +29,9 @@ def executor() -> ModuleType:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook__is_committed_with_small_pictures(path: Path, executor: ModuleType) -> None:
+def test_notebook__is_committed_with_small_images(path: Path, executor: ModuleType) -> None:
     notebook = nbformat.read(path, as_version=4)
-    found = executor.pictures(notebook)
+    found = executor.images(notebook)
     assert found
     assert max(map(len, found)) <= executor.MOST
     assert path.stat().st_size < 1_000_000
@@ -55,7 +55,7 @@ def test_notebooks__run_with_few_steps(executor: ModuleType, tmp_path: Path) -> 
         parts[path.stem] = cells
     executor.execute(joined, tmp_path)
     for name, cells in parts.items():
-        assert executor.pictures(new_notebook(cells=cells)), name
+        assert executor.images(new_notebook(cells=cells)), name
 
 
 @pytest.mark.slow
@@ -63,4 +63,4 @@ def test_notebooks__run_with_few_steps(executor: ModuleType, tmp_path: Path) -> 
 def test_notebook__runs(path: Path, executor: ModuleType, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     executor.execute(notebook, tmp_path)
-    assert max(map(len, executor.pictures(notebook))) <= executor.MOST
+    assert max(map(len, executor.images(notebook))) <= executor.MOST

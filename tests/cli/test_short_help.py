@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import get_args
 
 import pytest
 
@@ -9,7 +10,9 @@ from lightning_convnext_det import DetectionDataModule, FasterRCNNModule
 from lightning_convnext_det.cli.commands import FLAGS, TRAINER
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.cli.short_help import MAIN, short_help
+from lightning_convnext_det.data.transforms import Preset
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.modules.registry import DETECTORS
 
 
 @pytest.mark.heavy
@@ -34,3 +37,8 @@ def test_short_help__has_the_options_of_its_command(command: str) -> None:
     assert ("--tta" in text) == (command != "fit")
     assert "--tiles" in text
     assert f"convnext-det {command} --help all" in text
+
+
+def test_short_help__names_every_detector_and_augmentation() -> None:
+    text = " ".join(short_help("fit").split())
+    assert [name for name in (*DETECTORS, "ClassifierModule", *get_args(Preset)) if name not in text] == []

@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.convert.importer import import_weights
 from lightning_convnext_det.convert.mmdetection_dino import convert_mmdetection_dino
+from lightning_convnext_det.convert.naming import coco_categories
+from lightning_convnext_det.convert.report import name_slots
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.inference.predictor import Predictor
@@ -203,3 +205,11 @@ def test_start_module__dino_for_other_classes_keeps_all_but_heads_and_label_embe
     changed = {k for k in kept if kept[k].shape != new[k].shape or not torch.equal(kept[k], new[k])}
     heads = {f"class_heads.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
     assert changed == heads | {"denoising.label_embedding.weight"}
+
+
+@pytest.mark.parametrize("given", [[], [name for _, name in coco_categories()]], ids=["none", "COCO's"])
+def test_name_slots__eighty_classes_of_coco_have_its_ids(given: list[str]) -> None:
+    slots = name_slots(80, given)
+    assert [(slots[i].name, slots[i].category_id) for i in (0, 11, 79)] == [
+        ("person", 1), ("stop sign", 13), ("toothbrush", 90),
+    ]  # fmt: skip

@@ -1,6 +1,5 @@
 """What detrex computed for DINO on seeded random weights, and our detector on them."""
 
-import importlib.util
 import json
 import re
 from functools import lru_cache
@@ -21,6 +20,7 @@ from lightning_convnext_det.models.deformable_detr.denoising import Noise
 from lightning_convnext_det.models.deformable_detr.dino import DINO
 from lightning_convnext_det.models.deformable_detr.levels import Levels
 from tests.models.rcnn.goldens import convnext_golden
+from tests.models.rcnn.goldens import load_goldens_module as load_module
 
 GOLDENS = Path(__file__).parents[2] / ".." / "shared" / "goldens_dino"
 MINI, FULL = "dino_convnext_mini", "dino_convnext_tiny_full"
@@ -47,12 +47,7 @@ class Case(NamedTuple):
 
 def load_goldens_module(name: str) -> ModuleType:
     """Load a script that lies beside the goldens."""
-    spec = importlib.util.spec_from_file_location(f"goldens_dino_{name}", GOLDENS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(name, GOLDENS)
 
 
 def load_meta(model: str) -> dict[str, Any]:

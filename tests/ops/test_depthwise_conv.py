@@ -67,6 +67,23 @@ def test_depthwise_conv__passes_gradcheck_twice() -> None:
     assert torch.autograd.gradgradcheck(conv, (x,))
 
 
+def test_depthwise_conv__gives_torch_func_the_gradients_of_each_image() -> None:
+    torch.manual_seed(0)
+    fast = DepthwiseConv2d(3, 3, 5, padding=2, groups=3, dtype=torch.float64)
+    plain = nn.Conv2d(3, 3, 5, padding=2, groups=3, dtype=torch.float64)
+    plain.load_state_dict(fast.state_dict())
+    images = torch.randn(4, 1, 3, 6, 5, dtype=torch.float64)
+
+    def gradients(conv: nn.Module) -> dict[str, Tensor]:
+        weights = {name: parameter.detach() for name, parameter in conv.named_parameters()}
+        loss = lambda weights, x: torch.func.functional_call(conv, weights, (x,)).square().sum()  # noqa: E731
+        found: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+        return found
+
+    for name, wanted in gradients(plain).items():
+        torch.testing.assert_close(gradients(fast)[name], wanted)
+
+
 def test_use_fast_depthwise__takes_only_what_it_computes() -> None:
     kinds = {
         "depthwise": nn.Conv2d(4, 4, 7, padding=3, groups=4),

@@ -11,8 +11,9 @@ from lightning_convnext_det.cli.commands import EXIT_STATUS, FLAGS, TRAINER
 _TRAINING = {
     "--data.root DIR": "dataset in COCO, Pascal VOC or YOLO format, which is found from the files",
     "--data.batch_size N": "images per batch on each device (default: by the plan)",
-    "--data.train_transforms NAME": "augmentation: none, flip, multiscale, lsj or tiles",
-    "--model CLASS": "FasterRCNNModule (default), CascadeRCNNModule, DeformableDETRModule or ClassifierModule",
+    "--data.train_transforms NAME": "augmentation: none, flip, multiscale, lsj, tiles or mosaic",
+    "--model CLASS": "FasterRCNNModule (default), CascadeRCNNModule, DeformableDETRModule, DINOModule or "
+    "ClassifierModule",
     "--model.backbone NAME": "any timm backbone with strides 4, 8, 16 and 32, see convnext-det models",
     "--model.pretrained_backbone BOOL": "start from timm's weights, which are downloaded",
     "--model.lr RATE": "learning rate after the warm-up (default: by the plan)",

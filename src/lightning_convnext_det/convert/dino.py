@@ -15,17 +15,28 @@ from torch import Tensor
 from lightning_convnext_det.convert.naming import (
     Argument,
     Rules,
-    coco_categories,
     convnext_name,
     convnext_rules,
     count_blocks,
     rename_key,
 )
-from lightning_convnext_det.convert.report import Converted, Slot, fill
+from lightning_convnext_det.convert.report import Converted, fill, name_slots
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.deformable_detr.dino import DINO
 
 _ORIGIN = "detrex's DINO"
+TRANSFORMER_RULES: Rules = [
+    (r"^decoder\.ref_point_head\.layers\.0\.", "decoder.position_head.0."),
+    (r"^decoder\.ref_point_head\.layers\.1\.", "decoder.position_head.3."),
+    (r"^encoder\.layers\.(\d+)\.norms\.0\.", r"encoder.layers.\1.norm."),
+    (r"^encoder\.layers\.(\d+)\.norms\.1\.", r"encoder.layers.\1.feedforward.norm."),
+    (r"^decoder\.layers\.(\d+)\.norms\.0\.", r"decoder.layers.\1.self_norm."),
+    (r"^decoder\.layers\.(\d+)\.norms\.1\.", r"decoder.layers.\1.cross_norm."),
+    (r"^decoder\.layers\.(\d+)\.norms\.2\.", r"decoder.layers.\1.feedforward.norm."),
+    (r"\.value_proj\.", ".value_projection."),
+    (r"\.output_proj\.", ".output_projection."),
+]
+"""Rules that the files of detrex and MMDetection share, after the prefixes of encoder and decoder."""
 _RULES: Rules = [
     *convnext_rules("backbone.net."),
     (r"^neck\.convs\.(\d+)\.conv\.", r"levels.projections.\1.0."),
@@ -40,20 +51,12 @@ _RULES: Rules = [
     (r"^(?:transformer\.decoder\.)?bbox_embed\.(\d+)\.layers\.2\.", r"box_heads.\1.6."),
     (r"^label_enc\.", "denoising.label_embedding."),
     (r"^transformer\.(encoder|decoder)\.", r"\1."),
-    (r"^decoder\.ref_point_head\.layers\.0\.", "decoder.position_head.0."),
-    (r"^decoder\.ref_point_head\.layers\.1\.", "decoder.position_head.3."),
     (r"^encoder\.layers\.(\d+)\.attentions\.0\.", r"encoder.layers.\1.attention."),
-    (r"^encoder\.layers\.(\d+)\.norms\.0\.", r"encoder.layers.\1.norm."),
-    (r"^encoder\.layers\.(\d+)\.norms\.1\.", r"encoder.layers.\1.feedforward.norm."),
     (r"^decoder\.layers\.(\d+)\.attentions\.0\.attn\.", r"decoder.layers.\1.self_attention."),
     (r"^decoder\.layers\.(\d+)\.attentions\.1\.", r"decoder.layers.\1.cross_attention."),
-    (r"^decoder\.layers\.(\d+)\.norms\.0\.", r"decoder.layers.\1.self_norm."),
-    (r"^decoder\.layers\.(\d+)\.norms\.1\.", r"decoder.layers.\1.cross_norm."),
-    (r"^decoder\.layers\.(\d+)\.norms\.2\.", r"decoder.layers.\1.feedforward.norm."),
     (r"\.ffns\.0\.layers\.0\.0\.", ".feedforward.linear1."),
     (r"\.ffns\.0\.layers\.1\.", ".feedforward.linear2."),
-    (r"\.value_proj\.", ".value_projection."),
-    (r"\.output_proj\.", ".output_projection."),
+    *TRANSFORMER_RULES,
 ]
 
 
@@ -77,13 +80,8 @@ def convert_dino(
         CheckpointError: if the tensors do not fit the network exactly, or the copies of a head differ.
     """
     tensors, redundant, contradicting = rename_dino(state_dict)
-    try:
-        inferred = {**infer_dino_arguments(tensors, int(arguments.get("num_heads", 8))), **arguments}  # type: ignore[arg-type]
-    except KeyError as error:
-        raise CheckpointError(f"[LCD-K011] {_ORIGIN}: tensor {error} is missing; is the file complete?") from None
-    if "backbone" not in inferred:
-        raise CheckpointError(f"[LCD-K011] {_ORIGIN}: the backbone is not recognised; give its timm name as backbone")
-    slots = name_dino_classes(int(inferred["num_classes"]), class_names)  # type: ignore[arg-type]
+    inferred = complete_arguments(tensors, arguments, _ORIGIN)
+    slots = name_slots(int(inferred["num_classes"]), class_names)  # type: ignore[arg-type]
     return fill(DINO, inferred, tensors, _ORIGIN, slots=slots, redundant=redundant, left_over=contradicting)
 
 
@@ -121,7 +119,24 @@ def _rules_of(keys: Iterable[str]) -> Rules:
     return rules
 
 
-def infer_dino_arguments(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Argument]:
+def complete_arguments(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Argument], origin: str
+) -> dict[str, Argument]:
+    """The arguments of `DINO`: those given, and for the others what renamed tensors tell.
+
+    Raises:
+        CheckpointError: if a tensor that every DINO has is missing, or the backbone is not recognised.
+    """
+    try:
+        inferred = {**_infer_arguments(tensors, int(given.get("num_heads", 8))), **given}  # type: ignore[arg-type]
+    except KeyError as error:
+        raise CheckpointError(f"[LCD-K011] {origin}: tensor {error} is missing; is the file complete?") from None
+    if "backbone" not in inferred:
+        raise CheckpointError(f"[LCD-K011] {origin}: the backbone is not recognised; give its timm name as backbone")
+    return inferred
+
+
+def _infer_arguments(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Argument]:
     """Infer the arguments of `DINO` from renamed tensors, without ``backbone`` if it is unknown.
 
     Raises:
@@ -161,13 +176,3 @@ def _backbone_name(tensors: Mapping[str, Tensor]) -> str | None:
         return None
     blocks = count_blocks(tensors, r"backbone\.net\.layer3\.(\d+)\.")
     return {6: "resnet50", 23: "resnet101"}.get(blocks)
-
-
-def name_dino_classes(count: int, given: Sequence[str]) -> tuple[Slot, ...]:
-    """Names and ids of the classes: those given, if their number is right, or COCO's for 80; else none."""
-    coco = coco_categories()
-    if count == len(coco) and not given:
-        return tuple(Slot(row, name, index) for row, (index, name) in enumerate(coco))
-    if len(given) == count:
-        return tuple(Slot(row, name, row) for row, name in enumerate(given))
-    return ()

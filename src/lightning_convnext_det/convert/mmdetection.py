@@ -14,13 +14,12 @@ from torch import Tensor
 from lightning_convnext_det.convert.naming import (
     Argument,
     Rules,
-    coco_categories,
     convnext_name,
     convnext_rules,
     count_blocks,
     rename_key,
 )
-from lightning_convnext_det.convert.report import Converted, Slot, fill
+from lightning_convnext_det.convert.report import Converted, fill, name_slots
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.models.rcnn.cascade_rcnn import CascadeRCNN
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
@@ -77,7 +76,7 @@ def convert_mmdetection(
         inferred,
         tensors,
         origin,
-        slots=_name_classes(int(inferred["num_classes"]), class_names),  # type: ignore[arg-type]
+        slots=name_slots(int(inferred["num_classes"]), class_names),  # type: ignore[arg-type]
         ignored=left_out,
         parameters=sum(counts.values()) - sum(left_out.values()),
     )
@@ -93,15 +92,6 @@ def read_class_names(extras: Mapping[str, Any]) -> list[str]:  # whatever lies b
         if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
             return list(value)
     return []
-
-
-def _name_classes(count: int, given: Sequence[str]) -> tuple[Slot, ...]:
-    coco = coco_categories()
-    if count == len(coco) and list(given) in ([], [name for _, name in coco]):
-        return tuple(Slot(row, name, index) for row, (index, name) in enumerate(coco))
-    if len(given) == count:
-        return tuple(Slot(row, name, row) for row, name in enumerate(given))
-    return ()
 
 
 def is_mmdetection(keys: Iterable[str]) -> bool:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_convnext_det.convert.dino import infer_dino_arguments, name_dino_classes
+from lightning_convnext_det.convert.dino import TRANSFORMER_RULES, complete_arguments
 from lightning_convnext_det.convert.naming import Argument, Rules, convnext_rules, count_blocks, rename_key
-from lightning_convnext_det.convert.report import Converted, fill
-from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.convert.report import Converted, fill, name_slots
 from lightning_convnext_det.models.deformable_detr.dino import DINO
 
 _ORIGIN = "MMDetection's DINO"
@@ -30,20 +29,12 @@ _RULES: Rules = [
     (r"^bbox_head\.reg_branches\.(\d+)\.2\.", r"box_heads.\1.3."),
     (r"^bbox_head\.reg_branches\.(\d+)\.4\.", r"box_heads.\1.6."),
     (r"^dn_query_generator\.", "denoising."),
-    (r"^decoder\.ref_point_head\.layers\.0\.", "decoder.position_head.0."),
-    (r"^decoder\.ref_point_head\.layers\.1\.", "decoder.position_head.3."),
     (r"^encoder\.layers\.(\d+)\.self_attn\.", r"encoder.layers.\1.attention."),
-    (r"^encoder\.layers\.(\d+)\.norms\.0\.", r"encoder.layers.\1.norm."),
-    (r"^encoder\.layers\.(\d+)\.norms\.1\.", r"encoder.layers.\1.feedforward.norm."),
     (r"^decoder\.layers\.(\d+)\.self_attn\.attn\.", r"decoder.layers.\1.self_attention."),
     (r"^decoder\.layers\.(\d+)\.cross_attn\.", r"decoder.layers.\1.cross_attention."),
-    (r"^decoder\.layers\.(\d+)\.norms\.0\.", r"decoder.layers.\1.self_norm."),
-    (r"^decoder\.layers\.(\d+)\.norms\.1\.", r"decoder.layers.\1.cross_norm."),
-    (r"^decoder\.layers\.(\d+)\.norms\.2\.", r"decoder.layers.\1.feedforward.norm."),
     (r"\.ffn\.layers\.0\.0\.", ".feedforward.linear1."),
     (r"\.ffn\.layers\.1\.", ".feedforward.linear2."),
-    (r"\.value_proj\.", ".value_projection."),
-    (r"\.output_proj\.", ".output_projection."),
+    *TRANSFORMER_RULES,
 ]
 
 
@@ -70,14 +61,8 @@ def convert_mmdetection_dino(
     tensors = _rename({key: tensor for key, tensor in state_dict.items() if key not in counters})
     # dino-4scale_r50_8xb2-12e_coco.py: positional_encoding; images are resized by OpenCV
     fixed: dict[str, Argument] = {"position_offset": 0.0, "position_temperature": 20.0, "resize": "opencv"}
-    try:
-        heads = int(arguments.get("num_heads", 8))  # type: ignore[arg-type]
-        inferred = {**infer_dino_arguments(tensors, heads), **fixed, **arguments}
-    except KeyError as error:
-        raise CheckpointError(f"[LCD-K011] {_ORIGIN}: tensor {error} is missing; is the file complete?") from None
-    if "backbone" not in inferred:
-        raise CheckpointError(f"[LCD-K011] {_ORIGIN}: the backbone is not recognised; give its timm name as backbone")
-    slots = name_dino_classes(int(inferred["num_classes"]), class_names)  # type: ignore[arg-type]
+    inferred = complete_arguments(tensors, {**fixed, **arguments}, _ORIGIN)
+    slots = name_slots(int(inferred["num_classes"]), class_names)  # type: ignore[arg-type]
     parameters = sum(tensor.numel() for key, tensor in state_dict.items() if not key.endswith(_COUNTERS))
     return fill(DINO, inferred, tensors, _ORIGIN, slots=slots, redundant=counters, parameters=parameters)
 

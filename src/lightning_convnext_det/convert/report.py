@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.convert.naming import Argument
+from lightning_convnext_det.convert.naming import Argument, coco_categories
 from lightning_convnext_det.errors import CheckpointError
 
 
@@ -17,6 +17,16 @@ class Slot(NamedTuple):
     row: int
     name: str
     category_id: int
+
+
+def name_slots(count: int, given: Sequence[str]) -> tuple[Slot, ...]:
+    """Names and ids of the classes: those given, if their number is right, or COCO's for 80; else none."""
+    coco = coco_categories()
+    if count == len(coco) and list(given) in ([], [name for _, name in coco]):
+        return tuple(Slot(row, name, index) for row, (index, name) in enumerate(coco))
+    if len(given) == count:
+        return tuple(Slot(row, name, row) for row, name in enumerate(given))
+    return ()
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_convnext_det.data.batch import Sample
+from lightning_convnext_det.data.transforms import MIN_VISIBLE_SHARE
 from lightning_convnext_det.types import Target
 
-MIN_VISIBLE = 0.4  # of a box's area; less of an object is often beyond recognition
 _CENTRE = (0.3, 0.7)  # where the four parts meet, as a fraction of width and height
 _SCALE = (0.6, 1.2)  # of each of the four images
 NUM_IMAGES = 4
@@ -17,7 +17,8 @@ def create_mosaic(samples: list[Sample]) -> Sample:
     """Put random crops of four images around a random point of a canvas as large as the first image.
 
     Each image is scaled by a random factor from 0.6 to 1.2, or more where it would not fill its part. A box is cut at
-    the edge of its part, and left out if less than 40 % of its area remains. Draws from torch's CPU generator.
+    the edge of its part; an object of which less than 40 % of the area remains becomes an ignored region (``iscrowd``),
+    as in `RandomTile`. Draws from torch's CPU generator.
 
     >>> import torch
     >>> target = {"boxes": torch.tensor([[0.0, 0.0, 60.0, 40.0]]), "labels": torch.tensor([1]), "image_id": 7}
@@ -30,26 +31,31 @@ def create_mosaic(samples: list[Sample]) -> Sample:
             in pixels of their image and ``labels`` int64 [N].
 
     Returns:
-        The canvas, uint8 [C, H, W], and the target of the first image with the boxes and labels of all parts.
+        The canvas, uint8 [C, H, W], and the target of the first image with ``boxes``, ``labels`` and ``iscrowd`` of all
+        parts.
     """
     image, first = samples[0]
     height, width = image.shape[-2:]
     canvas = torch.empty_like(image)
     middle_y, middle_x = (round(side * _draw(*_CENTRE)) for side in (height, width))
-    boxes, labels = [], []
+    boxes, labels, ignored = [], [], []
     for number, (part, target) in enumerate(samples):
         top, bottom = ((0, middle_y), (middle_y, height))[number // 2]
         left, right = ((0, middle_x), (middle_x, width))[number % 2]
-        pixels, moved, visible = _crop(part, target["boxes"], bottom - top, right - left)
+        pixels, moved, share = _crop(part, target["boxes"], bottom - top, right - left)
         canvas[:, top:bottom, left:right] = pixels
-        boxes.append(moved + moved.new_tensor([left, top, left, top]))
-        labels.append(target["labels"][visible])
-    joined: Target = {**first, "boxes": torch.cat(boxes), "labels": torch.cat(labels)}
+        kept = share > 0
+        boxes.append((moved + moved.new_tensor([left, top, left, top]))[kept])
+        labels.append(target["labels"][kept])
+        ignored.append(share[kept] < MIN_VISIBLE_SHARE)
+    joined: Target = {
+        **first, "boxes": torch.cat(boxes), "labels": torch.cat(labels), "iscrowd": torch.cat(ignored),
+    }  # fmt: skip
     return canvas, joined
 
 
 def _crop(image: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale an image at random and crop a window at random: its pixels, the boxes kept, and which these are."""
+    """Scale an image at random and crop a window at random: its pixels, the boxes, and how much of each is visible."""
     old_height, old_width = image.shape[-2:]
     scale = max(_draw(*_SCALE), height / old_height, width / old_width)
     size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
@@ -58,8 +64,7 @@ def _crop(image: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor
     ratio = boxes.new_tensor([size[1] / old_width, size[0] / old_height]).repeat(2)
     moved = boxes * ratio - boxes.new_tensor([left, top, left, top])
     clipped = torch.minimum(moved.clamp(min=0), moved.new_tensor([width, height, width, height]))
-    visible = _areas(clipped) >= MIN_VISIBLE * _areas(moved)
-    return scaled[:, top : top + height, left : left + width], clipped[visible], visible
+    return scaled[:, top : top + height, left : left + width], clipped, _areas(clipped) / _areas(moved).clamp(min=1e-6)
 
 
 def _areas(boxes: Tensor) -> Tensor:

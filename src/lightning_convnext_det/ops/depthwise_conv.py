@@ -65,12 +65,18 @@ def _fits(conv: nn.Conv2d) -> bool:
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func, e.g. the gradients of each image
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         height, width = weight.shape[-2:]
         return F.conv2d(x, weight, bias, padding=(height // 2, width // 2), groups=x.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -42,9 +42,9 @@ def convnext_golden(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
     return _create_convnext("convnext_golden", pretrained, pretrained_cfg=config, **sizes, **kwargs)
 
 
-def load_goldens_module(name: str) -> ModuleType:
+def load_goldens_module(name: str, folder: Path = GOLDENS) -> ModuleType:
     """Load a script that lies beside the goldens."""
-    spec = importlib.util.spec_from_file_location(f"goldens_{name}", GOLDENS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -38,6 +38,7 @@ class CascadeRCNN(FasterRCNN):
 
     Args:
         num_classes: foreground classes; labels run from 0 to ``num_classes - 1``.
+        backbone: timm name of the backbone, e.g. ``convnext_tiny``, ``swin_tiny_patch4_window7_224``, ``resnet50``.
         stage_iou_thresholds: IoU from which a box is an object, for each of up to three stages.
         stage_loss_weights: factor of the losses of each stage.
         shared: the arguments of `FasterRCNN` but for ``box_fg_iou_threshold`` and ``box_bg_iou_threshold``; the default
@@ -67,6 +68,7 @@ class CascadeRCNN(FasterRCNN):
     def __init__(
         self,
         num_classes: Count,
+        backbone: str = "convnext_tiny",
         stage_iou_thresholds: Sequence[Fraction] = (0.5, 0.6, 0.7),
         stage_loss_weights: Sequence[NonNegative] = (1.0, 0.5, 0.25),
         **shared: Any,  # the keywords of FasterRCNN
@@ -83,7 +85,7 @@ class CascadeRCNN(FasterRCNN):
         # create_roi_heads, which FasterRCNN calls, needs them
         self.stage_iou_thresholds, self.stage_loss_weights = tuple(stage_iou_thresholds), tuple(stage_loss_weights)
         first = stage_iou_thresholds[0]
-        super().__init__(num_classes, box_fg_iou_threshold=first, box_bg_iou_threshold=first, **shared)
+        super().__init__(num_classes, backbone, box_fg_iou_threshold=first, box_bg_iou_threshold=first, **shared)
 
     def create_roi_heads(self, stages: StageBuilder, sampling: Sampling) -> CascadeHeads:
         """Build the box heads: one for each stage, whose thresholds rise."""
