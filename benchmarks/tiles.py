@@ -23,6 +23,7 @@ from lightning_convnext_det.ops.windows import Window, tile_windows
 from lightning_convnext_det.types import Detection, Target
 
 TILE, OVERLAP, SCORE, SHRUNK = 144, 0.2, 0.3, 0.3
+LIKELY = 0.1  # score
 WIDTH, HEIGHT = 3968, 1152
 
 
@@ -106,9 +107,10 @@ def print_table(
             merged = merge_windows(boxes, scores, labels, sources, torch.tensor(own), method, margin=2.0)
             one = Detection(boxes=merged[0], labels=merged[2], scores=merged[1])
             print(f"| {name}, `{method}` | {evaluate([one], [target], num_classes)} |", flush=True)
+        likely = scores >= LIKELY  # supervision compares all boxes with all: with every box, more memory than there is
         for way in ("NMS", "NMM"):
-            row = evaluate([supervise(boxes, scores, labels, way)], [target], num_classes)
-            print(f"| {name}, supervision's {way} | {row} |", flush=True)
+            row = evaluate([supervise(boxes[likely], scores[likely], labels[likely], way)], [target], num_classes)
+            print(f"| {name}, supervision's {way} of boxes from a score of {LIKELY} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

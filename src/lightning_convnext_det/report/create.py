@@ -173,13 +173,14 @@ def _classes(evaluation: Evaluation, analysis: Analysis) -> html.Section:
         chosen, lrp = analysis.thresholds[label], analysis.lrp[label]
         threshold = math.nan if chosen.threshold is None else chosen.threshold
         rows.append((
-            name, chosen.num_objects, analysis.metrics[f"map/{name}"], _interval_text(analysis, f"map/{name}") or "–",  # noqa: RUF001
-            threshold, chosen.precision, chosen.recall, chosen.f1, lrp["error"], float(analysis.class_laece[label]),
+            name, chosen.num_objects, analysis.metrics[f"map/{name}"],
+            html.share_bounds(analysis.intervals[f"map/{name}"]), threshold, chosen.precision, chosen.recall,
+            chosen.f1, lrp["error"], float(analysis.class_laece[label]),
         ))  # fmt: skip
     head = ("class", "objects", "AP", "95 %", "threshold", "precision", "recall", "F1", "oLRP", "LaECE")
     intro = (
-        "AP is the mean over IoU 0.5 to 0.95; precision, recall and F1 are those at the score threshold of highest F1 "
-        "(IoU 0.5). oLRP and LaECE are errors: lower is better. Click a heading to sort."
+        "AP from 0 to 1 is the mean over IoU 0.5 to 0.95; precision, recall and F1 are those at the score threshold of "
+        "highest F1 (IoU 0.5). oLRP and LaECE are errors: lower is better. Click a heading to sort."
     )
     return html.Section("classes", "Classes", intro, html.table(head, rows))
 

@@ -153,6 +153,11 @@ def bounds(limits: tuple[float, float]) -> str:
     return "" if math.isnan(limits[0]) else f"{100 * limits[0]:.1f} to {100 * limits[1]:.1f}"
 
 
+def share_bounds(limits: tuple[float, float]) -> str:
+    """An interval beside shares from 0 to 1, as the tables of classes have them."""
+    return "–" if math.isnan(limits[0]) else f"{limits[0]:.3f} to {limits[1]:.3f}"  # noqa: RUF001  # the dash of tables
+
+
 def _cell(cell: Cell, column: int, text: Sequence[int]) -> str:
     if isinstance(cell, float):
         shown, value = ("–", "") if math.isnan(cell) else (f"{cell:.3f}", repr(cell))  # noqa: RUF001
