@@ -2,16 +2,23 @@
 
     python benchmarks/detectors.py                     # ConvNeXt-T at 480 x 640
     python benchmarks/detectors.py --size 800 1333 --repeats 3
+    python benchmarks/detectors.py --device cuda --size 800 1333 --batch 16 --precision bf16 --repeats 5
 
-Both have the same weights, float32. A training step is two images, forward, backward and AdamW. "Plain layers" is this
-package with ``nn.Conv2d`` in place of `DepthwiseConv2d`.
+Both have the same weights. A training step is forward, backward and AdamW of a batch. "Plain layers" is this package
+with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one. There, images per second and the share of the
+GPU's rate in matrix products that the step reaches are printed as well: floating-point operations of convolutions and
+products, counted by torch, without those of pooling and NMS.
 """
 
 import copy
 import functools
+import time
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection
 
 from lightning_convnext_det import FasterRCNN
@@ -43,53 +50,95 @@ def create_peer(ours: FasterRCNN, size: tuple[int, int]) -> nn.Module:
     return peer
 
 
-def create_batch(size: tuple[int, int], count: int, first_label: int) -> tuple[list[Tensor], list[Target]]:
+def create_batch(size: tuple[int, int], count: int, first_label: int, device: str) -> tuple[list[Tensor], list[Target]]:
     chance = torch.Generator().manual_seed(0)
-    images = [torch.rand(3, *size, generator=chance) for _ in range(count)]
+    images = [torch.rand(3, *size, generator=chance).to(device) for _ in range(count)]
     corners = torch.rand(count, 8, 2, generator=chance) * torch.tensor([size[1] - 130.0, size[0] - 130.0])
     sides = 20 + torch.rand(count, 8, 2, generator=chance) * 100
     labels = torch.randint(CLASSES, (count, 8), generator=chance) + first_label
-    boxes = torch.cat([corners, corners + sides], dim=2)
-    return images, [Target(boxes=b, labels=x) for b, x in zip(boxes, labels, strict=True)]
+    boxes = torch.cat([corners, corners + sides], dim=2).to(device)
+    return images, [Target(boxes=b, labels=x) for b, x in zip(boxes, labels.to(device), strict=True)]
 
 
-def predict(net: nn.Module, images: list[Tensor]) -> None:
+def autocast(options: Namespace) -> AbstractContextManager[None]:
+    return torch.autocast(options.device, torch.bfloat16) if options.precision == "bf16" else nullcontext()
+
+
+def predict(net: nn.Module, images: list[Tensor], options: Namespace) -> None:
     net.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(options):
         net(images)
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, images: list[Tensor], targets: list[Target]) -> None:
+def train(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: list[Tensor],
+    targets: list[Target],
+    options: Namespace,
+) -> None:
     net.train()
     optimizer.zero_grad()
-    sum(net(images, targets).values()).backward()
+    with autocast(options):
+        loss = sum(net(images, targets).values())
+    loss.backward()
     optimizer.step()
+
+
+def print_rate(step: functools.partial[None], batch: int) -> None:
+    """Images per second of a training step on the GPU, and its floating-point operations against large products."""
+    side = 8192
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = min(seconds(functools.partial(torch.mm, a, b)) for _ in range(10))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    own = min(seconds(step) for _ in range(5))
+    flops, limit = counter.get_total_flops() / own, 2 * side**3 / product
+    print(f"\nhere: {batch / own:.0f} images/s; {counter.get_total_flops() / 1e12:.1f} TFLOP a step, "
+          f"{flops / 1e12:.0f} TFLOP/s, {flops / limit:.0%} of {limit / 1e12:.0f} TFLOP/s in bfloat16 products")  # fmt: skip
+
+
+def seconds(call: functools.partial[object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=None, help="images (default: 1 in prediction, 2 in training)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of autocast")
     parser.add_argument("--backbone", default="convnext_tiny")
     parser.add_argument("--only", choices=("prediction", "training"), default=None)
     parser.set_defaults(threads=1, clock="cpu", repeats=3)
     options = parser.parse_args()
-    print_header(f"Faster R-CNN {options.backbone}", options, ("torchvision", "timm"))
+    if options.device == "cuda":
+        options.clock = "wall"
+    print_header(f"Faster R-CNN {options.backbone}, {options.precision}", options, ("torchvision", "timm"))
     size = tuple(options.size)
     torch.manual_seed(0)
     ours = FasterRCNN(CLASSES, options.backbone, min_size=min(size), max_size=max(size))
     nets = {"torchvision": create_peer(ours, size), "here, plain layers": with_plain_layers(ours), "here": ours}
+    if options.device == "cuda":
+        del nets["here, plain layers"]
+    nets = {name: net.to(options.device) for name, net in nets.items()}
     shape = f"{size[0]} x {size[1]}"
     if options.only != "training":
-        images, _ = create_batch(size, 1, 0)
-        runs: Contestants = {name: functools.partial(predict, net, images) for name, net in nets.items()}
-        compare(f"prediction {shape}", runs, options)
+        images, _ = create_batch(size, options.batch or 1, 0, options.device)
+        runs: Contestants = {name: functools.partial(predict, net, images, options) for name, net in nets.items()}
+        compare(f"prediction of {len(images)}, {shape}", runs, options)
     if options.only != "prediction":
         runs = {}
         for name, net in nets.items():
-            batch = create_batch(size, 2, int(name == "torchvision"))
+            batch = create_batch(size, options.batch or 2, int(name == "torchvision"), options.device)
             optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
-            runs[name] = functools.partial(train, net, optimizer, *batch)
-        compare(f"training step {shape}", runs, options)
+            runs[name] = functools.partial(train, net, optimizer, *batch, options)
+        compare(f"training step of {len(batch[0])}, {shape}", runs, options)
+        if options.device == "cuda":
+            print_rate(runs["here"], len(batch[0]))
 
 
 if __name__ == "__main__":

@@ -47,3 +47,15 @@ def attend_in_a_loop(value: Tensor, shapes: list[tuple[int, int]], locations: Te
                     )
                     output[image, query, head] += share * value[image, start + row * width + column, head].double()
     return output.flatten(2)
+
+
+def candidates(count: int, images: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes [N, 4], scores of which no two are equal [N], groups [N] and images [N] for NMS."""
+    corners = torch.rand(count, 2) * 800
+    boxes = torch.cat((corners, corners + torch.rand(count, 2) * 100), dim=1).clamp(max=800)
+    return (
+        boxes,
+        torch.randperm(count) / max(count, 1),
+        torch.randint(groups, (count,)),
+        torch.randint(images, (count,)),
+    )

@@ -1,17 +1,11 @@
 import pytest
 import torch
-from torch import Tensor
+from torchvision.ops import nms
 
 from lightning_convnext_det.ops import batch_nms as batch_nms_module
 from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows
 from lightning_convnext_det.ops.nms import Separation, grouped_nms
-
-
-def _candidates(count: int, images: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    corners = torch.rand(count, 2) * 800
-    boxes = torch.cat((corners, corners + torch.rand(count, 2) * 100), dim=1).clamp(max=800)
-    scores = torch.randperm(count) / max(count, 1)  # no two are equal
-    return boxes, scores, torch.randint(groups, (count,)), torch.randint(images, (count,))
+from tests.ops.samples import candidates
 
 
 # below and above the number of boxes from which on torchvision takes them group by group, few groups and many
@@ -23,7 +17,7 @@ def test_batch_nms__keeps_what_grouped_nms_keeps_of_each_image(
     count: int, images: int, groups: int, separation: Separation, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(count + groups)
-    boxes, scores, group, image = _candidates(count, images, groups)
+    boxes, scores, group, image = candidates(count, images, groups)
     monkeypatch.setattr(batch_nms_module, "is_recording", lambda: recorded)
     keep = batch_nms(boxes, scores, group, image, images, 0.5, separation, groups)
     for number in range(images):
@@ -45,3 +39,21 @@ def test_fill_rows__nothing() -> None:
     (rows,), count = fill_rows([torch.zeros(0, 4)], torch.zeros(0, dtype=torch.int64), torch.zeros(0) > 0, 2, 3)
     assert rows.shape == (2, 3, 4)
     assert count.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("groups", [1, 5, 80])
+@pytest.mark.parametrize(("count", "images"), [(0, 2), (1, 1), (4000, 1), (20000, 16), (20000, 1)])
+def test_batch_nms__on_a_gpu_keeps_what_the_cpu_keeps(count: int, images: int, groups: int) -> None:
+    torch.manual_seed(count + groups)
+    arguments = candidates(count, images, groups)
+    keep = batch_nms(*(a.cuda() for a in arguments), images, 0.5, num_groups=groups)
+    boxes, scores, group, image = arguments
+    for number in range(images):
+        rows = torch.where(image == number)[0]
+        parts = [rows[group[rows] == g] for g in range(groups)]
+        expected = torch.cat([part[nms(boxes[part], scores[part], 0.5)] for part in parts])
+        expected = expected[scores[expected].argsort(descending=True)]
+        own = keep.cpu()
+        assert torch.equal(own[image[own] == number], expected)

@@ -1,14 +1,18 @@
-"""Checks of the Triton kernel on the CPU: `test_deform_attn_triton.py` runs them with TRITON_INTERPRET=1."""
+"""Checks of the Triton kernels on the CPU: `test_deform_attn_triton.py` runs them with TRITON_INTERPRET=1."""
 
 import os
 
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import nms
 
+from lightning_convnext_det.ops import nms_triton
+from lightning_convnext_det.ops.batch_nms import _nms_on_gpu, batch_nms
 from lightning_convnext_det.ops.deform_attn import attention_by_grid_sample
 from lightning_convnext_det.ops.deform_attn_triton import attention_by_triton
-from tests.ops.samples import Arguments, attend_in_a_loop, attention_arguments
+from lightning_convnext_det.ops.nms_triton import nms_by_triton
+from tests.ops.samples import Arguments, attend_in_a_loop, attention_arguments, candidates
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "start these through test_deform_attn_triton.py"
 
@@ -76,3 +80,35 @@ def test_attention_by_triton__a_location_that_is_not_finite_reads_no_foreign_mem
         locations[0, 0], locations[0, 1] = float("nan"), float("inf")
         output = attention_by_triton(value, shapes, locations, weights)
     torch.testing.assert_close(output[0, 2:], expected[0, 2:])
+
+
+def test_nms_by_triton__equals_torchvision_in_each_group() -> None:
+    torch.manual_seed(0)
+    sizes = [0, 1, 40, 17, 130]
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    corners = torch.rand(sum(sizes), 2) * 60
+    boxes = torch.cat((corners, corners + torch.rand(sum(sizes), 2) * 50), dim=1)
+    valid = torch.rand(sum(sizes)) > 0.2
+    keep = nms_by_triton(boxes, valid, starts, max(sizes), 0.5)
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        rows = start + torch.where(valid[start:end])[0]
+        expected = rows[nms(boxes[rows], -rows.float(), 0.5)]
+        assert torch.where(keep[start:end])[0].tolist() == (expected - start).sort().values.tolist()
+
+
+def test_nms_by_triton__an_overlap_at_the_threshold_stays() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 5.1]])
+    keep = nms_by_triton(boxes, torch.ones(3) > 0, torch.tensor([0, 3]), 3, 0.5)  # IoU 0.5 and 0.51
+    assert keep.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("count", "images", "groups"), [(0, 1, 3), (1, 2, 1), (200, 3, 4)])
+@pytest.mark.parametrize("largest", [8192, 8])  # groups that fit into a program, and such as do not
+def test_nms_on_gpu__keeps_what_the_loop_over_images_keeps(
+    count: int, images: int, groups: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr(nms_triton, "LARGEST_GROUP", largest)
+    boxes, scores, group, image = candidates(count, images, groups)
+    keep = _nms_on_gpu(boxes, scores, group, image, (images, groups), 0.5)
+    assert torch.equal(keep, batch_nms(boxes, scores, group, image, images, 0.5, num_groups=groups))

@@ -9,9 +9,7 @@ Positions are those of ``grid_sample(align_corners=False, padding_mode="zeros")`
 map, the centre of pixel i lies at (i + 0.5) / width, and positions outside of the map read zero.
 """
 
-import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch.nn import functional
 from lightning_convnext_det.ops.deform_attn_gather import attention_by_gather
 from lightning_convnext_det.ops.deform_attn_indexed import attention_by_indexing
 from lightning_convnext_det.ops.tracing import is_recording, recorded_attention
+from lightning_convnext_det.ops.triton_kernels import has_triton
 
 
 def multi_scale_deformable_attention(
@@ -65,7 +64,7 @@ def multi_scale_deformable_attention(
         if value.device.type == "cpu" and has_four_corners:
             return attention_by_gather(value, spatial_shapes, sampling_locations, attention_weights)
         # the kernel adds atomically; where determinism is asked for, grid_sample raises PyTorch's own error
-        if value.is_cuda and _has_triton() and not torch.are_deterministic_algorithms_enabled():
+        if value.is_cuda and has_triton() and not torch.are_deterministic_algorithms_enabled():
             from lightning_convnext_det.ops.deform_attn_triton import attention_by_triton
 
             return attention_by_triton(value, spatial_shapes, sampling_locations, attention_weights)
@@ -113,8 +112,3 @@ def _check_shapes(
             f"attention_weights must have the shape of sampling_locations without its last axis, {list(shape[:5])}, "
             f"but its shape is {list(attention_weights.shape)}"
         )
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
