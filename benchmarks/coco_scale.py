@@ -6,9 +6,11 @@ proportional (PSS): a page that several processes share counts once in all.
     python benchmarks/coco_scale.py [--images 118000] [--boxes 860000] [--folder FOLDER] [--batches 0]
         [--only ours|torchvision] > benchmarks/results/cpu/coco_scale.md
     python benchmarks/coco_scale.py --starts --images 1000000 --boxes 7300000
+    python benchmarks/coco_scale.py --evaluation --images 1000000
 
 ``--starts`` measures the first start, which fills the cache of annotations, a second one, and four at once; its image
-files are links to a thousand different ones.
+files are links to a thousand different ones. ``--evaluation`` measures the memory of an evaluator that has the detections
+of that many images, as rank 0 has at the end of a validation.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
@@ -181,6 +184,51 @@ def measure_start(root: Path, cache: str) -> None:
     sys.stdin.readline()
 
 
+def measure_evaluation(num_images: int, found: int = 10, objects: int = 7) -> dict[str, float]:
+    """Evaluate synthetic detections in batches of 16."""
+    import torch
+
+    from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
+
+    torch.set_num_threads(1)
+    evaluator = DetectionEvaluator([f"class {i}" for i in range(CLASSES)])
+    batches = [synthetic_detections(16, found, objects, seed) for seed in range(64)]
+    before, cpu = anonymous_megabytes(), time.process_time()
+    for start in range(0, num_images, 16):
+        detections, targets = batches[start // 16 % len(batches)]
+        for number, target in enumerate(targets):
+            target["image_id"] = start + number
+        evaluator.update(detections, targets)
+    kept, updated = anonymous_megabytes() - before, time.process_time() - cpu
+    metrics = evaluator.compute()
+    return {
+        "seconds of CPU to add the images": updated,
+        "MB that their records take": kept,
+        "bytes of an image": kept * 2**20 / num_images,
+        "seconds of CPU to compute the metrics": time.process_time() - cpu - updated,
+        "MB resident at the peak, libraries included": peak_megabytes(),
+        "MB of the process without them": before,
+        "mAP": metrics["map"],
+    }
+
+
+def synthetic_detections(images: int, found: int, objects: int, seed: int) -> tuple[list, list]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    detections, targets = [], []
+    for _ in range(images):
+        corners = torch.rand(objects, 2, generator=generator) * 400
+        boxes = torch.cat([corners, corners + 10 + 100 * torch.rand(objects, 2, generator=generator)], 1)
+        labels = torch.randint(CLASSES, (objects,), generator=generator)
+        chosen = torch.randint(objects, (found,), generator=generator)
+        moved = boxes[chosen] + 5 * torch.randn(found, 4, generator=generator)
+        scores = torch.rand(found, generator=generator).sort(descending=True).values
+        detections.append({"boxes": moved, "labels": labels[chosen], "scores": scores})
+        targets.append({"boxes": boxes, "labels": labels})
+    return detections, targets
+
+
 def anonymous_megabytes() -> float:
     text = Path("/proc/self/smaps_rollup").read_text()
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss_Anon:")) / 1024
@@ -238,12 +286,24 @@ def measure_check(root: Path) -> dict[str, float]:
     """Run ``convnext-det check`` to its end."""
     from lightning_convnext_det.cli.main import main as command
 
+    sizes = [before := anonymous_megabytes()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            sizes.append(anonymous_megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     with redirect_stdout(sys.stderr):
         status = command(["check", str(root)])
+    ended.set()
+    watcher.join()
     if status:
         raise SystemExit(f"check ended with status {status}")
     return {
         "seconds of CPU of `convnext-det check`, imports included": cpu_seconds(),
+        "MB that `convnext-det check` adds at most, without mapped files": max(sizes) - before,
         "MB resident at the peak of `convnext-det check`, libraries included": peak_megabytes(),
     }
 
@@ -281,6 +341,13 @@ def print_table(options: argparse.Namespace, size: int, results: dict[str, dict[
         print(f"| {key} | " + " | ".join(cells) + " |")
 
 
+def print_evaluation(num_images: int) -> None:
+    print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {num_images:,} images of 10 detections and 7 objects.\n")
+    print("| `benchmarks/coco_scale.py --evaluation` | |\n|---|---:|")
+    for key, value in measure_evaluation(num_images).items():
+        print(f"| {key} | {value:,.3g} |" if value < 1 else f"| {key} | {value:,.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=118_000)
@@ -289,6 +356,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=0, help="end the epoch after so many of 16 images")
     parser.add_argument("--only", choices=("ours", "torchvision"))
     parser.add_argument("--starts", action="store_true", help="measure starts with the cache of annotations")
+    parser.add_argument("--evaluation", action="store_true", help="measure the memory of an evaluator")
     parser.add_argument("--cache", default="none")
     parser.add_argument("--measure", choices=("ours", "torchvision", "check", "start"))
     options = parser.parse_args()
@@ -299,6 +367,9 @@ def main() -> None:
         check = options.measure == "check"
         found = measure_check(options.folder) if check else measure(options.measure, options.folder, options.batches)
         print(json.dumps(found))
+        return
+    if options.evaluation:
+        print_evaluation(options.images)
         return
     with tempfile.TemporaryDirectory() as folder:
         root = options.folder or Path(folder) / "set"

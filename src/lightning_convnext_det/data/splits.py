@@ -203,7 +203,7 @@ class SplitReader:
         """Tell whether this is a path; a split of the dataset wins over a folder of XML with the same name."""
         if wanted.endswith(".json") or os.sep in wanted:
             return True
-        if not any(name.lower().endswith(".xml") for name in list_names(self._path(wanted))):
+        if not list_names(self._path(wanted), ".xml"):
             return False
         try:
             named = self._splits() if self.root else {}

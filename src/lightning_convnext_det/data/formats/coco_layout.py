@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_convnext_det.data.annotations import Split, canonical_split
 from lightning_convnext_det.data.io.files import open_file
-from lightning_convnext_det.data.io.listing import list_names
+from lightning_convnext_det.data.io.listing import folder_names, list_names
 
 _IMAGE_FOLDERS = ("images", "Images", "imgs", "JPEGImages", "data")
 _FILLER_WORDS = {"instances", "annotations", "annotation", "coco", "json", "bbox", "labels", "result", ""}
@@ -29,7 +29,7 @@ def find_coco(root: Path) -> dict[str, Split]:
             for key, stem, file in zip(keys, stems, files, strict=True):
                 found[key] = Split(key, "coco", root, (file,), image_folders(root, file, (stem, key)))
             return found
-    folders = [(name, root / name) for name in list_names(root) if (root / name).is_dir()]
+    folders = [(name, root / name) for name in folder_names(root)]
     for name, folder in folders:
         files = [folder / "_annotations.coco.json"]
         if not files[0].is_file() and canonical_split(name) in _SPLIT_WORDS:
@@ -42,7 +42,7 @@ def find_coco(root: Path) -> dict[str, Split]:
 
 def _coco_files(folder: Path) -> list[Path]:
     """The annotation files in a folder; one called instances_ is taken unseen, so that damage is reported."""
-    files = [folder / name for name in list_names(folder) if name.lower().endswith(".json")]
+    files = [folder / name for name in list_names(folder, ".json")]
     named = [file for file in files if file.name.startswith("instances_")]
     return named or [file for file in files if looks_like_coco(file)]
 

@@ -32,7 +32,7 @@ from lightning_convnext_det.data.formats.validation import validate_annotations
 from lightning_convnext_det.data.formats.voc_xml import parse_xml
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
 from lightning_convnext_det.data.io.files import open_file
-from lightning_convnext_det.data.io.listing import list_names
+from lightning_convnext_det.data.io.listing import folder_names, list_names
 
 MAX_BYTES = 512 << 20  # of one file; a million boxes take 200 MB
 _BOXES = ("box", "polygon", "mask", "ellipse")
@@ -202,11 +202,9 @@ def _class_names(root: ElementTree.Element, shapes: Sequence[_Shape]) -> tuple[s
 def find_cvat(root: Path) -> dict[str, Split]:
     """Find the XML files in a folder, or in its folders named like splits."""
     found = {}
-    places = [("", root)] + [
-        (canonical_split(name), root / name) for name in list_names(root) if (root / name).is_dir()
-    ]
+    places = [("", root)] + [(canonical_split(name), root / name) for name in folder_names(root)]
     for key, folder in places:
-        files = [folder / name for name in list_names(folder) if name.lower().endswith(".xml")]
+        files = [folder / name for name in list_names(folder, ".xml")]
         files = [file for file in files[:50] if looks_like_cvat(file)]
         for file in files:
             words = canonical_split(split_words(file.stem))

@@ -121,7 +121,7 @@ def make_split(annotations: str | Path, images: str | Path | None = None, name: 
     if path.is_file() and looks_like_cvat(path):
         root = path.parent if folder is None else Path(os.path.commonpath([path.parent, folder]))
         return Split(name, "cvat", root, (path,), (folder,) if folder else image_folders(root, path, (name,)))
-    if path.is_dir() and any(entry.lower().endswith(".xml") for entry in list_names(path)):
+    if path.is_dir() and list_names(path, ".xml"):
         folder = folder or image_folder_of(path)
         root = Path(os.path.commonpath([path, folder]))
         return Split(name, "voc", root, (path,), (folder,), (), (path,))

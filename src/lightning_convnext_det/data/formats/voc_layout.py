@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning_convnext_det.data.annotations import Split, canonical_split
 from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES
 from lightning_convnext_det.data.io.files import open_file
-from lightning_convnext_det.data.io.listing import image_names, list_names, walk_files
+from lightning_convnext_det.data.io.listing import folder_names, has_images, list_names, walk_files
 
 _SETS = ("train", "val", "trainval", "test")
 _XML_FOLDERS = ("Annotations", "annotations", "annots", "labels", "xml")
@@ -63,8 +63,7 @@ def _xml_folder(folder: Path) -> Path | None:
     """The folder of VOC's XML: the folder itself or one in it."""
     if _holds_voc(folder, _xml_files(folder)):
         return folder
-    children = [name for name in list_names(folder) if (folder / name).is_dir()]
-    names = [name for name in children if _holds_voc(folder / name, _xml_files(folder / name))]
+    names = [name for name in folder_names(folder) if _holds_voc(folder / name, _xml_files(folder / name))]
     known = [name for name in _XML_FOLDERS if name in names]
     chosen = known or (names if len(names) == 1 else [])
     return folder / chosen[0] if chosen else None
@@ -74,7 +73,7 @@ def _xml_files(folder: Path) -> list[str]:
     """The XML files in a folder; also those below it if it has a name that VOC and CVAT give."""
     if folder.name in _XML_FOLDERS:
         return walk_files(folder, (".xml",))
-    return [name for name in list_names(folder) if name.lower().endswith(".xml")]
+    return list_names(folder, ".xml")
 
 
 def _holds_voc(folder: Path, names: list[str]) -> bool:
@@ -91,10 +90,9 @@ def _holds_voc(folder: Path, names: list[str]) -> bool:
 
 def image_folder_of(xml: Path) -> Path:
     """The folder of the images that a folder of XML describes."""
-    if image_names(xml):
+    if has_images(xml):
         return xml
-    folders = [name for name in list_names(xml.parent) if (xml.parent / name).is_dir()]
-    siblings = [name for name in folders if walk_files(xml.parent / name, tuple(IMAGE_SUFFIXES))]
+    siblings = [name for name in folder_names(xml.parent) if walk_files(xml.parent / name, tuple(IMAGE_SUFFIXES))]
     known = [name for name in _IMAGE_FOLDERS if name in siblings]
     chosen = known or (siblings if len(siblings) == 1 else [])
     return xml.parent / chosen[0] if chosen else xml.parent

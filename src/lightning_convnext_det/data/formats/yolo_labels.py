@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lightning_convnext_det.data.formats.problems import AnnotationProblems, Place
 from lightning_convnext_det.data.io.decode import IMAGE_SUFFIXES
 from lightning_convnext_det.data.io.files import open_file, read_text
-from lightning_convnext_det.data.io.listing import list_names, walk_images
+from lightning_convnext_det.data.io.listing import first_images, list_names
 
 OVERHANG = 0.01  # that a relative value may leave [0, 1] by; Ultralytics accepts as much
 IMAGE_FOLDERS = ("images", "jpegimages", "imgs", "img")  # in lower case; labels lie beside a folder of these names
@@ -287,5 +287,5 @@ def _parse(words: Sequence[str], key_points: KeyPoints | None) -> tuple[int, tup
 
 def looks_like_yolo(folder: Path, root: Path) -> bool:
     """Whether one of the first images in a folder, or below it, has a label file with a line as YOLO's."""
-    images = walk_images([folder])[:50]
+    images = first_images(folder, 50)
     return any(_is_label(root / file) for image in images for file in label_files(os.path.relpath(image, root)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning_convnext_det.data.annotations import Split, canonical_split
 from lightning_convnext_det.data.formats.yolo_labels import IMAGE_FOLDERS, LABEL_FOLDERS, looks_like_yolo
 from lightning_convnext_det.data.formats.yolo_yaml import class_file, darknet_splits, yaml_splits
-from lightning_convnext_det.data.io.listing import image_names, list_names
+from lightning_convnext_det.data.io.listing import folder_names, has_images, list_names
 
 _SPLITS = ("train", "val", "trainval", "test")
 
@@ -19,22 +19,22 @@ def find_yolo(root: Path) -> dict[str, Split]:
     """
     if splits := yaml_splits(root) or darknet_splits(root):
         return splits
-    children = [name for name in list_names(root) if (root / name).is_dir()]
+    children = folder_names(root)
     image_folders = [root / name for name in children if name.lower() in IMAGE_FOLDERS]
     inner = [(canonical_split(name), folder / name) for folder in image_folders for name in list_names(folder)]
     below = [
         (canonical_split(name), root / name / child)
         for name in children
-        for child in list_names(root / name)
+        for child in folder_names(root / name)
         if child.lower() in IMAGE_FOLDERS
     ]
-    beside = [(canonical_split(name), root / name) for name in children if image_names(root / name)]
+    beside = [(canonical_split(name), root / name) for name in children if has_images(root / name)]
     for group in (inner, below, beside):
         folders = {key: folder for key, folder in group if key in _SPLITS and looks_like_yolo(folder, root)}
         if folders:
             return {key: _folder_split(key, root, folder) for key, folder in folders.items()}
     for folder in (*image_folders, root):
-        if image_names(folder) and looks_like_yolo(folder, root):
+        if has_images(folder) and looks_like_yolo(folder, root):
             return {"train": _folder_split("train", root, folder)}
     return {}
 

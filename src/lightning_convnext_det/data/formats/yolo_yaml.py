@@ -14,7 +14,7 @@ import yaml
 
 from lightning_convnext_det.data.annotations import Split, UnreadableError, canonical_split
 from lightning_convnext_det.data.io.files import read_text
-from lightning_convnext_det.data.io.listing import list_names, walk_images
+from lightning_convnext_det.data.io.listing import folder_names, list_names, walk_images
 
 MAX_BYTES = 1 << 20  # of a file of class names
 _CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
@@ -130,10 +130,10 @@ def yaml_splits(root: Path, file: Path | None = None) -> dict[str, Split]:
     """
     if file is not None:
         return _splits(_load_yaml(file), file, root)
-    names = [name for name in list_names(root) if name.lower().endswith((".yaml", ".yml"))]
+    ends = (".yaml", ".yml")
+    names = list_names(root, ends)
     known = [name for name in names if name.lower() in ("data.yaml", "data.yml", "dataset.yaml")]
-    inner = [] if names else [os.path.join(f, n) for f in list_names(root) for n in list_names(root / f)]
-    inner = [name for name in inner if name.lower().endswith((".yaml", ".yml"))]
+    inner = [] if names else [os.path.join(f, n) for f in folder_names(root) for n in list_names(root / f, ends)]
     found: dict[str, dict[str, Split]] = {}
     for name in known or names or inner:
         try:
