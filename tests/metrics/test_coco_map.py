@@ -14,9 +14,9 @@ from pycocotools.cocoeval import COCOeval
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_convnext_det.errors import DataError, DivergenceError
+from lightning_convnext_det.metrics import evaluation_records
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
 from lightning_convnext_det.metrics.coco_summary import METRICS
-from lightning_convnext_det.metrics.evaluation_records import join_records
 from lightning_convnext_det.types import Detection, Target
 from tests.metrics.random_datasets import random_dataset
 
@@ -328,7 +328,7 @@ def test_evaluator__keeps_no_boxes() -> None:
     dataset = random_dataset(11)
     evaluator = DetectionEvaluator([f"c{i}" for i in range(dataset.num_classes)])
     evaluator.update(dataset.detections, dataset.targets)
-    records = join_records(evaluator._records)
+    records = evaluator._records.join()
     num_detections, num_objects = (sum(len(r["labels"]) for r in rows) for rows in dataset[:2])
     assert sum(field.nbytes for field in records.fields) == 28 * num_detections + 5 * num_objects
 
@@ -340,3 +340,24 @@ def test_evaluator__refuses_labels_beyond_the_classes() -> None:
             DetectionEvaluator(["cat", "dog"]).update(
                 [detection(box, [0.5], [found])], [target(1, box, [objects], file_name="a.jpg")]
             )
+
+
+@pytest.mark.parametrize("parts", [2, 3, 256])
+def test_evaluator__joins_batches_on_the_way(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = random_dataset(12)
+    names = [f"c{i}" for i in range(dataset.num_classes)]
+    whole, single = DetectionEvaluator(names), DetectionEvaluator(names)
+    targets = [{**one, "image_id": 7 - i} for i, one in enumerate(dataset.targets)]
+    whole.update(dataset.detections, targets)
+    monkeypatch.setattr(evaluation_records, "_PARTS", parts)
+    wrong = [{**one, "scores": 1 - one["scores"]} for one in dataset.detections]
+    for found in (wrong, dataset.detections):  # the second time counts
+        for detection, annotated in zip(found, targets, strict=True):
+            single.update([detection], [annotated])
+    expected, joined = whole._records.join(), single._records.join()
+    assert len(single._records) == 2 * len(whole._records)
+    assert np.array_equal(joined.keys, expected.keys)
+    for one, other in zip(joined.fields, expected.fields, strict=True):
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)
+    assert single.compute() == pytest.approx(whole.compute(), abs=0, nan_ok=True)

@@ -68,12 +68,12 @@ def precision_areas(
     Returns:
         [S]; nan without objects.
     """
-    kept = np.cumsum(~is_ignored, axis=1, dtype=np.float64)
     areas = np.full(len(is_right), np.nan)
     for row, count in enumerate(num_objects.tolist()):
         if count:
             hits = np.flatnonzero(is_right[row])
-            areas[row] = _area(np.arange(1.0, len(hits) + 1), kept[row, hits], np.float64(count))
+            kept = np.cumsum(~is_ignored[row], dtype=np.float64)[hits]
+            areas[row] = _area(np.arange(1.0, len(hits) + 1), kept, np.float64(count))
     return areas
 
 

@@ -30,12 +30,10 @@ from lightning_convnext_det.metrics.coco_summary import (
     summarize,
 )
 from lightning_convnext_det.metrics.evaluation_records import (
-    ImageRecord,
     Key,
     Records,
-    join_records,
+    RecordStore,
     merge_records,
-    split_images,
 )
 from lightning_convnext_det.metrics.matching import ScoredDetections, match_areas
 from lightning_convnext_det.metrics.thresholds import ClassThreshold, choose_thresholds
@@ -90,7 +88,7 @@ class DetectionEvaluator:
         self.undefined: str | None = None
         self.thresholds: list[ClassThreshold] = []
         self.choose: Callable[[ScoredDetections], list[ClassThreshold]] = choose_thresholds
-        self._records: dict[Key, ImageRecord] = {}
+        self._records = RecordStore()
         self._has_warned = False
 
     @property
@@ -134,7 +132,7 @@ class DetectionEvaluator:
         matches = match_areas(
             found, [_on_cpu(target) for target in targets], IOU_THRESHOLDS, self.max_detections, AREA_RANGES
         )
-        self._records.update(zip(keys, split_images(matches, len(keys)), strict=True))
+        self._records.add(keys, matches)
 
     def _check_labels(self, labels: Tensor, name: str) -> None:
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(self.class_names)):
@@ -159,7 +157,7 @@ class DetectionEvaluator:
         Returns:
             ``map`` ... ``mar_large`` and ``map/<class name>``; nan where there is nothing to measure.
         """
-        records = _gather(join_records(self._records))
+        records = _gather(self._records.join())
         outcome: list[tuple[dict[str, float], str | None, list[ClassThreshold]] | None] = [None]
         if records is not None:
             num_classes = len(self.class_names)
@@ -181,7 +179,7 @@ def _on_cpu(record: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _why_undefined(records: Records) -> str:
-    if not records.keys:
+    if len(records.keys) == 0:
         return "no image was evaluated"
     boxes = len(records.fields.object_label)
     what = f"{boxes} boxes, which are all crowd regions or difficult" if boxes else "no boxes"

@@ -128,4 +128,7 @@ def _count_objects(records: Records, num_classes: int) -> NDArray[np.int64]:
 
 def _unpack(flags: NDArray[np.int64]) -> NDArray[np.bool_]:
     """The bits of all ranges and thresholds, [A * T, N]."""
-    return (flags >> np.arange(_RANGES * _THRESHOLDS)[:, None] & 1).astype(np.bool_)
+    bits = np.empty((_RANGES * _THRESHOLDS, len(flags)), np.bool_)
+    for number, bit in enumerate(bits):  # row by row: all at once would take eight times the memory
+        np.not_equal(flags & (1 << number), 0, out=bit)
+    return bits
