@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without_denoising": {"denoising_queries": 0},
     "unpadded": {"size_divisible": 1},
     "without_norms": {"out_norm": False},
+    "dense_proposals": {"dense_proposals": True},
 }
 
 
@@ -126,6 +127,34 @@ def test_dino__boxes_train_the_layer_before_and_proposals_only_by_their_own_loss
         for x in (last, first, proposals)
     ]
     assert reached == [[True, True, False], [True, False, False], [False, False, True]]
+
+
+def test_dino__dense_proposals_train_all_tokens_and_change_no_detection() -> None:
+    chosen, dense = tiny(), tiny(dense_proposals=True)
+    perturb(chosen)
+    dense.load_state_dict(chosen.state_dict())
+    images = torch.randn(2, 3, 96, 96)
+    expected, found = chosen.predict(images), dense.predict(images)
+    torch.testing.assert_close(found.decoder.boxes, expected.decoder.boxes)
+    assert found.proposals.boxes.shape == (1, 2, 12**2 + 6**2 + 3**2 + 2**2, 4)
+    order = found.proposals.logits[0].amax(-1)
+    inside = ((found.proposals.boxes[0] < 1).any(-1)).double()  # boxes of tokens at the border fill up with ones
+    best = order.masked_fill(inside == 0, -math.inf).topk(12).indices[:, :, None]
+    torch.testing.assert_close(found.proposals.boxes[0].gather(1, best.expand(-1, -1, 4)), expected.proposals.boxes[0])
+
+
+def test_dino__dense_proposals_change_the_losses_of_proposals_alone() -> None:
+    chosen, dense = tiny(), tiny(dense_proposals=True)
+    perturb(chosen)
+    dense.load_state_dict(chosen.state_dict())
+    losses = []
+    for detector in (chosen, dense):
+        torch.manual_seed(3)  # the noise
+        losses.append(detector(create_images(), targets()))
+    differ = {name for name in losses[0] if not torch.allclose(losses[0][name], losses[1][name])}
+    assert differ == {name for name in losses[0] if name.endswith("_proposals")}
+    # the focal loss is a sum over the tokens, of which there are more
+    assert losses[1]["loss_classification_proposals"] > losses[0]["loss_classification_proposals"]
 
 
 def test_dino__heads_start_alike_and_at_the_prior() -> None:

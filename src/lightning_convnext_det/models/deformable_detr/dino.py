@@ -78,6 +78,8 @@ class DINO(QueryDetector):
         label_noise: twice the share of copies whose label is replaced by a random one.
         box_noise: how far the sides of copies move at most, in halves of the box; copies that move up to twice as far
             are to detect nothing.
+        dense_proposals: train the proposals of all tokens, as two-stage Deformable DETR does, and not only those that
+            are chosen, as detrex: from random weights the choice says little at first, and learns faster this way.
         auxiliary_losses: train every decoder layer, not only the last.
         loss_weights: factors of the losses: classification (focal), box (L1 in 0..1) and generalised IoU.
         matching_costs: factors of the same three in the cost by which queries are matched with objects.
@@ -141,6 +143,7 @@ class DINO(QueryDetector):
         denoising_queries: NonNegativeInt = 100,
         label_noise: Fraction = 0.5,
         box_noise: NonNegative = 1.0,
+        dense_proposals: bool = False,
         auxiliary_losses: bool = True,
         loss_weights: PerLoss = (1.0, 5.0, 2.0),
         matching_costs: PerLoss = (2.0, 5.0, 2.0),
@@ -181,7 +184,7 @@ class DINO(QueryDetector):
             position_temperature)  # fmt: skip
         layer = (hidden_dim, num_heads, len(self.levels.projections), feedforward_dim, dropout)
         self.encoder = Encoder(encoder_layers, (*layer, encoder_points), gradient_checkpointing)
-        self.proposer = QuerySelection(hidden_dim)
+        self.proposer = QuerySelection(hidden_dim, dense_proposals)
         self.query_embedding = nn.Embedding(num_queries, hidden_dim)
         self.decoder = LookForwardTwiceDecoder(
             decoder_layers, (*layer, decoder_points), position_in_map=not independent_images)  # fmt: skip

@@ -100,14 +100,17 @@ class Proposer(TokenProposals):
 class QuerySelection(TokenProposals):
     """First stage of DINO: the chosen boxes position the queries, whose contents are learned.
 
-    Only the chosen tokens have a box, and are trained.
-
     Args:
         hidden_dim: channels.
+        dense: all tokens have a box and are trained, as in `Proposer`; else only the chosen ones, as in detrex.
 
     Reference:
         Zhang et al., "DINO", arXiv:2203.03605, section 3.4, "mixed query selection".
     """
+
+    def __init__(self, hidden_dim: int, dense: bool = False) -> None:
+        super().__init__(hidden_dim)
+        self.dense = dense
 
     def forward(
         self, memory: Tensor, levels: Levels, class_head: nn.Module, box_head: nn.Module, num_queries: int
@@ -125,10 +128,17 @@ class QuerySelection(TokenProposals):
         features = self.project(memory, valid)
         logits = apply_in_full_precision(class_head, features)  # [B, S, C]
         chosen, usable = self.choose(logits.amax(-1), valid, num_queries)
-        initial = _take(boxes.expand(memory.shape[0], -1, -1), chosen).logit()
-        box_logits = apply_in_full_precision(box_head, _take(features, chosen)) + initial
-        box = box_logits.masked_fill(~usable[:, :, None], float("inf")).sigmoid()  # [B, Q, 4]
+        boxes = boxes.expand(memory.shape[0], -1, -1)
+        if self.dense:
+            proposed = _refine(box_head, features, boxes, valid)  # [B, S, 4]
+            return Proposals(Predictions(logits[None], proposed[None]), _take(proposed.detach(), chosen), usable)
+        box = _refine(box_head, _take(features, chosen), _take(boxes, chosen), usable)  # [B, Q, 4]
         return Proposals(Predictions(_take(logits, chosen)[None], box[None]), box.detach(), usable)
+
+
+def _refine(box_head: nn.Module, features: Tensor, boxes: Tensor, usable: Tensor) -> Tensor:
+    box_logits = apply_in_full_precision(box_head, features) + boxes.logit()
+    return box_logits.masked_fill(~usable[:, :, None], float("inf")).sigmoid()
 
 
 def _take(rows: Tensor, chosen: Tensor) -> Tensor:
