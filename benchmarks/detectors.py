@@ -5,7 +5,7 @@
     python benchmarks/detectors.py --device cuda --size 800 1333 --batch 16 --precision bf16 --repeats 5
 
 Both have the same weights. A training step is forward, backward and AdamW of a batch. "Plain layers" is this package
-with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one. There, images per second and the share of the
+with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one, and "compiled" is ``compile=True``. There, images per second and the share of the
 GPU's rate in matrix products that the step reaches are printed as well: floating-point operations of convolutions and
 products, counted by torch, without those of pooling and NMS.
 """
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection
 
 from lightning_convnext_det import FasterRCNN
+from lightning_convnext_det.modules.compiled import compile_parts
 from lightning_convnext_det.ops.depthwise_conv import DepthwiseConv2d
 from lightning_convnext_det.types import Target
 from side_by_side import Contestants, compare, create_parser, print_header
@@ -85,17 +86,21 @@ def train(
     optimizer.step()
 
 
-def print_rate(step: functools.partial[None], batch: int) -> None:
+def print_rate(step: functools.partial[None], compiled: functools.partial[None], batch: int) -> None:
     """Images per second of a training step on the GPU, and its floating-point operations against large products."""
     side = 8192
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = min(seconds(functools.partial(torch.mm, a, b)) for _ in range(10))
+    limit = 2 * side**3 / min(seconds(functools.partial(torch.mm, a, b)) for _ in range(10))
     with FlopCounterMode(display=False) as counter:
         step()
-    own = min(seconds(step) for _ in range(5))
-    flops, limit = counter.get_total_flops() / own, 2 * side**3 / product
-    print(f"\nhere: {batch / own:.0f} images/s; {counter.get_total_flops() / 1e12:.1f} TFLOP a step, "
-          f"{flops / 1e12:.0f} TFLOP/s, {flops / limit:.0%} of {limit / 1e12:.0f} TFLOP/s in bfloat16 products")  # fmt: skip
+    operations = counter.get_total_flops()
+    print(f"\nA step has {operations / 1e12:.1f} TFLOP; products of {side} x {side} in bfloat16 reach "
+          f"{limit / 1e12:.0f} TFLOP/s.")  # fmt: skip
+    for name, call in (("here", step), ("here, compiled", compiled)):
+        own = min(seconds(call) for _ in range(5))
+        print(
+            f"{name}: {batch / own:.0f} images/s, {operations / own / 1e12:.0f} TFLOP/s, {operations / own / limit:.0%}"
+        )
 
 
 def seconds(call: functools.partial[object]) -> float:
@@ -124,6 +129,8 @@ def main() -> None:
     nets = {"torchvision": create_peer(ours, size), "here, plain layers": with_plain_layers(ours), "here": ours}
     if options.device == "cuda":
         del nets["here, plain layers"]
+        nets["here, compiled"] = copy.deepcopy(ours)
+        compile_parts(nets["here, compiled"])
     nets = {name: net.to(options.device) for name, net in nets.items()}
     shape = f"{size[0]} x {size[1]}"
     if options.only != "training":
@@ -138,7 +145,7 @@ def main() -> None:
             runs[name] = functools.partial(train, net, optimizer, *batch, options)
         compare(f"training step of {len(batch[0])}, {shape}", runs, options)
         if options.device == "cuda":
-            print_rate(runs["here"], len(batch[0]))
+            print_rate(runs["here"], runs["here, compiled"], len(batch[0]))
 
 
 if __name__ == "__main__":

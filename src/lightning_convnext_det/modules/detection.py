@@ -24,6 +24,7 @@ from lightning_convnext_det.data.batch import Batch, split_batch
 from lightning_convnext_det.errors import ArgumentError, CheckpointError, DataError, DivergenceError
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator, MaxDetections
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.modules.compiled import compile_parts
 from lightning_convnext_det.modules.metric_table import write_per_class
 from lightning_convnext_det.modules.optimization import Backbone, TrainableModule, check_rates
 from lightning_convnext_det.types import Detection
@@ -78,6 +79,9 @@ class DetectionModule(TrainableModule):
         step_factor: what ``step`` multiplies it by.
         warmup_steps: optimizer steps of linear warm-up; at most a tenth of the training.
         max_detections: how many detections of an image the metrics count, the best by score; COCO's rule is 100.
+        compile: ``torch.compile`` the parts of the detector without boxes (``detector.compiled_parts``) for a fit: its
+            first steps, and those of the second and third image size, then take up to a minute on a GPU and minutes on
+            a CPU, the others less. Needs Triton on a GPU, a C++ compiler on a CPU.
         log_per_class: log the AP of each class too; in any case it is written to ``val_per_class.csv``, or
             ``test_per_class.csv``, in the folder of the logs or ``default_root_dir``.
         detector: the detector's own arguments.
@@ -101,6 +105,7 @@ class DetectionModule(TrainableModule):
         step_factor: Factor = 0.1,
         warmup_steps: NonNegativeInt = 500,
         max_detections: MaxDetections = 100,
+        compile: bool = False,
         log_per_class: bool = False,
         **detector: Any,  # the keywords of one callee, build_detector, which checks them
     ) -> None:
@@ -188,6 +193,8 @@ class DetectionModule(TrainableModule):
         transform = getattr(self.detector, "transform", None)
         if stage == "fit" and transform is not None:
             transform.resize_in_training = not getattr(data, "resizes", False)
+        if stage == "fit" and self.hparams.get("compile"):
+            compile_parts(self.detector)
 
     def teardown(self, stage: str) -> None:
         """Let the detector resize by itself again, whatever the data of the fit did."""

@@ -54,6 +54,11 @@ class QueryDetector(SelectsDetections, nn.Module):
         """Compute the weighted losses, float32 scalars, from the tokens of a batch and its ground truth."""
         raise NotImplementedError
 
+    @property
+    def compiled_parts(self) -> list[str]:
+        """Names of the parts that ``torch.compile`` takes as one graph each."""
+        return ["backbone", "encoder", "decoder"]
+
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[Detection]:

@@ -195,6 +195,11 @@ class FasterRCNN(SelectsDetections, nn.Module):
         """Build the box heads: one stage."""
         return stages.build(sampling)
 
+    @property
+    def compiled_parts(self) -> list[str]:
+        """Names of the parts that ``torch.compile`` takes as one graph each: those without boxes."""
+        return ["backbone", "rpn.head", *(name for name, _ in self.named_modules() if name.endswith(".box_head"))]
+
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[Detection]:
