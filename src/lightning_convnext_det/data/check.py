@@ -4,14 +4,13 @@ It never writes to the dataset. Besides the problems that the readers find, it r
 name, alpha channels, 16-bit images, animations, EXIF orientations, and duplicate files.
 """
 
-import hashlib
+import itertools
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,15 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_convnext_det.data.annotations import Action, DetectionAnnotations, Format, Problem, UnreadableError
+from lightning_convnext_det.data.duplicates import find_equal_files, find_shared_images, image_path, image_paths
 from lightning_convnext_det.data.fingerprint import fingerprint_table, take_fingerprint
 from lightning_convnext_det.data.formats.discovery import compare_classes, compare_objects, find_splits, read_split
 from lightning_convnext_det.data.formats.exif_frames import Exif
 from lightning_convnext_det.data.formats.problems import LISTED, InvalidAnnotations
 from lightning_convnext_det.data.io.decode import MAX_PIXELS, ImageHeader, read_header, read_image, verify_image
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, ValueRange
-from lightning_convnext_det.data.io.reader import find_value_range
+from lightning_convnext_det.data.io.reader import SAMPLED, find_value_range
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's limits of small, medium and large objects, in square pixels
+_PART = 1000  # images decoded before the next are listed
 _STYLES: dict[Action, str] = {"refused": "red", "dropped": "yellow", "clipped": "cyan", "noted": "dim"}
 
 
@@ -124,7 +125,7 @@ def check_dataset(
     problems += [*compare_classes(tables), *_unlearned_objects(tables)]
     split = next(iter(splits.values()))
     modes, images = _inspect_images(tables, split.root, max_pixels)
-    problems += [*images, *_equal_files(tables, split.root), *_shared_images(tables, split.root)]
+    problems += [*images, *find_equal_files(tables, split.root), *find_shared_images(tables, split.root)]
     if decode:
         problems += _undecodable(tables, split.root, max_pixels)
     return Report(split.root, split.format, tables, tuple(dict.fromkeys(problems)), modes)
@@ -245,15 +246,14 @@ def _inspect_images(
     """Count colour modes by split, and find unusual images."""
     modes: dict[str, Counter[str]] = {}
     problems = []
-    found = find_value_range(list(_paths(tables)))
+    found = find_value_range(_sampled(tables))
     value_range = WHOLE_RANGE if found is None else found[0]
     for name, table in tables.items():
         modes[name] = Counter()
-        for index in range(len(table)):
-            path = Path(os.path.normpath(table.path(index)))
+        for path, upright in zip(image_paths(table), table.upright, strict=True):
             header = read_header(path, max_pixels)
             modes[name][header.mode] += 1
-            for code, reason in _peculiarities(header, path, bool(table.upright[index]), value_range):
+            for code, reason in _peculiarities(header, path, bool(upright), value_range):
                 problems.append(Problem(code, os.path.relpath(path, root), "", reason, "noted"))
     return modes, problems
 
@@ -275,34 +275,13 @@ def _peculiarities(
         yield "LCD-I026", f"EXIF orientation {header.size.orientation}; boxes are taken to refer to the {frame} image"
 
 
-def _paths(tables: dict[str, DetectionAnnotations]) -> dict[Path, None]:
-    """Return the paths of all images, without duplicates."""
-    every = (table.path(index) for table in tables.values() for index in range(len(table)))
-    return dict.fromkeys(Path(os.path.normpath(path)) for path in every)
-
-
-def _equal_files(tables: dict[str, DetectionAnnotations], root: Path) -> Iterator[Problem]:
-    """Find duplicate image files; only files of equal size are read."""
-    by_length: dict[int, list[Path]] = {}
-    for path in _paths(tables):
-        by_length.setdefault(path.stat().st_size, []).append(path)
-    for group in by_length.values():
-        first: dict[bytes, Path] = {}
-        for path in group if len(group) > 1 else ():
-            twin = first.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)
-            if twin != path:
-                reason = f"equals {os.path.relpath(twin, root)} byte by byte"
-                yield Problem("LCD-D125", os.path.relpath(path, root), "", reason, "noted")
-
-
-def _shared_images(tables: dict[str, DetectionAnnotations], root: Path) -> Iterator[Problem]:
-    """Find images in more than one split; ``trainval`` may contain ``train`` and ``val``."""
-    paths = {name: set(_paths({name: table})) for name, table in tables.items()}
-    for one, other in combinations(paths, 2):
-        shared = paths[one] & paths[other]
-        if shared and not ("trainval" in (one, other) and {"train", "val"} & {one, other}):
-            reason = f"{len(shared)} images are in {one!r} and in {other!r}, such as {min(shared).name}"
-            yield Problem("LCD-D126", str(root), "", reason, "noted")
+def _sampled(tables: dict[str, DetectionAnnotations]) -> list[Path]:
+    """Evenly spaced images of each split, in which to look for the largest value."""
+    found = []
+    for table in tables.values():
+        rows = np.linspace(0, len(table) - 1, min(SAMPLED, len(table)), dtype=np.int64)
+        found += [image_path(table, index) for index in rows.tolist()]
+    return found
 
 
 def _unlearned_objects(tables: dict[str, DetectionAnnotations]) -> Iterator[Problem]:
@@ -331,6 +310,10 @@ def _undecodable(tables: dict[str, DetectionAnnotations], root: Path, max_pixels
             return error.problem_of(os.path.relpath(path, root))
         return None
 
+    problems: list[Problem] = []
+    paths = itertools.chain.from_iterable(map(image_paths, tables.values()))
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         warnings.simplefilter("ignore")  # what is unusual is reported already
-        return [problem for problem in pool.map(problem_of, _paths(tables)) if problem is not None]
+        while part := list(itertools.islice(paths, _PART)):  # ``map`` takes all of them at once
+            problems += filter(None, pool.map(problem_of, part))
+    return problems
