@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_convnext_det.models.deformable_detr.heads import apply_in_full_precision
 from lightning_convnext_det.models.deformable_detr.levels import Levels
 from lightning_convnext_det.ops.deform_attn import multi_scale_deformable_attention
+from lightning_convnext_det.ops.dropout import Dropout, relu_dropout
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -104,11 +105,11 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        hidden = relu_dropout(self.linear1(x), self.dropout)
         normed: Tensor = self.norm(x + self.dropout(self.linear2(hidden)))
         return normed
 
@@ -126,7 +127,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
         self.norm = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.feedforward = FeedForward(hidden_dim, feedforward_dim, dropout)
 
     def forward(self, tokens: Tensor, levels: Levels) -> Tensor:
@@ -173,7 +174,7 @@ class DecoderLayer(nn.Module):
         self.self_norm = nn.LayerNorm(hidden_dim)
         self.cross_attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
         self.cross_norm = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.feedforward = FeedForward(hidden_dim, feedforward_dim, dropout)
 
     def forward(
