@@ -14,7 +14,7 @@ With ``--seconds`` every recipe gets the same processor time instead of the same
 Prints mAP / mAP50 / mAP75 of the test split. Results of an earlier call are read, not measured again.
 
     python benchmarks/blood_cells.py BCCD runs/blood_cells --recipes faster cascade --seeds 1 2 3
-    python benchmarks/blood_cells.py BCCD runs/seconds --recipes faster deformable_detr dino --seconds 180
+    python benchmarks/blood_cells.py BCCD runs/seconds --recipes faster deformable_detr dino --seconds 180 --batch_size 2
 """
 
 import argparse
@@ -125,6 +125,7 @@ def create_recipes(options: argparse.Namespace) -> dict[str, tuple[Path, list[st
         length = ["--trainer.max_epochs=-1", f"--time={options.seconds}s"]
         time_budget.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
     budget = [*length, f"--model.min_size={options.min_size}"]
+    budget += [f"--data.batch_size={options.batch_size}"] if options.batch_size else []
     budget += [f"--model.max_size={options.min_size * 4 // 3}"]
     return {name: (recipes[name][0], [*recipes[name][1], *budget]) for name in options.recipes}
 
@@ -141,6 +142,7 @@ def compare() -> None:
     parser.add_argument("--seconds", type=int, help="of the detector's training, of this process, instead of epochs")
     parser.add_argument("--classifier_epochs", type=int, default=4)
     parser.add_argument("--min_size", type=int, default=240)
+    parser.add_argument("--batch_size", type=int, help="of every recipe, instead of its own")
     options = parser.parse_args()
     recipes = create_recipes(options)
     lines = [f"| recipe | {' | '.join(f'seed {seed}' for seed in options.seeds)} | mean |"]

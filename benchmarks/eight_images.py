@@ -1,8 +1,9 @@
 """Overfit eight images, as any detector must be able to.
 
 Takes the first eight images of a COCO file without small objects or crowds, trains on them and evaluates on the same,
-mAP and mAP50, for each detector in the same number of steps. Images are made small (160 pixels on the shorter side), so
-that it takes minutes on two cores; an object is small below an eighth of that side.
+mAP / mAP50 every so many steps, for each detector in the same number of them. Images are made small (160 pixels on the
+shorter side), so that it takes minutes on two cores; an object is small below an eighth of that side. The transformers
+train from random weights and are small, too: two encoder and three decoder layers of 128 channels, of one size.
 
     python benchmarks/eight_images.py instances_val2017.json val2017 runs/eight --steps 150
 """
@@ -15,6 +16,11 @@ from pathlib import Path
 
 from lightning_convnext_det.cli.main import main
 
+TRANSFORMER = [
+    "--model.strides=[8,16,32]", "--model.extra_levels=0", "--model.num_queries=100", "--model.hidden_dim=128",
+    "--model.encoder_layers=2", "--model.decoder_layers=3", "--model.feedforward_dim=256",
+    "--model.backbone_lr_factor=1",
+]  # fmt: skip
 DETECTORS = {
     "FasterRCNNModule": ["--model.box_head_features=256"],
     "CascadeRCNNModule": [
@@ -22,8 +28,9 @@ DETECTORS = {
         "--model.box_head=two_fc",
         "--model.convention=torchvision",  # as Faster R-CNN
     ],
-    "DeformableDETRModule": ["--model.two_stage=true", "--model.box_refinement=true", "--model.num_queries=100"],
-    "DINOModule": ["--model.num_queries=100", "--model.feedforward_dim=1024"],  # as wide as Deformable DETR's
+    "DeformableDETRModule": [*TRANSFORMER, "--model.two_stage=true", "--model.dropout=0"],
+    "DINOModule": TRANSFORMER,
+    "DINOModule, dense": [*TRANSFORMER, "--model.dense_proposals=true"],
 }
 SMALL = ["--model.backbone=convnext_atto", "--model.min_size=160", "--model.max_size=214", "--data.batch_size=8"]
 PROPOSALS = ["--model.rpn_pre_nms_top_n=[500,1000]", "--model.rpn_post_nms_top_n=[300,1000]"]
@@ -48,14 +55,15 @@ def take_eight(annotations: Path, images: Path, root: Path) -> None:
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def learn(root: Path, out: Path, detector: str, steps: int, seed: int) -> dict[str, float]:
+def learn(root: Path, out: Path, detector: str, steps: int, every: int, seed: int) -> list[str]:
+    """Train, and return mAP / mAP50 after every ``every`` steps."""
     arguments = [*SMALL, *DETECTORS[detector], *(PROPOSALS if "RCNN" in detector else [])]
     status = main(
         [
-            "fit", "--plan=false", f"--model={detector}", *arguments, "--model.lr=1e-3", "--model.warmup_steps=20",
-            "--model.schedule=cosine", f"--data.root={root}", "--data.num_workers=0", f"--data.seed={seed}",
+            "fit", "--plan=false", f"--model={detector.split(',')[0]}", *arguments, "--model.lr=1e-3",
+            "--model.warmup_steps=20", "--model.schedule=cosine", f"--data.root={root}", "--data.num_workers=0", f"--data.seed={seed}",
             f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1",
-            f"--trainer.check_val_every_n_epoch={steps // 2}", f"--trainer.default_root_dir={out}",
+            f"--trainer.check_val_every_n_epoch={every}", f"--trainer.default_root_dir={out}",
             "--trainer.enable_progress_bar=false", "--trainer.precision=bf16-mixed",
             "--trainer.gradient_clip_val=5.0",
         ]
@@ -63,7 +71,7 @@ def learn(root: Path, out: Path, detector: str, steps: int, seed: int) -> dict[s
     assert status == 0
     with open(sorted(out.glob("version_*/metrics.csv"))[-1], newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("val/map")]
-    return {name: float(rows[-1][name]) for name in ("val/map", "val/map_50")}
+    return [" / ".join(f"{float(row[name]):.3f}" for name in ("val/map", "val/map_50")) for row in rows]
 
 
 def compare() -> None:
@@ -72,17 +80,19 @@ def compare() -> None:
     parser.add_argument("images", type=Path, help="the folder of its images")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=150, help="of all eight images")
+    parser.add_argument("--every", type=int, default=50, help="steps between two evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=list(DETECTORS))
     options = parser.parse_args()
     if not (options.out / "set").is_dir():
         take_eight(options.annotations, options.images, options.out / "set")
-    lines = ["| detector | seed | mAP | mAP50 |", "|---|---:|---:|---:|"]
+    steps = range(options.every, options.steps + 1, options.every)
+    lines = [f"| detector | seed | {' | '.join(f'{n} steps' for n in steps)} |", "|---|---:|" + "---|" * len(steps)]
     for detector in options.detectors:
         for seed in options.seeds:
-            folder = options.out / f"{detector}_{options.steps}_{seed}"
-            found = learn(options.out / "set", folder, detector, options.steps, seed)
-            lines.append(f"| {detector} | {seed} | {found['val/map']:.3f} | {found['val/map_50']:.3f} |")
+            folder = options.out / f"{detector.replace(', ', '_')}_{options.steps}_{seed}"
+            found = learn(options.out / "set", folder, detector, options.steps, options.every, seed)
+            lines.append(f"| {detector} | {seed} | {' | '.join(found)} |")
             print(lines[-1], flush=True)
     print("\n".join(lines))
 

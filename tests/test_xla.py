@@ -127,7 +127,10 @@ def test_query_detector__trains_on_xla_as_on_the_cpu(
     assert graphs[1] == graphs[-1], "shapes that change from step to step are compiled anew"
 
 
-def test_deformable_detr__evaluates_on_xla_as_on_the_cpu(device: torch.device) -> None:
+@pytest.mark.parametrize("build", [build, build_dino], ids=["boxref", "dino"])
+def test_query_detector__evaluates_on_xla_as_on_the_cpu(
+    device: torch.device, build: Callable[[], QueryDetector]
+) -> None:
     figures, found, graphs = [], [], []
     for place in (torch.device("cpu"), device):
         detector = build().to(place).eval()
@@ -150,7 +153,10 @@ def test_deformable_detr__evaluates_on_xla_as_on_the_cpu(device: torch.device) -
     assert graphs[STEPS] == graphs[-1]
 
 
-def test_deformable_detr__nothing_is_computed_on_the_host(device: torch.device) -> None:
+@pytest.mark.parametrize("build", [build, build_dino], ids=["boxref", "dino"])
+def test_query_detector__nothing_is_computed_on_the_host(
+    device: torch.device, build: Callable[[], QueryDetector]
+) -> None:
     """Operations that XLA lacks run on the host, with a transfer each way; there must be none within a step."""
     import torch_xla
     from torch_xla.debug import metrics
