@@ -1,15 +1,22 @@
 """Windows, test-time augmentation and ensembles on the command line."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
+from lightning_convnext_det import FasterRCNN
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.io.reader import ImageReader
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.data.writers import rank_results
 from lightning_convnext_det.models.fused import FusedDetector, augment_detector
+from lightning_convnext_det.models.tiling import TiledDetector
 from lightning_convnext_det.modules import load_module
 from lightning_convnext_det.modules.registry import save_module
 from tests.training import create_module
@@ -71,6 +78,81 @@ def test_predict__tiles_views_and_ensemble_are_those_of_python(
         expected = [detector([read_image(file)])[0] for file in files]
     scores = sorted(record["score"] for record in found)
     assert scores == pytest.approx(sorted(torch.cat([d["scores"] for d in expected]).tolist()), abs=1e-5)
+
+
+def test_predict__windows_of_a_tiff_are_read_from_the_file(
+    checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rasterio")
+    monkeypatch.setattr(rank_results, "_DRAWN_SIDE", 400)
+    pixels = torch.randint(0, 256, (17, 20, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    image = Image.fromarray(pixels.numpy()).resize((600, 510))
+    options = ["--tiles=400", "--output.draw=true", "--output.formats=coco,crops", "--output.score_threshold=0.0"]
+    found, read = {}, ImageReader.__call__
+
+    def read_small(self: ImageReader, path: str) -> Tensor:
+        assert "large" not in path
+        return read(self, path)
+
+    for suffix in ("png", "tif"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        image.save(folder / f"large.{suffix}")
+        image.crop((0, 0, 200, 256)).save(folder / f"small.{suffix}")  # no larger than a window: decoded as a whole
+        given = [f"--ckpt_path={checkpoints[0]}", f"--data.predict={folder}", f"--output.folder={folder / 'out'}"]
+        if suffix == "tif":
+            monkeypatch.setattr(ImageReader, "__call__", read_small)
+        assert main(["predict", *given, *QUIET, *options]) == 0
+        records = json.loads((folder / "out" / "predictions.json").read_text())
+        found[suffix] = [{**record, "file_name": Path(record["file_name"]).stem} for record in records]
+    assert len(found["png"]) > 100
+    assert found["tif"] == found["png"]
+    drawings = [read_image(tmp_path / suffix / "out" / "large.png") for suffix in ("png", "tif")]
+    assert [tuple(drawing.shape) for drawing in drawings] == [(3, 510, 600), (3, 340, 400)]
+    crops = [sorted((tmp_path / suffix / "out" / "crops").rglob("*.png")) for suffix in ("png", "tif")]
+    assert [len(of_suffix) for of_suffix in crops] == [len(found["png"])] * 2
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*crops, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_fit__trains_on_windows_and_validates_in_whole_images(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: dict[str, set[tuple[int, ...]]] = {"training": set(), "validation": set()}
+    train, evaluate = FasterRCNN.forward, TiledDetector.forward
+
+    def record_training(self: FasterRCNN, images: list[Tensor], targets: object = None) -> object:
+        if self.training:
+            shapes["training"] |= {tuple(image.shape[-2:]) for image in images}
+        return train(self, images, targets)
+
+    def record_evaluation(self: TiledDetector, images: list[Tensor]) -> object:
+        assert self.tile == 96
+        shapes["validation"] |= {tuple(image.shape[-2:]) for image in images}
+        return evaluate(self, images)
+
+    monkeypatch.setattr(FasterRCNN, "forward", record_training)
+    monkeypatch.setattr(TiledDetector, "forward", record_evaluation)
+    options = [f"--data.root={dataset}", *QUIET[:3], "--tiles=96", "--trainer.num_sanity_val_steps=0"]
+    network = ["--model=FasterRCNNModule", "--model.backbone=test_convnext", "--model.pretrained_backbone=false"]
+    network += ["--model.min_size=64", "--model.max_size=96", "--model.score_threshold=0.0", "--plan=false"]
+    run = ["--data.train_transforms=tiles", "--trainer.max_epochs=1", "--data.batch_size=1", "--seed_everything=1"]
+    folders = [tmp_path / "fit", tmp_path / "validate"]
+    roots = [f"--trainer.default_root_dir={folder}" for folder in folders]
+    assert main(["fit", *options, *network, *run, roots[0], "--report=false"]) == 0
+    sizes = {tuple(read_image(file).shape[-2:]) for file in (dataset / "val").iterdir()}
+    assert shapes == {"training": {(96, 96)}, "validation": sizes}
+    (checkpoint,) = folders[0].rglob("last.ckpt")
+    assert main(["validate", *options, f"--ckpt_path={checkpoint}", roots[1]]) == 0
+    fitted, validated = (_last_metrics(folder) for folder in folders)
+    assert float(fitted["val/map"]) > 0
+    assert fitted == validated
+
+
+def _last_metrics(folder: Path) -> dict[str, str]:
+    (file,) = folder.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    return {key: value for row in rows for key, value in row.items() if key.startswith("val/") and value}
 
 
 def test_test__metrics_with_tiles_are_of_whole_images(

@@ -5,6 +5,7 @@ import torch
 
 from lightning_convnext_det.data.batch import UnreadableImage, collate, pack, split_batch, unpack
 from lightning_convnext_det.data.dataset import DetectionDataset
+from lightning_convnext_det.data.io.regions import RegionImage
 from tests.data.builders import Box, TinyImage, make_annotations
 
 IMAGES = [
@@ -54,6 +55,20 @@ def test_pack__sets_aside_what_cannot_be_read(tmp_path: Path) -> None:
     assert packed.unreadable == [failed]
     assert [target["image_id"] for target in unpack(packed)[1]] == [100, 102]
     assert unpack(pack([failed])) == ([], [])
+
+
+def test_pack__images_that_are_read_by_regions_keep_their_place(tmp_path: Path) -> None:
+    dataset = DetectionDataset(make_annotations(tmp_path, IMAGES), training=True)
+    (first, target), (second, _) = dataset[[0, 1]]
+    regions = [RegionImage(f"{i}.tif", 5000, 6000) for i in range(3)]
+    order = [regions[0], first, regions[1], second, regions[2]]
+    images, targets = unpack(pack([(image, target) for image in order]))
+    assert len(images) == len(targets) == 5
+    assert [images[i] for i in (0, 2, 4)] == regions
+    assert torch.equal(images[1], first)
+    assert torch.equal(images[3], second)
+    only, _ = unpack(pack([(regions[0], target)]))
+    assert only == [regions[0]]
 
 
 IMAGE, TARGET = torch.zeros(3, 8, 9), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -11,13 +11,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lightning_convnext_det.data.io.regions import RegionImage
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.types import Target, image_id_of
 
 Sample = tuple[Tensor, Target]
 """An image [C, H, W], uint8 or float in 0..1, and its target."""
 Batch = tuple[list[Tensor], list[Target]]
-"""Images of any sizes and one target for each: what detectors take."""
+"""Images of any sizes and one target for each: what detectors take; a `TiledDetector` also takes `RegionImage`."""
 _LISTS = ("negative_labels", "not_exhaustive_labels")
 
 
@@ -47,6 +48,8 @@ class PackedBatch(NamedTuple):
     image_ids: list[int]
     file_names: list[str]
     unreadable: list[UnreadableImage]
+    regions: dict[int, RegionImage]
+    """Images that have no pixels here, but are read region by region, by their place in the batch."""
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -105,10 +108,14 @@ def _are_targets(value: object) -> bool:
 def _split_images(images: object) -> list[Tensor]:
     if isinstance(images, Tensor) and images.dim() == 4:
         return list(images)
-    if isinstance(images, list | tuple) and all(isinstance(one, Tensor) and one.dim() == 3 for one in images):
+    if isinstance(images, list | tuple) and all(_is_image(one) for one in images):
         return list(images)
     shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
     raise TypeError(f"the images of a batch are {shape}; give a list of tensors [C, H, W] or a tensor [B, C, H, W]")
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, RegionImage) or (isinstance(value, Tensor) and value.dim() == 3)
 
 
 def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
@@ -117,11 +124,13 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
     Raises:
         DataError: if images differ in their number of channels or their dtype.
     """
-    images, targets = collate([sample for sample in samples if not isinstance(sample, UnreadableImage)])
-    kinds = {(image.shape[0], image.dtype): index for index, image in enumerate(images)}
+    every, targets = collate([sample for sample in samples if not isinstance(sample, UnreadableImage)])
+    regions = {i: image for i, image in enumerate(cast(list[object], every)) if isinstance(image, RegionImage)}
+    kinds = {(image.shape[0], image.dtype): i for i, image in enumerate(every) if i not in regions}
     if len(kinds) > 1:
         found = ", ".join(f"{targets[i]['file_name']}: {kind[0]} channels {kind[1]}" for kind, i in kinds.items())
         raise DataError(f"[LCD-D162] images of one batch differ in channels or dtype: {found}; make them all alike")
+    images = [image for i, image in enumerate(every) if i not in regions]
     innermost = [image.permute(1, 2, 0).is_contiguous() for image in images]
     flat = [
         (image.permute(1, 2, 0) if last else image).reshape(-1) for image, last in zip(images, innermost, strict=True)
@@ -141,6 +150,7 @@ def pack(samples: Sequence[Sample | UnreadableImage]) -> PackedBatch:
         image_ids=[cast(int, image_id_of(target)) for target in targets],
         file_names=[target["file_name"] for target in targets],
         unreadable=[sample for sample in samples if isinstance(sample, UnreadableImage)],
+        regions=regions,
     )
 
 
@@ -151,6 +161,8 @@ def unpack(batch: PackedBatch) -> Batch:
         pixels.view(height, width, -1).permute(2, 0, 1) if last else pixels.view(-1, height, width)
         for pixels, (height, width), last in zip(flat, batch.sizes, batch.innermost, strict=True)
     ]
+    for place, image in batch.regions.items():  # in ascending order
+        images.insert(place, cast(Tensor, image))
     rows = {key: torch.split(values, batch.counts) for key, values in batch.objects.items()}
     targets: list[Target] = []
     for index, (image_id, file_name) in enumerate(zip(batch.image_ids, batch.file_names, strict=True)):

@@ -303,7 +303,9 @@ class DetectionDataModule(LoadingDataModule):
             )
         files = find_images(self.predict, self.predict_recursive, videos=True)
         rank_zero_info(f"{len(files)} images; image_id counts from 1 (data.predict_split keeps the ids of a dataset)")
-        images = ImageDataset(files, self._image_reader(files))
+        module = getattr(self.trainer, "lightning_module", None)
+        tile = getattr(getattr(module, "inference_detector", None), "tile", None)  # of a TiledDetector
+        images = ImageDataset(files, self._image_reader(files), tile)
         self._num_images = images.counts
         return self.evaluation_loader(ImageLoader, images)
 

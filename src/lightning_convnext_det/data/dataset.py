@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_convnext_det.data.annotations import DetectionAnnotations
 from lightning_convnext_det.data.batch import Sample, UnreadableImage
+from lightning_convnext_det.data.io.pixels import GreyRange
 from lightning_convnext_det.data.io.reader import ImageReader
+from lightning_convnext_det.data.io.regions import open_regions
 from lightning_convnext_det.data.io.video import FrameReader, parse_frame_name
 from lightning_convnext_det.data.mosaic import NUM_IMAGES, create_mosaic
 from lightning_convnext_det.data.sampler import Key
@@ -166,13 +168,21 @@ class ImageDataset(SeededDataset):
     Args:
         files: paths of the images, or frames of videos such as ``clip.mp4#000123``.
         read: decodes the images.
+        tile: for a `TiledDetector` with windows of this side: TIFF files with a longer side are a `RegionImage` in
+            place of a tensor where rasterio is installed; None decodes all images.
     """
 
     seed = 0  # nothing is random
 
-    def __init__(self, files: Sequence[str | Path], read: ImageReader = ImageReader()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        read: ImageReader = ImageReader(),  # noqa: B008  # frozen
+        tile: int | None = None,
+    ) -> None:
         self.files = [str(file) for file in files]
         self.read = read
+        self.tile = tile
         self.counts = {"read": 0, "failed": 0}
         self._frames = FrameReader()
 
@@ -189,7 +199,7 @@ class ImageDataset(SeededDataset):
         try:
             frame = parse_frame_name(file)
             if frame is None:
-                image = self.read(file)
+                image = self._read(file)
             else:
                 image = self._frames.read(*frame, self.read.channels, self.read.max_pixels)
         except DataError as error:
@@ -201,3 +211,10 @@ class ImageDataset(SeededDataset):
             "file_name": file,
         }
         return image, target
+
+    def _read(self, file: str) -> Tensor:
+        regions = None
+        if self.tile is not None:
+            grey = GreyRange(*self.read.value_range, self.read.clip)
+            regions = open_regions(file, self.tile, self.read.channels, grey)
+        return self.read(file) if regions is None else cast(Tensor, regions)

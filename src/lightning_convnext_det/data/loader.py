@@ -136,11 +136,11 @@ class ImageLoader(EvaluationLoader):
         counts = cast(ImageDataset, self.dataset).counts
         counts.update(read=0, failed=0)
         for batch in self._packed():
-            counts["read"] += len(batch.sizes)
+            counts["read"] += len(batch.file_names)
             counts["failed"] += len(batch.unreadable)
             for image in batch.unreadable:
                 _logger.warning("skipped: %s", image.reason)
-            if batch.sizes:
+            if batch.file_names:
                 yield unpack(batch)
         num_read, num_failed = counts["read"], counts["failed"]
         if num_read + num_failed == len(cast(Sized, self.dataset)):

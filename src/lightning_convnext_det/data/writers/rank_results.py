@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_convnext_det.data.io.regions import RegionImage
 from lightning_convnext_det.data.writers.annotations import labelme_json, printable, voc_xml, yolo_text
 from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, FileList, hidden
 from lightning_convnext_det.data.writers.parquet import ParquetWriter
@@ -21,6 +22,7 @@ from lightning_convnext_det.visualization import class_colors, draw_detections, 
 Format = Literal["coco", "csv", "parquet", "yolo", "voc", "labelme", "crops"]
 TABLES = ("coco", "csv")  # merged of the lines of all ranks
 _SUFFIXES = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
+_DRAWN_SIDE = 4096  # pixels of the longer side of a drawing of an image that is read region by region
 _LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the noise of JPEG are drawn as PNG
 
 
@@ -66,11 +68,11 @@ class RankResults:
             path = self._list.reserve(folder / "yolo", "classes", ".txt", OF_ALL_IMAGES)
             path.write_text("".join(f"{printable(name)}\n" for name in class_names), encoding="utf-8")
 
-    def write(self, image: Tensor, detection: Detection, image_id: int, file_name: str) -> None:
+    def write(self, image: Tensor | RegionImage, detection: Detection, image_id: int, file_name: str) -> None:
         """Write the results of an image.
 
         Args:
-            image: [C, H, W], uint8 or float in 0..1.
+            image: [C, H, W], uint8 or float in 0..1; of a `RegionImage`, a drawing is reduced to 4096 pixels.
             detection: on the CPU, boxes in pixels of the image.
             image_id: the dataset's own id.
             file_name: of the image.
@@ -98,7 +100,8 @@ class RankResults:
             self._crop(image, found, stem, suffix, image_id)
         if self.draw_limit is None or self.num_drawn < self.draw_limit:
             names = [self.class_names[label] for label in found["labels"].tolist()]
-            drawing = draw_detections(image, found["boxes"], names, found["scores"], self.colors, self.font)
+            seen, boxes = _reduce(image, found["boxes"])
+            drawing = draw_detections(seen, boxes, names, found["scores"], self.colors, self.font)
             _save(drawing, self._list.reserve(self.folder, stem, suffix, image_id))
             self.num_drawn += 1
 
@@ -122,7 +125,7 @@ class RankResults:
             return yolo_text(found, size)
         return (voc_xml if name == "voc" else labelme_json)(found, size, file_name, self.class_names)
 
-    def _crop(self, image: Tensor, found: Detection, stem: str, suffix: str, image_id: int) -> None:
+    def _crop(self, image: Tensor | RegionImage, found: Detection, stem: str, suffix: str, image_id: int) -> None:
         height, width = image.shape[-2:]
         for box, label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True):
             x1, y1 = min(max(int(box[0]), 0), width - 1), min(max(int(box[1]), 0), height - 1)
@@ -130,7 +133,17 @@ class RankResults:
             # of a class whose name is no name of a folder
             name = re.sub(r"[^\w .-]+", "_", printable(self.class_names[label])).strip(" .") or str(label)
             path = self._list.reserve(self.folder / "crops" / name, stem, suffix, image_id)
-            _save(to_pil(image[..., y1:y2, x1:x2]), path)
+            crop = image[..., y1:y2, x1:x2] if isinstance(image, Tensor) else image.read(x1, y1, x2, y2)
+            _save(to_pil(crop), path)
+
+
+def _reduce(image: Tensor | RegionImage, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels to draw on, and the boxes in them."""
+    if isinstance(image, Tensor):
+        return image, boxes
+    _, height, width = image.shape
+    pixels = image.read(0, 0, width, height, _DRAWN_SIDE)
+    return pixels, boxes * boxes.new_tensor([pixels.shape[-1] / width, pixels.shape[-2] / height]).repeat(2)
 
 
 def _save(image: Image.Image, path: Path) -> None:
