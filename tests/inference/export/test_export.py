@@ -1,4 +1,7 @@
+import importlib.metadata
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from lightning_convnext_det import DeformableDETRModule, DetectionModule, DINOModule
+from lightning_convnext_det import DeformableDETRModule, DetectionModule, DINOModule, Predictor
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export import onnx_file
 from lightning_convnext_det.inference.export.export import ExportReport, export, verify_file
+from lightning_convnext_det.inference.export.openvino_folder import find_exact_layers, write_openvino
 from lightning_convnext_det.inference.export.triton import write_triton
 from tests.inference.export.conftest import spread_scores
 
@@ -50,18 +54,35 @@ class Hidden:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Hidden())
-found = torch.export.load(sys.argv[1]).module()(torch.load(sys.argv[2]))
-torch.save(found, sys.argv[3])
+if sys.argv[4] == "compiled":
+    run = torch._inductor.aoti_load_package(sys.argv[1])
+else:
+    run = torch.export.load(sys.argv[1]).module()
+torch.save(tuple(run(torch.load(sys.argv[2]))), sys.argv[3])
 """
 
 
 @pytest.mark.heavy
 def test_export__pt2_runs_without_this_package(module: DeformableDETRModule, tmp_path: Path) -> None:
-    path, images = export(module, tmp_path / "a.pt2").path, torch.randint(0, 256, (2, 3, 61, 87), dtype=torch.uint8)
-    torch.save(images, tmp_path / "images")
-    files = [str(path), str(tmp_path / "images"), str(tmp_path / "found")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_PACKAGE, *files], check=True)
-    boxes, scores, labels, counts = torch.load(tmp_path / "found")
+    check_torch_file(export(module, tmp_path / "a.pt2").path, module, "pt2")
+
+
+@pytest.mark.slow  # minutes of the C++ compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_export__compiled_runs_without_this_package(module: DeformableDETRModule, tmp_path: Path) -> None:
+    report = export(module, tmp_path / "a.pt2", format="compiled")
+    assert report.differences is not None  # of several sizes and batches, within the tolerance
+    assert report.differences.detections > 100
+    check_torch_file(report.path, module, "compiled")
+
+
+def check_torch_file(path: Path, module: DetectionModule, kind: str) -> None:
+    """Compare with the module what a file finds in a process that cannot import this package."""
+    folder, images = path.parent, torch.randint(0, 256, (2, 3, 61, 87), dtype=torch.uint8)
+    torch.save(images, folder / "images")
+    files = [str(path), str(folder / "images"), str(folder / "found")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_PACKAGE, *files, kind], check=True)
+    boxes, scores, labels, counts = torch.load(folder / "found")
     with torch.no_grad():
         expected = module(list(images))
     for i, detection in enumerate(expected):
@@ -135,6 +156,36 @@ def test_verify__one_weight_changed_is_noticed(
 
 
 @pytest.mark.heavy
+def test_verify__openvinos_fp32_is_held_to_fp32(
+    exported: ExportReport, module: DeformableDETRModule, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    right, wrong = tmp_path / "right_openvino", tmp_path / "wrong_openvino"
+    write_openvino(exported.path, right, {"precision": "fp32"})
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((150, 50), (240, 320), (375, 500))]
+    differences = verify_file(module, right, images).differences
+    assert differences is not None
+    assert differences.boxes < 1e-2
+    assert differences.scores < 1e-4
+    assert not differences.unmatched
+    assert differences.detections == 15 * 3
+    assert differences.resized_otherwise is None
+    write_openvino(damage(exported.path, tmp_path / "wrong.onnx"), wrong, {"precision": "fp32"})
+    with pytest.raises(ExportError, match=r"LCD-X001\].*wrong_openvino finds other objects than the detector"):
+        verify_file(module, wrong, images)
+    (wrong / "metadata.json").write_text('{"precision": "fp16"}')  # half a pixel is within what float16 may differ by
+    assert "without a counterpart" in str(verify_file(module, wrong, images))
+
+
+@pytest.mark.heavy
+def test_find_exact_layers__are_those_of_the_heads(exported: ExportReport) -> None:
+    openvino = pytest.importorskip("openvino")
+    exact = find_exact_layers(exported.path, openvino.convert_model(exported.path))
+    # a class head of one layer, a box head of three, reference points, offsets of one encoder and one decoder layer
+    assert len(exact) == len(set(exact)) == 1 + 3 + 1 + 2
+
+
+@pytest.mark.heavy
 def test_export__a_wrong_file_is_removed(
     exported: ExportReport, module: DeformableDETRModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +202,7 @@ def test_halve__computes_products_in_float16_and_stays_close(
     exported: ExportReport, module: DeformableDETRModule, tmp_path: Path
 ) -> None:
     model = onnx.load(exported.path)
+    modules = onnx_file.name_modules(model.graph)
     assert onnx_file.halve(onnx, model) > 20
     onnx.checker.check_model(model)
     onnx.save(model, tmp_path / "half.onnx")
@@ -159,7 +211,12 @@ def test_halve__computes_products_in_float16_and_stays_close(
     for node in model.graph.node:
         if node.op_type in ("LayerNormalization", "Softmax", "Sigmoid"):
             assert not halves & set(node.input)
-    assert not [name for name in halves if "box_heads" in name or "sampling_offsets" in name]
+    products = [node for node in model.graph.node if halves & set(node.input)]
+    names = [modules[node.output[0].removesuffix("_fp16")] for node in products]
+    assert sum("value_projection" in name for name in names) == 2
+    exact = ("box_heads", "class_heads", "sampling_offsets", "reference_points")
+    assert not [name for name in names if any(part in name for part in exact)]
+    assert sum(any(part in name for part in exact) for name in modules.values()) > 7
     images = torch.randint(0, 256, (1, 3, 61, 87), dtype=torch.uint8).numpy()
     whole, half = (
         onnxruntime.InferenceSession(path).run(None, {"images": images})
@@ -181,26 +238,60 @@ def test_triton__repository(exported: ExportReport, tmp_path: Path) -> None:
         write_triton(exported.path, tmp_path / "models")
 
 
+IN_OWN_ENVIRONMENT = """
+import importlib.util, json, runpy, sys
+
+packages, example, found, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, packages)
+for name in ("torch", "torchvision", "timm", "lightning", "lightning_convnext_det", "onnx"):
+    assert importlib.util.find_spec(name) is None, name
+sys.argv[0] = example
+parts = runpy.run_path(example, run_name="__main__")
+with parts["Image"].open(sys.argv[2]) as image:
+    objects = parts["detect"](parts["runtime"], image, 0.0)
+with open(found, "w") as file:
+    json.dump([(name, score, box.tolist()) for name, score, box in objects], file)
+"""
+
+
 @pytest.mark.heavy
-def test_example__needs_neither_torch_nor_this_package(
+def test_example__in_an_environment_without_torch_and_this_package(
     exported: ExportReport, module: DeformableDETRModule, tmp_path: Path
 ) -> None:
     assert len(EXAMPLE.read_text().splitlines()) < 40
-    pixels = np.random.default_rng(0).integers(0, 256, (61, 87, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    guard = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "assert not {'torch', 'timm', 'lightning_convnext_det'} & set(sys.modules)"
-    )
-    command = [sys.executable, "-c", guard, EXAMPLE, exported.path, tmp_path / "photo.png", "0"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    with torch.no_grad():
-        (expected,) = module([torch.from_numpy(pixels).permute(2, 0, 1)])
-    assert len(lines) == len(expected["scores"])
-    name, score, _, *box = lines[0].split()
-    assert name == ["cat", "dog"][expected["labels"][0]]
-    assert float(score) == pytest.approx(float(expected["scores"][0]), abs=1e-3)
-    assert [float(x) for x in box] == pytest.approx(expected["boxes"][0].tolist(), abs=0.1)
+    photo, packages = tmp_path / "photo.png", tmp_path / "packages"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 87, 3), np.uint8)).save(photo)
+    packages.mkdir()
+    for name in find_files_of("numpy", "pillow", "onnxruntime"):
+        (packages / name.name).symlink_to(name)
+    # without the folders of site-packages (-S) and variables such as PYTHONPATH (-I)
+    command = [sys.executable, "-I", "-S", "-c", IN_OWN_ENVIRONMENT, packages, EXAMPLE, tmp_path / "found.json"]
+    lines = subprocess.run(
+        [*command, exported.path, photo, "0"], check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout.splitlines()
+    found = json.loads((tmp_path / "found.json").read_text())
+    expected = Predictor(module.detector, ["cat", "dog"], score_threshold=0.0)(photo)
+    assert len(lines) == len(found) == len(expected) == 15
+    assert [name for name, _, _ in found] == expected.names == [line.split()[0] for line in lines]
+    np.testing.assert_allclose([score for _, score, _ in found], expected.scores, atol=1e-5)
+    np.testing.assert_allclose([box for _, _, box in found], expected.boxes, atol=1e-2)
+    printed = [[float(x) for x in line.split()[3:]] for line in lines]
+    np.testing.assert_allclose(printed, expected.boxes, atol=0.07)  # one decimal
+
+
+def find_files_of(*packages: str) -> set[Path]:
+    """The folders and modules in site-packages of distributions and of what they need, also their shared libraries."""
+    found: set[Path] = set()
+    left, seen = list(packages), set()
+    while left:
+        name = left.pop()
+        distribution = importlib.metadata.distribution(name)
+        seen.add(name)
+        tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
+        found |= {Path(str(distribution.locate_file(top))) for top in tops}
+        needed = [requirement for requirement in distribution.requires or () if "extra ==" not in requirement]
+        left += [n for n in (re.split(r"[^\w.-]", requirement)[0] for requirement in needed) if n not in seen]
+    return found
 
 
 def test_export__weights_and_card(checkpoint: Path, module: DeformableDETRModule, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_resize__opencv_as_in_the_transform(size: tuple[int, int]) -> None:
     detector = FasterRCNN(2, "test_convnext", min_size=64, max_size=128, convention="mmdetection", **RCNN)
     graph = ExportGraph(detector)
     images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
-    new, _ = graph._new_sizes(torch.tensor(size, dtype=torch.float64))
+    new, _ = graph.new_sizes(torch.tensor(size, dtype=torch.float64))
     expected = detector.transform.eval().new_size(*size)
     assert tuple(new.tolist()) == expected
     batch, _ = graph._prepare(images, torch.tensor(size, dtype=torch.float64), new)
@@ -60,7 +60,7 @@ def test_new_sizes__round_as_the_transform() -> None:
     graph = ExportGraph(FasterRCNN(2, "test_convnext", **RCNN))  # 800, at most 1333
     for height in range(3, 3000, 37):
         for width in (8, 333, 799, 800, 801, 1333, 2048):
-            new, tiles = graph._new_sizes(torch.tensor([height, width], dtype=torch.float64))
+            new, tiles = graph.new_sizes(torch.tensor([height, width], dtype=torch.float64))
             assert tuple(new.tolist()) == graph.transform.new_size(height, width)
             assert tiles.tolist() == [-(-n // 32) for n in new.tolist()]
 

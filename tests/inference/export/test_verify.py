@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
-from lightning_convnext_det.inference.export.verify import Differences, Tolerance, compare, create_batches
-from lightning_convnext_det.types import Detection
+from lightning_convnext_det import FasterRCNN
+from lightning_convnext_det.errors import ExportError
+from lightning_convnext_det.inference.export.verify import Differences, Tolerance, compare, create_batches, verify
+from lightning_convnext_det.models.tensor_detections import join_detections
+from lightning_convnext_det.types import Detection, TensorDetections
 
 
 def detection(*rows: tuple[float, int, float]) -> Detection:
@@ -48,6 +52,30 @@ def test_compare__nothing_found_at_all() -> None:
     differences = Differences()
     compare(detection(), detection(), Tolerance(), differences)
     assert differences == Differences()
+
+
+def test_verify__images_that_float32_resizes_otherwise_have_their_own_limits() -> None:
+    torch.manual_seed(0)
+    detector = FasterRCNN(2, backbone="test_convnext", min_size=64, max_size=160, score_threshold=0.0).eval()
+
+    def run(images: torch.Tensor) -> TensorDetections:  # scores that are off by 0.001
+        with torch.no_grad():
+            boxes, scores, labels, count = join_detections(detector(list(images)), 100)
+        return TensorDetections(boxes, scores + 1e-3 * (scores > 0), labels, count)
+
+    # 64 / 61 * 61 in float32 is 63.999996; 64 / 64 * 64 is 64
+    assert int(np.float32(64) / np.float32(61) * np.float32(61)) == 63
+    batches = [torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8) for size in ((61, 87), (64, 80))]
+    with pytest.raises(ExportError, match=r"in 1 batches .1x64x80.*allowed are 0.01 px and 0.0001"):
+        verify(run, detector, batches, resized_otherwise=Tolerance(scores=0.1))
+    differences = verify(run, detector, batches[:1], resized_otherwise=Tolerance(scores=0.1))
+    assert (differences.shapes, differences.detections) == ([], 0)
+    assert differences.resized_otherwise is not None
+    assert differences.resized_otherwise.shapes == ["1x61x87"]
+    assert differences.resized_otherwise.scores == pytest.approx(1e-3, abs=1e-6)
+    assert "resized otherwise" in str(differences)
+    with pytest.raises(ExportError, match=r"in 1 batches .1x61x87"):
+        verify(run, detector, batches[:1])  # for runtimes that compute in float64
 
 
 def test_create_batches__sizes_batches_and_fixed_sizes() -> None:

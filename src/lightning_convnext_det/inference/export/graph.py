@@ -69,7 +69,7 @@ class ExportGraph(nn.Module):
         height, width = images.shape[-2:]
         # of vectors: OpenVINO expands a number without axes to one with an axis
         side = torch.cat([torch.full((1,), n, dtype=torch.float64) for n in (height, width)]).to(images.device)  # [2]
-        new, tiles = self._new_sizes(side)
+        new, tiles = self.new_sizes(side)
         batch, size = self._prepare(images, side, new)
         frame = [n * self.transform.size_divisible for n in self._tiles(tiles, height, width)]
         batch = F.pad(batch, (0, frame[1] - size[1], 0, frame[0] - size[0]))
@@ -79,8 +79,12 @@ class ExportGraph(nn.Module):
         ratio = (side / new.to(torch.float64)).flip(0).repeat(2).to(torch.float32)
         return (boxes * ratio).clamp(min=0).minimum(limits), scores, labels, count
 
-    def _new_sizes(self, side: Tensor) -> tuple[Tensor, Tensor]:
-        """Height and width after resizing in pixels and in multiples of the padding, both int64 [2]."""
+    def new_sizes(self, side: Tensor) -> tuple[Tensor, Tensor]:
+        """Height and width after resizing in pixels and in multiples of the padding, both int64 [2].
+
+        Args:
+            side: height and width of the images, float64 [2]; in float32 they are what OpenVINO computes.
+        """
         new = side
         if "resize" in self.include:
             rule = self.transform

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_convnext_det.inference.export.optional import import_optional
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.image_transform import ImageTransform
 
@@ -79,6 +80,19 @@ def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, A
     beside = path.with_suffix(".json")
     beside.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return beside
+
+
+def read_precision(path: Path) -> str:
+    """Read the precision of an exported file from its description; ``fp32`` where it says nothing."""
+    if path.is_dir():
+        card = path / "metadata.json"
+        entries = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    elif path.suffix == ".onnx":
+        model = import_optional("onnx", "export").load(path, load_external_data=False)
+        entries = {entry.key: entry.value for entry in model.metadata_props}
+    else:
+        entries = {}  # of torch alone, which has one precision
+    return str(entries.get("precision", "fp32"))
 
 
 def _license(backbone: str | None) -> str | None:

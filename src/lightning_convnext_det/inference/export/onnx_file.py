@@ -105,6 +105,24 @@ def _name_axes(model: Any) -> None:
                 axis.dim_param = name
 
 
+def name_modules(graph: Any) -> dict[str, str]:  # an onnx.GraphProto
+    """Text with the names of the modules that each node belongs to, by the name of the node's first output.
+
+    Beside the scopes, these are the names of the weights and of the bias that is added next: heads that are handed to
+    another module have no scope of their own, and folded weights no name.
+    """
+    added: dict[str, list[str]] = {}
+    for node in graph.node:
+        if node.op_type == "Add":
+            for name in node.input:
+                added.setdefault(name, []).extend(node.input)
+    names = {}
+    for node in graph.node:
+        scopes = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
+        names[node.output[0]] = " ".join([*scopes, *node.input, *added.get(node.output[0], [])])
+    return names
+
+
 def halve(onnx: ModuleType, model: Any) -> int:
     """Let convolutions and linear layers with weights in the file compute in float16; return how many do.
 
@@ -113,10 +131,10 @@ def halve(onnx: ModuleType, model: Any) -> int:
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     halved: dict[str, str] = {}
+    modules = name_modules(graph)
     nodes, count = [], 0
     for node in graph.node:
-        scope = next((p.value for p in node.metadata_props if p.key == _SCOPES), "")
-        exact = any(part in scope for part in _EXACT)
+        exact = any(part in modules[node.output[0]] for part in _EXACT)
         if node.op_type not in _PRODUCTS or exact or not any(name in weights for name in node.input[:2]):
             nodes.append(node)
             continue

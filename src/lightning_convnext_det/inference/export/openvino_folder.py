@@ -8,17 +8,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_convnext_det.inference.export.onnx_file import name_modules
 from lightning_convnext_det.inference.export.optional import import_optional
 
-# heads decide positions and scores, and take little time
+# layers that decide positions and scores; they take little time
 _EXACT = (
-    ".*box_head.*",
-    ".*class_head.*",
-    ".*box_predictor.*",
-    ".*rpn.*",
-    ".*sampling_offsets.*",
-    ".*reference_points.*",
-)
+    "box_heads", "class_heads", "cls_logits", "bbox_pred", "cls_score", "sampling_offsets", "reference_points",
+)  # fmt: skip
 
 
 def write_openvino(
@@ -36,7 +32,7 @@ def write_openvino(
         folder: to write; ``metadata.json`` is the third file in it.
         metadata: the description.
         precision: ``fp16`` halves the weights in the file; ``int8`` quantises weights and activations by the values
-            seen on the ``calibration`` images.
+            seen on the ``calibration`` images, but for the last layers of the heads.
         calibration: uint8 images [1, C, H, W].
         is_transformer: whether the detector is one, which NNCF quantises otherwise.
 
@@ -46,15 +42,17 @@ def write_openvino(
     openvino = import_optional("openvino", "openvino")
     model = openvino.convert_model(onnx_file)
     if precision == "int8":
-        model = _quantise(model, calibration, is_transformer)
+        model = _quantise(model, calibration, is_transformer, find_exact_layers(onnx_file, model))
     for key, value in metadata.items():
         model.set_rt_info(json.dumps(value), ["lightning_convnext_det", key])
     folder.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=precision == "fp16")
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _quantise(model: Any, calibration: Iterable[Tensor], is_transformer: bool) -> Any:  # openvino.Model
+def _quantise(
+    model: Any, calibration: Iterable[Tensor], is_transformer: bool, exact: list[str]
+) -> Any:  # openvino.Model
     nncf = import_optional("nncf", "openvino")
     logging.getLogger("nncf").setLevel(logging.ERROR)
     images = [image.numpy() for image in calibration]
@@ -64,5 +62,17 @@ def _quantise(model: Any, calibration: Iterable[Tensor], is_transformer: bool) -
         subset_size=len(images),
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
-        ignored_scope=nncf.IgnoredScope(patterns=list(_EXACT), validate=False),
+        ignored_scope=nncf.IgnoredScope(names=exact),
     )
+
+
+def find_exact_layers(onnx_file: Path, model: Any) -> list[str]:  # of an openvino.Model
+    """Names of the convolutions and matrix products in OpenVINO's model that stay in float32.
+
+    OpenVINO keeps the names of ONNX's nodes (``node_conv2d_61``), which tell nothing of the module.
+    """
+    graph = import_optional("onnx", "export").load(onnx_file).graph
+    modules = name_modules(graph)
+    exact = {node.name for node in graph.node if any(part in modules[node.output[0]] for part in _EXACT)}
+    products = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in ("Convolution", "MatMul")]
+    return [name for name in products if name.removesuffix("/WithoutBiases") in exact]

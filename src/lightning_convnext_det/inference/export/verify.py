@@ -47,12 +47,15 @@ class Differences:
     """Detections of one that the other has not, in words."""
     shapes: list[str] = field(default_factory=list)
     """Batches compared, e.g. ``2x480x640``."""
+    resized_otherwise: "Differences | None" = None
+    """Of batches that the file resizes to a side one pixel shorter or longer; None if there are none."""
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.detections} detections in {len(self.shapes)} batches ({' '.join(self.shapes)}): boxes differ by "
             f"at most {self.boxes:.2g} px, scores by {self.scores:.2g}, {len(self.unmatched)} without a counterpart"
         )
+        return f"{text}; resized otherwise: {self.resized_otherwise}" if self.resized_otherwise else text
 
     def exceed(self, tolerance: Tolerance) -> bool:
         """Whether a difference is above the tolerance."""
@@ -67,6 +70,7 @@ def verify(
     include: Sequence[str] = ("resize", "normalise"),
     tolerance: Tolerance = TOLERANCES["fp32"],
     name: object = "the file",
+    resized_otherwise: Tolerance | None = None,
 ) -> Differences:
     """Compare an exported file with the detector.
 
@@ -77,14 +81,18 @@ def verify(
         include: what the file does itself, see `ExportGraph`.
         tolerance: what is allowed.
         name: of the file, for messages.
+        resized_otherwise: what is allowed for images whose new size is another in float32, for a runtime that computes
+            it so; None for runtimes that compute it in float64, as PyTorch does.
 
     Raises:
         ExportError: if a difference is above the tolerance; it names the greatest.
     """
-    differences = Differences()
+    differences, others = Differences(), Differences()
     graph = ExportGraph(detector, include)  # type: ignore[arg-type]  # checked there
     for images in batches:
-        differences.shapes.append("x".join(str(n) for n in (images.shape[0], *images.shape[2:])))
+        is_other = resized_otherwise is not None and not _rounds_alike(graph, images.shape[-2], images.shape[-1])
+        into, limit = (others, resized_otherwise or tolerance) if is_other else (differences, tolerance)
+        into.shapes.append("x".join(str(n) for n in (images.shape[0], *images.shape[2:])))
         given = images if "normalise" in include else graph.normalise(images, 1.0)
         with torch.no_grad():
             expected = (
@@ -94,14 +102,22 @@ def verify(
         threshold = float(getattr(detector, "score_threshold", 0.0))
         rows = int(getattr(detector, "detections_per_image", 100))
         for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            compare(ours, theirs, tolerance, differences, f"{differences.shapes[-1]}[{i}]", threshold, rows)
-    if differences.exceed(tolerance):
-        example = f", e.g. {differences.unmatched[0]}" if differences.unmatched else ""
-        raise ExportError(
-            f"[LCD-X001] {name} finds other objects than the detector: {differences}{example}; allowed are "
-            f"{tolerance.boxes} px and {tolerance.scores}"
-        )
+            compare(ours, theirs, limit, into, f"{into.shapes[-1]}[{i}]", threshold, rows)
+    for part, limit in ((differences, tolerance), (others, resized_otherwise or tolerance)):
+        if part.exceed(limit):
+            example = f", e.g. {part.unmatched[0]}" if part.unmatched else ""
+            raise ExportError(
+                f"[LCD-X001] {name} finds other objects than the detector: {part}{example}; allowed are "
+                f"{limit.boxes} px and {limit.scores}"
+            )
+    differences.resized_otherwise = others if others.shapes else None
     return differences
+
+
+def _rounds_alike(graph: ExportGraph, height: int, width: int) -> bool:
+    """Whether an image is resized to the same size if that is computed in float32."""
+    sizes = [graph.new_sizes(torch.tensor([height, width], dtype=kind))[0] for kind in (torch.float32, torch.float64)]
+    return torch.equal(*sizes)
 
 
 def compare(
