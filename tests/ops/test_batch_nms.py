@@ -57,3 +57,31 @@ def test_batch_nms__on_a_gpu_keeps_what_the_cpu_keeps(count: int, images: int, g
         expected = expected[scores[expected].argsort(descending=True)]
         own = keep.cpu()
         assert torch.equal(own[image[own] == number], expected)
+
+
+@pytest.mark.parametrize("way", ["loop", "recorded", "moved apart"])
+@pytest.mark.parametrize(("count", "groups"), [(0, 1), (40, 1), (900, 5)])
+def test_batch_nms__as_if_boxes_that_are_not_used_were_not_there(
+    way: str, count: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(count)
+    boxes, scores, group, image = candidates(count, 3, groups)
+    used = torch.rand(count) < 0.6
+    rows = torch.where(used)[0]
+    expected = rows[batch_nms(boxes[rows], scores[rows], group[rows], image[rows], 3, 0.5, "torchvision", groups)]
+    monkeypatch.setattr(batch_nms_module, "is_recording", lambda: way == "recorded")
+    if way == "moved apart":
+        keep = batch_nms_module._nms_of_all(boxes, scores, group, image, 0.5, used)
+        assert used[keep].int().diff().le(0).all()  # the others come last
+        keep = keep[used[keep]]
+    else:
+        keep = batch_nms(boxes, scores, group, image, 3, 0.5, "torchvision", groups, used)
+    for number in range(3):
+        assert torch.equal(keep[image[keep] == number], expected[image[expected] == number])
+
+
+@pytest.mark.parametrize(("device", "boxes", "parts"), [("cpu", 9000, 1), ("meta", 9000, 3), ("meta", 30000, 5)])
+def test_group_images__as_many_as_one_nms_takes(device: str, boxes: int, parts: int) -> None:
+    groups = batch_nms_module.group_images(5, torch.zeros(5, boxes, device=device), "torchvision")
+    assert len(groups) == parts
+    assert [i for part in groups for i in range(5)[part]] == list(range(5))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.resize import resize_like_opencv, resize_like_pillow
 from lightning_convnext_det.ops.tracing import is_recording
 from lightning_convnext_det.types import Detection, Target
@@ -157,8 +158,10 @@ class ImageTransform(nn.Module):
         image = image.to(torch.float32, memory_format=torch.contiguous_format)
         if here != full_scale:
             image = image / here if full_scale == 1 else image / here * full_scale
-        mean = image.new_tensor([m * full_scale for m in self.image_mean])[:, None, None]
-        std = image.new_tensor([s * full_scale for s in self.image_std])[:, None, None]
+        mean, std = (
+            send([x * full_scale for x in numbers], image.device, image.dtype)[:, None, None]
+            for numbers in (self.image_mean, self.image_std)
+        )
         return (image - mean).div_(std)
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
@@ -253,8 +256,8 @@ def check_range(images: Sequence[Tensor] | Tensor) -> None:
 
 def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
     """Scale boxes [N, 4] (x1, y1, x2, y2) from an image of (height, width) ``size`` to one of ``new_size``."""
-    ratio = boxes.new_tensor([new_size[1], new_size[0]]) / boxes.new_tensor([size[1], size[0]])
-    return boxes * ratio.repeat(2)
+    new, old = (torch.tensor([width, height], dtype=boxes.dtype) for height, width in (new_size, size))
+    return boxes * send((new / old).repeat(2), boxes.device)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -78,6 +78,7 @@ class Selection:
         num_images: int,
         num_classes: int,
         separation: Separation = "torchvision",
+        used: Tensor | None = None,
     ) -> TensorDetections:
         """Choose from the boxes of several images, which are one list; can be exported but for soft NMS.
 
@@ -89,16 +90,23 @@ class Selection:
             num_images: how many images there are.
             num_classes: how many classes there are.
             separation: how hard NMS keeps classes apart, see `grouped_nms`.
+            used: False on boxes that are none, bool [N]; None: all are.
 
         Raises:
             ArgumentError: in an export, with soft NMS.
         """
         if self.nms == "hard":
-            keep = batch_nms(boxes, scores, labels, images, num_images, self.nms_threshold, separation, num_classes)
+            keep = batch_nms(
+                boxes, scores, labels, images, num_images, self.nms_threshold, separation, num_classes, used
+            )
             scores = scores[keep]
         else:
+            if used is not None:
+                rows = torch.where(used)[0]
+                boxes, scores, labels, images, used = (x[rows] for x in (boxes, scores, labels, images, used))
             keep, scores = self._rank(boxes, scores, labels, images, num_images)
         high = scores > self.score_threshold  # soft NMS lowers scores
+        high = high if used is None else high & used[keep]
         (boxes, scores, labels), count = fill_rows(
             (boxes[keep], scores, labels[keep]), images[keep], high, num_images, self.detections_per_image
         )

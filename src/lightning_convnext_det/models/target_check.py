@@ -9,6 +9,7 @@ from torchvision.transforms.v2.functional import convert_bounding_box_format
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from lightning_convnext_det.errors import DataError
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.types import Target
 
 _logger = logging.getLogger(__name__)
@@ -48,25 +49,29 @@ def prepare_targets(
     if isinstance(targets, Mapping) or len(images) != len(targets):
         given = 1 if isinstance(targets, Mapping) else len(targets)
         raise ValueError(f"got {len(images)} images and {given} targets; give a list with one target per image")
-    prepared = [_prepare(target, _name(target, i), device) for i, target in enumerate(targets)]
-    boxes = torch.cat([t["boxes"] for t in prepared])
-    labels = torch.cat([t["labels"] for t in prepared])
+    read = [_read(target, _name(target, i), device) for i, target in enumerate(targets)]
+    boxes, labels, crowd = (torch.cat(parts) for parts in zip(*read, strict=True))
     good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1) & (labels >= 0) & (labels < num_classes)
-    inside = _visible_share(boxes, images, prepared) >= _VISIBLE
-    if bool((good & inside).all()):
+    inside = _visible_share(boxes, images, [len(own) for own, _, _ in read]) >= _VISIBLE
+    # the one look at the device
+    are_crowd, are_good, are_inside = torch.stack((crowd, good | crowd, inside | crowd)).tolist()
+    prepared, first = [], 0
+    for target, (own, classes, _) in zip(targets, read, strict=True):
+        prepared.append(_split(target, own, classes, are_crowd[first : first + len(own)]))
+        first += len(own)
+    if all(are_good) and all(are_inside):
         return prepared
     for i, target in enumerate(prepared):
         for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
             _check_object(box, label, _name(targets[i], i), num_classes)
-    _warn_of_outside(boxes[~inside][0].tolist())
+    _warn_of_outside(boxes[are_inside.index(False)].tolist())
     return prepared
 
 
-def _visible_share(boxes: Tensor, images: Sequence[Tensor] | Tensor, prepared: list[Target]) -> Tensor:
+def _visible_share(boxes: Tensor, images: Sequence[Tensor] | Tensor, counts: Sequence[int]) -> Tensor:
     """The share of each box that lies in its image."""
-    pairs = zip(images, prepared, strict=True)
-    sides = [[x.shape[-1], x.shape[-2]] * 2 for x, target in pairs for _ in range(len(target["boxes"]))]
-    limits = torch.tensor(sides, dtype=boxes.dtype, device=boxes.device).reshape(-1, 4)
+    sides = [[x.shape[-1], x.shape[-2]] * 2 for x, count in zip(images, counts, strict=True) for _ in range(count)]
+    limits = send(sides, boxes.device, boxes.dtype).reshape(-1, 4)
     visible = torch.minimum(boxes.clamp(min=0), limits)
     areas = [(x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (visible, boxes)]
     return areas[0] / areas[1]
@@ -83,7 +88,8 @@ def _warn_of_outside(box: list[float]) -> None:
         )
 
 
-def _prepare(target: Target, name: str, device: torch.device) -> Target:
+def _read(target: Target, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, labels and which of them are crowd regions."""
     for key in ("boxes", "labels"):
         if key not in target:
             raise DataError(f"[LCD-D112] the target of {name} has no '{key}'; it has {', '.join(map(repr, target))}")
@@ -99,14 +105,22 @@ def _prepare(target: Target, name: str, device: torch.device) -> Target:
         raise DataError(f"[LCD-D112] {name}: labels are {labels.dtype}; give the indices of classes, int64")
     boxes, labels = boxes.to(device, torch.float32), labels.to(device, torch.int64)
     crowd = target.get("iscrowd")
-    if crowd is not None:
-        crowd = torch.as_tensor(crowd).to(device, torch.bool)
-        if crowd.shape != labels.shape:
-            raise DataError(f"[LCD-D112] {name}: {len(labels)} boxes but iscrowd is {list(crowd.shape)}")
-        regions, boxes, labels = boxes[crowd], boxes[~crowd], labels[~crowd]
+    if crowd is None:
+        return boxes, labels, torch.zeros_like(labels, dtype=torch.bool)
+    crowd = torch.as_tensor(crowd).to(device, torch.bool)
+    if crowd.shape != labels.shape:
+        raise DataError(f"[LCD-D112] {name}: {len(labels)} boxes but iscrowd is {list(crowd.shape)}")
+    return boxes, labels, crowd
+
+
+def _split(target: Target, boxes: Tensor, labels: Tensor, crowd: Sequence[bool]) -> Target:
+    """Tell the objects of an image from its crowd regions."""
     prepared = Target(boxes=boxes, labels=labels)
-    if crowd is not None and len(regions):
-        prepared["ignored"] = regions
+    if any(crowd):
+        objects, regions = (
+            send([i for i, x in enumerate(crowd) if x == wanted], boxes.device, torch.int64) for wanted in (False, True)
+        )
+        prepared = Target(boxes=boxes[objects], labels=labels[objects], ignored=boxes[regions])
     if "file_name" in target:
         prepared["file_name"] = target["file_name"]
     return prepared

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_convnext_det.errors import DivergenceError
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.types import Detection, TensorDetections
 
 
@@ -46,7 +47,7 @@ def join_detections(detections: Sequence[Detection], rows: int) -> TensorDetecti
     boxes = [F.pad(d["boxes"], (0, 0, 0, n)) for d, n in zip(detections, missing, strict=True)]
     scores = [F.pad(d["scores"], (0, n)) for d, n in zip(detections, missing, strict=True)]
     labels = [F.pad(d["labels"], (0, n)) for d, n in zip(detections, missing, strict=True)]
-    count = torch.tensor([d["scores"].shape[0] for d in detections], device=scores[0].device)
+    count = send([d["scores"].shape[0] for d in detections], scores[0].device)
     return TensorDetections(torch.stack(boxes), torch.stack(scores), torch.stack(labels), count)
 
 

@@ -16,6 +16,7 @@ from lightning_convnext_det.ops.triton_kernels import has_triton
 _LOOPED_GROUPS = 16  # up to so many, an exported graph has one NMS for each
 # more boxes than these torchvision takes group by group on the CPU, fewer it moves apart, which rounds (ops/boxes.py)
 _LARGEST_MOVED = 1000
+_LARGEST_ON_A_GPU = 25000  # torchvision's limit for the same there: time and memory grow with the square
 
 
 def batch_nms(
@@ -27,6 +28,7 @@ def batch_nms(
     iou_threshold: float,
     separation: Separation = "torchvision",
     num_groups: int = 1,
+    used: Tensor | None = None,
 ) -> Tensor:
     """Return the indices of the boxes that hard NMS keeps, each group of each image on its own.
 
@@ -39,7 +41,8 @@ def batch_nms(
     On CUDA with Triton, all groups go through one kernel. While ``torch.export`` records, there is no loop over images
     either: all boxes go through one NMS (through one for each of up to 16 groups that torchvision's separation may take
     one by one), images side by side. With one image, the result differs from that of the loop by rounding alone, and
-    only for more than 16 groups and more than 1000 boxes, or more than 10000 boxes with separation ``offset``.
+    only for more than 16 groups and more than 1000 boxes, or more than 10000 boxes with separation ``offset``. Other
+    devices than CPUs do so, too, for up to 25,000 boxes, so that the host waits once, not for every image.
 
     Args:
         boxes: corners (x1, y1, x2, y2) in pixels, at least 0, float [N, 4].
@@ -50,23 +53,36 @@ def batch_nms(
         iou_threshold: IoU above which the one with the lower score is dropped.
         separation: how groups are kept apart, see `grouped_nms`.
         num_groups: how many groups there are.
+        used: False on boxes that take no part, bool [N]; None: all do. They may be kept, behind all others.
 
     Returns:
         Indices of those that are left, int64 [K]; those of one image by descending score.
     """
-    if boxes.is_cuda and separation == "torchvision" and has_triton() and not is_recording():
-        return _nms_on_gpu(boxes, scores, groups, images, (num_images, num_groups), iou_threshold)
+    if _has_kernel(boxes, separation):
+        return _nms_on_gpu(boxes, scores, groups, images, (num_images, num_groups), iou_threshold, used)
     if is_recording():
-        return _recorded_nms(boxes, scores, groups, images, num_images, iou_threshold, separation, num_groups)
+        if used is not None:
+            rows = torch.where(used)[0]
+            boxes, scores, groups, images = (x[rows] for x in (boxes, scores, groups, images))
+        keep = _recorded_nms(boxes, scores, groups, images, num_images, iou_threshold, separation, num_groups)
+        return keep if used is None else rows[keep]
+    if boxes.device.type != "cpu" and boxes.shape[0] <= _LARGEST_ON_A_GPU:
+        return _nms_of_all(boxes, scores, groups, images, iou_threshold, used)
     kept = []
     for image in range(num_images):
-        rows = torch.where(images == image)[0]
+        rows = torch.where(images == image if used is None else (images == image) & used)[0]
         kept.append(rows[grouped_nms(boxes[rows], scores[rows], groups[rows], iou_threshold, separation)])
     return torch.cat(kept)
 
 
 def _nms_on_gpu(
-    boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, counts: tuple[int, int], iou_threshold: float
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    images: Tensor,
+    counts: tuple[int, int],
+    iou_threshold: float,
+    used: Tensor | None,
 ) -> Tensor:
     """NMS of all groups side by side, waiting for the GPU twice: for the largest group and for how many are left."""
     from lightning_convnext_det.ops.nms_triton import LARGEST_GROUP, nms_by_triton
@@ -78,14 +94,53 @@ def _nms_on_gpu(
     starts = torch.searchsorted(number, torch.arange(counts[0] * counts[1] + 1, device=boxes.device))
     largest = int(starts.diff().amax()) if len(boxes) else 0
     if largest > LARGEST_GROUP:
+        if used is not None:  # boxes without area drop no other
+            boxes = torch.where(used[:, None], boxes, 0.0)
         kept = [rows[nms(boxes[rows], scores[rows], iou_threshold)] for rows in order.tensor_split(starts[1:-1].cpu())]
         keep = torch.zeros_like(images, dtype=torch.bool).index_fill_(0, torch.cat(kept), True)
+        keep = keep if used is None else keep & used
     else:
-        valid = torch.ones_like(order, dtype=torch.bool)
+        valid = torch.ones_like(order, dtype=torch.bool) if used is None else used[order]
         kept_in_order = nms_by_triton(boxes[order], valid, starts, largest, iou_threshold)
         keep = torch.empty_like(kept_in_order).scatter_(0, order, kept_in_order)
     by_image = best[images[best].sort(stable=True).indices]
     return by_image[keep[by_image]]
+
+
+def _has_kernel(boxes: Tensor, separation: Separation) -> bool:
+    return boxes.is_cuda and separation == "torchvision" and has_triton() and not is_recording()
+
+
+def group_images(num_images: int, scores: Tensor, separation: Separation) -> list[slice]:
+    """Divide images for `batch_nms` where that moves boxes apart, so that they are not too many for one NMS.
+
+    Args:
+        num_images: how many images there are.
+        scores: of as many boxes in every image, [B, N].
+        separation: how groups are kept apart, see `grouped_nms`.
+    """
+    if is_recording() or scores.device.type == "cpu" or _has_kernel(scores, separation):
+        return [slice(None)]
+    step = max(1, _LARGEST_ON_A_GPU // max(1, scores.shape[1]))
+    return [slice(first, first + step) for first in range(0, num_images, step)]
+
+
+def _nms_of_all(
+    boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou_threshold: float, used: Tensor | None
+) -> Tensor:
+    """Return what `batch_nms` does by one NMS of boxes that are moved apart; those without area come last and stay."""
+    if used is not None:
+        boxes = torch.where(used[:, None], boxes, 0.0)
+        scores = torch.where(used, scores, torch.finfo(scores.dtype).min)
+    keep: Tensor = nms(_move_apart(boxes, groups, images), scores, iou_threshold)
+    return keep
+
+
+def _move_apart(boxes: Tensor, groups: Tensor, images: Tensor) -> Tensor:
+    """Move group g of image i by g + i spans to the right and by g down: as grouped_nms if there is one image."""
+    span = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amax(0) + 1  # the maximum of nothing is an error
+    cells = torch.stack((groups + images, groups), dim=1).repeat(1, 2)
+    return boxes + cells.to(boxes) * span
 
 
 def _recorded_nms(
@@ -103,10 +158,7 @@ def _recorded_nms(
     if loops:
         count = (images[:, None] == torch.arange(num_images, device=images.device)).sum(0)
         moved_groups = torch.where(count[images] > _LARGEST_MOVED, 0, groups)
-    # group g of image i is g + i spans to the right and g spans below: as grouped_nms moves it if there is one image
-    span = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amax(0) + 1  # the maximum of nothing is an error
-    cells = torch.stack((moved_groups + images, moved_groups), dim=1).repeat(1, 2)
-    moved = boxes + cells.to(boxes) * span
+    moved = _move_apart(boxes, moved_groups, images)
     if loops:
         kept = []
         for group in range(num_groups):

@@ -66,7 +66,8 @@ def roi_align(
         if worth and os.environ.get("DISABLE_CUSTOM_KERNELS") != "1":
             return roi_align_by_gather(input, rois, size, spatial_scale, max(sampling_ratio, 0), aligned)
     finite = rois.isfinite().all(dim=1, keepdim=True)
-    rois = torch.where(finite, rois, rois.new_tensor([0.0, -1e6, -1e6, -1e6, -1e6]))  # far outside, where samples are 0
+    far_away = rois[:, 1:].masked_fill(~finite, -1e6)  # where samples are 0
+    rois = torch.cat((rois[:, :1].masked_fill(~finite, 0.0), far_away), dim=1)
     return _roi_align_by_torchvision(input, rois, size, spatial_scale, sampling_ratio, aligned)
 
 
@@ -184,8 +185,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
             return roi_align(maps[0], rois, self.output_size, scales[0], self.sampling_ratio, self.aligned)
         # not channels last, since the usual head flattens them: transposing while copying costs half as much as later
         pooled = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], *self.output_size)
-        for level, (features, scale) in enumerate(zip(maps, scales, strict=True)):
-            chosen = torch.where(levels == level)[0]
+        for features, scale, chosen in zip(maps, scales, _split_by_level(levels, len(maps)), strict=True):
             pooled[chosen] = roi_align(
                 features, rois[chosen], self.output_size, scale, self.sampling_ratio, self.aligned
             )
@@ -207,6 +207,14 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
             )  # torchvision's margin
             level = level + steps
         return (level.clamp(finest, coarsest) - finest).to(torch.int64)
+
+
+def _split_by_level(levels: Tensor, count: int) -> Sequence[Tensor]:
+    """Return the boxes of each level, ascending, int64 [k] each; the host waits once, not for each level."""
+    if is_recording():
+        return [torch.where(levels == level)[0] for level in range(count)]
+    sizes = (levels[:, None] == torch.arange(count, device=levels.device)).sum(0).tolist()
+    return torch.split(levels.argsort(stable=True), sizes)
 
 
 def _find_zoom(padded_height: int, tallest: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,16 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import box_iou
 
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.models.rcnn.faster_rcnn import FasterRCNN
+from lightning_convnext_det.models.rcnn.matcher import Sampling, draw_samples
 from lightning_convnext_det.models.zoo import create_detector
 from lightning_convnext_det.types import Target
 
@@ -56,6 +61,20 @@ def test_faster_rcnn__equals_torchvision_on_real_photos(
         assert torch.equal(ours["labels"], theirs["labels"] - 1)
 
 
+def draw_as_torchvision(
+    sampler: BalancedPositiveNegativeSampler, labels: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What torchvision's sampler returns, masks of objects and background, of the boxes that ours draws."""
+    sampling = Sampling(0.5, 0.5, sampler.batch_size_per_image, sampler.positive_fraction)
+    drawn = draw_samples(pad_sequence(labels, batch_first=True, padding_value=-1), sampling)
+    masks = []
+    for rows, used in ((drawn.objects, drawn.has_object), (drawn.background, drawn.is_background)):
+        masks.append([torch.zeros(len(x), dtype=torch.uint8) for x in labels])
+        for mask, row, own in zip(masks[-1], rows, used, strict=True):
+            mask[row[own]] = 1
+    return masks[0], masks[1]
+
+
 @pytest.mark.heavy
 def test_faster_rcnn__training_losses_equal_torchvision(photos: list[Tensor]) -> None:
     reference = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, min_size=160, max_size=266)
@@ -66,6 +85,8 @@ def test_faster_rcnn__training_losses_equal_torchvision(photos: list[Tensor]) ->
     detector.load_state_dict({k: v for k, v in state.items() if "num_batches_tracked" not in k})
     targets = [target([[10, 20, 200, 220], [50, 60, 90, 100]], [0, 2]), target([], []), target([[5, 5, 99, 99]], [1])]
     shifted = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in targets]
+    for part in (reference.rpn, reference.roi_heads):  # the same samples: torchvision's sampler makes the host wait
+        part.fg_bg_sampler = partial(draw_as_torchvision, part.fg_bg_sampler)
     torch.manual_seed(5)
     expected = reference([p / 255 for p in photos], shifted)
     torch.manual_seed(5)

@@ -22,6 +22,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from lightning_convnext_det.arguments import NonNegative
 from lightning_convnext_det.errors import DivergenceError
 from lightning_convnext_det.models.ignored_regions import find_ignored
+from lightning_convnext_det.ops.host_numbers import send
 
 PerLoss = tuple[NonNegative, NonNegative, NonNegative]
 """A factor for classification, box and generalised IoU each."""
@@ -327,7 +328,7 @@ def _check_finite(flags: NDArray[np.float32], proposals: bool) -> None:
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
     """Average a number of objects over the ranks that train together; at least 1. Float32 [1]."""
-    total = torch.tensor([float(count)], device=device)  # XLA compiles again for scalars that equal others in the graph
+    total = send([float(count)], device)  # XLA compiles again for scalars that equal others in the graph
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_convnext_det.models.deformable_detr.criterion import Matches, Objects, corners
 from lightning_convnext_det.models.deformable_detr.transformer import inverse_sigmoid
+from lightning_convnext_det.ops.host_numbers import send
 
 
 class Noise(NamedTuple):
@@ -90,7 +91,7 @@ class Denoising(nn.Module):
 
 def is_real(objects: Objects) -> Tensor:
     """Tell the objects of images from their padding, bool [B, N]."""
-    counts = torch.tensor(objects.counts, device=objects.labels.device)
+    counts = send(objects.counts, objects.labels.device)
     return torch.arange(objects.labels.shape[1], device=counts.device) < counts[:, None]
 
 

@@ -14,6 +14,7 @@ from lightning_convnext_det.models.image_transform import ImageTransform, check_
 from lightning_convnext_det.models.selection import SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.models.tensor_detections import join_detections, keep_first, split_detections
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.precision import weight_precision
 from lightning_convnext_det.types import Detection, Target, TensorDetections
 
@@ -91,7 +92,7 @@ class QueryDetector(SelectsDetections, nn.Module):
         prepared = prepare_targets(images, targets, self.num_classes, images[0].device if len(images) else device)
         batch, sizes, moved = self.transform(images, prepared)
         boxes = [_normalize(t["boxes"], size) for t, size in zip(moved, sizes, strict=True)]
-        regions = [_normalize(t.get("ignored"), size) for t, size in zip(moved, sizes, strict=True)]
+        regions = [_normalize(t.get("ignored", t["boxes"][:0]), size) for t, size in zip(moved, sizes, strict=True)]
         objects = Objects.from_lists(boxes, [t["labels"] for t in moved], self.objects_multiple, regions).to(device)
         batch = batch.to(device)
         with weight_precision(self.levels.embedding):
@@ -169,9 +170,9 @@ class QueryDetector(SelectsDetections, nn.Module):
         return restored
 
 
-def _normalize(boxes: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Turn corners in pixels of an image of (height, width) into centre and size in 0..1; None means no boxes."""
+def _normalize(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Turn corners in pixels of an image of (height, width) into centre and size in 0..1."""
     height, width = size
-    boxes = torch.zeros(0, 4) if boxes is None else boxes
-    relative: Tensor = box_convert(boxes / boxes.new_tensor([width, height, width, height]), "xyxy", "cxcywh")
+    sides = send([width, height, width, height], boxes.device, boxes.dtype)
+    relative: Tensor = box_convert(boxes / sides, "xyxy", "cxcywh")
     return relative

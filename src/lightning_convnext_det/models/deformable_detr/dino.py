@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from lightning_convnext_det.arguments import Count, Fraction, NonNegative, NonNegativeInt, Positive, check_arguments
 from lightning_convnext_det.models.backbone import TimmPyramid
@@ -24,7 +25,13 @@ from lightning_convnext_det.models.deformable_detr.heads import apply_in_full_pr
 from lightning_convnext_det.models.deformable_detr.levels import Levels, PyramidLevels
 from lightning_convnext_det.models.deformable_detr.proposals import QuerySelection
 from lightning_convnext_det.models.deformable_detr.transformer import Encoder, check_width, reset_transformer
-from lightning_convnext_det.models.image_transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, Resize
+from lightning_convnext_det.models.image_transform import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageTransform,
+    Resize,
+    scale_boxes,
+)
 from lightning_convnext_det.models.selection import Selection
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.types import Detection, TensorDetections
@@ -238,9 +245,17 @@ class DINO(QueryDetector):
         self, found: TensorDetections, sizes: list[tuple[int, int]], images: Sequence[Tensor] | Tensor
     ) -> list[Detection]:
         """Turn detections in a batch of resized images into those of the images given, those with area only."""
-        restored = []
-        for detection in super().restore(found, sizes, images):
-            has_area = (detection["boxes"][:, 2:] > detection["boxes"][:, :2]).all(1)
-            boxes, labels, scores = (detection[key][has_area] for key in ("boxes", "labels", "scores"))
-            restored.append(Detection(boxes=boxes, labels=labels, scores=scores))
-        return restored
+        originals = [(x.shape[-2], x.shape[-1]) for x in images]
+        frames = zip(found.boxes, sizes, originals, strict=True)
+        boxes = torch.stack([clip_boxes_to_image(scale_boxes(own, size, to), to) for own, size, to in frames])
+        has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        has_area &= torch.arange(boxes.shape[1], device=boxes.device) < found.count[:, None]  # [B, K]
+        order = (~has_area).to(torch.uint8).argsort(dim=1, stable=True)  # those with area first
+        first = TensorDetections(
+            _take(found.boxes, order), found.scores.gather(1, order), found.labels.gather(1, order), has_area.sum(1)
+        )
+        return super().restore(first, sizes, images)
+
+
+def _take(boxes: Tensor, order: Tensor) -> Tensor:
+    return boxes.gather(1, order[..., None].expand(-1, -1, 4))

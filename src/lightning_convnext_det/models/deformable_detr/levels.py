@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convnext_det.models.backbone import TimmPyramid
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.tracing import is_recording
 
 Frames = Mapping[tuple[int, int], list[int]]
@@ -97,7 +98,7 @@ class PyramidLevels(nn.Module):
         if self.independent_images:
             frames = [self._frame(size) for size in sizes]
             groups = {frame: [i for i, f in enumerate(frames) if f == frame] for frame in frames}
-        return torch.tensor(sizes, device=batch.device), None if groups is None or set(groups) == {full} else groups
+        return send(sizes, batch.device), None if groups is None or set(groups) == {full} else groups
 
     def forward(
         self, backbone: TimmPyramid, batch: Tensor, sizes: Tensor | None = None, frames: Frames | None = None
@@ -121,7 +122,7 @@ class PyramidLevels(nn.Module):
             group = torch.empty(batch.shape[0], dtype=torch.int64)
             for number, images in enumerate(frames.values()):
                 group[images] = number
-            group = group.to(batch.device)
+            group = send(group, batch.device)
             frame = number_tensor(list(frames), batch)[group]  # [B, 2]
             cells = torch.stack([number_tensor([x.shape[-2:] for x in part], batch) for part in seen.values()])[group]
         if sizes is None and self.always_masked:
@@ -205,7 +206,7 @@ def encode_sine(values: Tensor, dim: int, temperature: float = 10000.0) -> Tenso
 
 
 def _take(batch: Tensor, images: list[int]) -> Tensor:
-    return batch if len(images) == batch.shape[0] else batch[images]
+    return batch if len(images) == batch.shape[0] else batch.index_select(0, send(images, batch.device))
 
 
 def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
@@ -216,7 +217,7 @@ def _assemble(maps: list[Tensor], images: list[list[int]]) -> Tensor:
     shape = (sum(len(p) for p in images), maps[0].shape[1], height, width)
     whole = maps[0].new_zeros(shape).contiguous(memory_format=torch.channels_last)
     for group, x in zip(images, maps, strict=True):
-        whole[group, :, : x.shape[-2], : x.shape[-1]] = x
+        whole[send(group, x.device), :, : x.shape[-2], : x.shape[-1]] = x
     return whole
 
 
@@ -228,7 +229,7 @@ def _count_covered(sizes: Tensor, frames: Tensor, cells: Tensor) -> Tensor:
 def number_tensor(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     """Make a tensor int64 [N, M] of numbers, also of those that an exporter knows by name only."""
     if not is_recording():
-        return torch.tensor([tuple(row) for row in rows], device=like.device)
+        return send([tuple(row) for row in rows], like.device)
     # of vectors: OpenVINO expands a number without axes to one with an axis
     numbers = [torch.full((1,), n, dtype=torch.int64, device=like.device) for row in rows for n in row]
     return torch.cat(numbers).view(len(rows), -1)

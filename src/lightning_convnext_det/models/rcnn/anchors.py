@@ -72,7 +72,7 @@ class PyramidAnchors(AnchorGenerator):
             )
             y, x = torch.meshgrid(ys, xs, indexing="ij")
             shifts = torch.stack((x, y, x, y), dim=-1)[:, :, None]  # [H, W, 1, 4]
-            placed.append((shifts + cell.to(features.device)).reshape(-1, 4))
+            placed.append((shifts + cell.to(features.device, non_blocking=True)).reshape(-1, 4))
         return placed
 
 

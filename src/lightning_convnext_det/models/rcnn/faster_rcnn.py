@@ -36,6 +36,7 @@ from lightning_convnext_det.models.rcnn.rpn import ProposalLimits, ProposalNetwo
 from lightning_convnext_det.models.selection import Selection, SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
 from lightning_convnext_det.models.tensor_detections import split_detections
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.nms import NMSMethod
 from lightning_convnext_det.ops.precision import weight_precision
 from lightning_convnext_det.ops.tracing import is_recording
@@ -228,7 +229,7 @@ class FasterRCNN(SelectsDetections, nn.Module):
                 raise ValueError("a detector in training mode needs targets; call eval() to predict")
             prepared = prepare_targets(images, targets, self.num_classes, device)
         batch, shapes, moved = self.transform([image.to(device) for image in images], prepared)
-        sizes = torch.tensor(shapes, device=device)
+        sizes = send(shapes, device)
         if moved is None:
             found = split_detections(self.forward_tensors(batch, sizes))
             return self.transform.restore(found, shapes, [(x.shape[-2], x.shape[-1]) for x in images])

@@ -9,14 +9,23 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import box_iou
 
 from lightning_convnext_det.models.rcnn.box_coder import Stds, clip_boxes, create_box_coder
 from lightning_convnext_det.models.rcnn.box_losses import create_box_loss
 from lightning_convnext_det.models.rcnn.conventions import Convention
-from lightning_convnext_det.models.rcnn.matcher import Sampling, create_proposal_matcher, leave_out_ignored
+from lightning_convnext_det.models.rcnn.matcher import (
+    Sampling,
+    create_proposal_matcher,
+    draw_samples,
+    leave_out_ignored,
+    take_objects,
+)
 from lightning_convnext_det.models.selection import Selection, Setting
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.roi_align import MultiScaleRoIAlign
 from lightning_convnext_det.types import Target, TensorDetections
 
@@ -32,9 +41,9 @@ class Samples(NamedTuple):
     labels: Tensor
     """Classes, 0 for background, int64 [S]."""
     ground_truth: Tensor
-    """The object's box where there is one, float32 [S, 4]."""
-    added: Tensor
-    """Which are boxes of the ground truth, not proposals, bool [S]."""
+    """The object's box where there is one, else zeros, float32 [S, 4]."""
+    num_proposals: int
+    """How many of them are proposals; boxes of the ground truth follow."""
 
 
 class Regions(NamedTuple):
@@ -98,7 +107,7 @@ class BoxHeads(RoIHeads):
         self.box_loss = create_box_loss(convention.box_loss, self.box_coder, convention.box_smooth_l1_beta)
         default_weight = 10.0 if convention.box_loss == "giou" else 1.0
         self.box_loss_weight = default_weight if convention.box_loss_weight is None else convention.box_loss_weight
-        self.proposal_matcher = create_proposal_matcher(sampling, convention, match_best)
+        self.proposal_matcher, self.sampling = create_proposal_matcher(sampling, convention, match_best), sampling
         self.min_side, self.separation = convention.min_detection_side, convention.nms_separation
 
     @property
@@ -140,25 +149,48 @@ class BoxHeads(RoIHeads):
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> list[Samples]:
         """Match proposals and the boxes of the ground truth with objects, and draw those that the stage trains on."""
-        objects, classes = [t["boxes"] for t in targets], [t["labels"] for t in targets]
-        joined = self.add_gt_proposals(proposals, objects)
-        matches, labels = self.assign_targets_to_proposals(joined, objects, classes)
-        labels = [leave_out_ignored(*of_image) for of_image in zip(labels, joined, targets, strict=True)]
+        joined = [torch.cat((own, t["boxes"])) for own, t in zip(proposals, targets, strict=True)]
+        found = [self.match(*of_image) for of_image in zip(joined, targets, strict=True)]
+        labels = pad_sequence([label for label, _ in found], batch_first=True, padding_value=-1)  # [B, N]
+        drawn = draw_samples(labels, self.sampling)
+        beyond = labels.shape[1]
+        rows = torch.where(drawn.used, drawn.rows, beyond).sort(dim=1).values  # in order, the unused behind them
+        limits = [(len(own), beyond) for own in proposals]
+        # the one look at the device: how many samples there are, and how many of them are proposals
+        counts = torch.stack([(row < limit).sum() for row, pair in zip(rows, limits, strict=True) for limit in pair])
         samples = []
-        for i, chosen in enumerate(self.subsample(labels)):
-            # without objects every match is 0 and never looked at
-            matched = objects[i][matches[i][chosen]] if len(objects[i]) else joined[i].new_zeros(len(chosen), 4)
-            samples.append(Samples(joined[i][chosen], labels[i][chosen], matched, chosen >= len(proposals[i])))
+        for i, (num_proposals, count) in enumerate(counts.view(-1, 2).tolist()):
+            row = rows[i, :count]
+            boxes, (label, match) = joined[i][row], (x[row] for x in found[i])
+            ground_truth = take_objects([targets[i]], match[None], (label > 0)[None])[0]
+            samples.append(Samples(boxes, label, ground_truth, num_proposals))
         return samples
+
+    def match(self, boxes: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+        """Label the boxes [N, 4] of an image by class, 0 for background, -1 for neither, and match them with objects.
+
+        Returns:
+            Labels int64 [N], and the index of the object or a negative number, int64 [N].
+        """
+        background = self.proposal_matcher.BELOW_LOW_THRESHOLD
+        if not len(target["boxes"]):
+            matches = torch.full((len(boxes),), background, device=boxes.device)
+            labels = torch.zeros_like(matches)
+        else:
+            matches = self.proposal_matcher(box_iou(target["boxes"], boxes))
+            labels = torch.where(matches == background, 0, -1)
+            labels = torch.where(matches >= 0, target["labels"][matches.clamp(min=0)], labels)
+        return leave_out_ignored(labels, boxes, target), matches
 
     def compute_losses(self, logits: Tensor, deltas: Tensor, samples: Sequence[Samples]) -> tuple[Tensor, Tensor]:
         """Compute the losses of classes and boxes, each a mean over all samples of the batch."""
         labels = torch.cat([s.labels for s in samples])
-        object_rows = torch.where(labels > 0)[0]
-        own = _by_class(deltas)[object_rows, labels[object_rows]]  # [P, 4]
-        boxes = torch.cat([s.boxes for s in samples])[object_rows]
-        ground_truth = torch.cat([s.ground_truth for s in samples])[object_rows]
-        loss = self.box_loss(own, boxes, ground_truth) * (self.box_loss_weight / max(1, len(labels)))
+        boxes, ground_truth = torch.cat([s.boxes for s in samples]), torch.cat([s.ground_truth for s in samples])
+        # background has no box to learn: in its place one of a pixel, since a box without area would give nan gradients
+        pixel = (torch.arange(4, device=labels.device) // 2).to(boxes)
+        boxes, ground_truth = (torch.where((labels > 0)[:, None], x, pixel) for x in (boxes, ground_truth))
+        each = torch.where(labels > 0, self.box_loss(_of_class(deltas, labels), boxes, ground_truth), 0.0)
+        loss = each.sum() * (self.box_loss_weight / max(1, len(labels)))
         return self._classification_loss(logits, labels), loss
 
     def _classification_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -178,7 +210,7 @@ class BoxHeads(RoIHeads):
             boxes: corners in pixels, float [R, 4].
             sizes: height and width of each box's image, int64 [R, 2].
         """
-        own = _by_class(deltas).gather(1, labels[:, None, None].expand(-1, -1, 4))[:, 0]
+        own = _of_class(deltas, labels)
         return clip_boxes(self.box_coder.decode_single(own, boxes), sizes)
 
     def select(self, logits: Tensor, deltas: Tensor, regions: Regions) -> TensorDetections:
@@ -187,21 +219,26 @@ class BoxHeads(RoIHeads):
         row, label = torch.where((scores > self.selection.score_threshold) & regions.used[:, None])
         moved = _by_class(self.box_coder.decode_single(deltas, regions.boxes))  # [R, classes + 1, 4]
         boxes = clip_boxes(moved[row, label + 1], regions.sizes[regions.images[row]])
-        large = torch.where((boxes[:, 2:] - boxes[:, :2] >= self.min_side).all(dim=1))[0]
-        row, label = row[large], label[large]
+        large = (boxes[:, 2:] - boxes[:, :2] >= self.min_side).all(dim=1)
         return self.selection.select(
-            boxes[large],
+            boxes,
             scores[row, label],
             label,
             regions.images[row],
             regions.sizes.shape[0],
             scores.shape[1],
             self.separation,
+            large,
         )
 
 
 def _by_class(deltas: Tensor) -> Tensor:
     return deltas.reshape(deltas.shape[0], deltas.shape[1] // 4, 4)  # [R, classes + 1, 4], also without boxes
+
+
+def _of_class(deltas: Tensor, labels: Tensor) -> Tensor:
+    """Take the deltas of one class for each box, [R, 4]."""
+    return _by_class(deltas).gather(1, labels[:, None, None].expand(-1, -1, 4))[:, 0]
 
 
 def create_pooler(strides: Sequence[int], output_size: int, convention: Convention) -> MultiScaleRoIAlign:
@@ -327,6 +364,7 @@ def _move_samples(
     labels = torch.cat([s.labels for s in samples])
     labels = torch.where(labels > 0, labels, logits[:, 1:].argmax(dim=1) + 1)
     counts = [len(s.boxes) for s in samples]
-    sizes = deltas.new_tensor(image_shapes).repeat_interleave(torch.tensor(counts, device=deltas.device), dim=0)
+    sizes = send([shape for shape, n in zip(image_shapes, counts, strict=True) for _ in range(n)], deltas.device)
+    sizes = sizes.view(-1, 2)
     moved = stage.move(deltas, labels, torch.cat([s.boxes for s in samples]), sizes)
-    return [boxes[~s.added] for boxes, s in zip(torch.split(moved, counts), samples, strict=True)]
+    return [boxes[: s.num_proposals] for boxes, s in zip(torch.split(moved, counts), samples, strict=True)]

@@ -17,9 +17,11 @@ from lightning_convnext_det.models.rcnn.matcher import (
     Sampling,
     count_samples,
     create_anchor_matcher,
+    draw_samples,
     leave_out_ignored,
+    take_objects,
 )
-from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows
+from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows, group_images
 from lightning_convnext_det.types import Target
 
 _DIVISOR = 32  # images are padded to a multiple of this
@@ -84,11 +86,10 @@ class ProposalNetwork(RegionProposalNetwork):
         )
         self.box_coder = create_box_coder((1.0, 1.0, 1.0, 1.0), convention.box_coding)
         self.box_loss = create_delta_loss(convention.rpn_box_loss)
-        self.box_similarity, self.proposal_matcher = BoxPairs, create_anchor_matcher(sampling, convention)
+        self.proposal_matcher, self.sampling = create_anchor_matcher(sampling, convention), sampling
         self.usable_anchors = _choose_usable_anchors(convention)
         self.least_samples = 1 if convention.matching == "mmdetection" else 0
         self.min_side, self.separation = convention.min_proposal_side, convention.nms_separation
-        self._shapes: list[tuple[int, int]] = []
 
     def forward(
         self,
@@ -114,12 +115,10 @@ class ProposalNetwork(RegionProposalNetwork):
         if not self.training:
             return proposals, {}
         assert targets is not None  # the detector has checked them
-        self._shapes = [(height, width) for height, width in sizes.tolist()]  # not given to assign_targets_to_anchors
-        of_images = [torch.cat(anchors)] * len(targets)
-        labels, boxes = self.assign_targets_to_anchors(of_images, targets)  # type: ignore[arg-type]  # a dict
-        wanted = self.box_coder.encode(boxes, of_images)
-        losses = self.compute_loss(torch.cat(logits, dim=1), torch.cat(deltas, dim=1).flatten(0, 1), labels, wanted)
-        return proposals, dict(zip(("loss_objectness", "loss_rpn_box"), losses, strict=True))
+        losses = self.compute_losses(
+            torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), sizes, targets
+        )
+        return proposals, losses
 
     def propose(
         self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
@@ -146,63 +145,88 @@ class ProposalNetwork(RegionProposalNetwork):
         box = clip_boxes(box, sizes[:, None])
         sides = box[..., 2:] - box[..., :2]
         large = ((sides >= self.min_side) & (sides > 0)).all(dim=-1)
-        image, place = torch.where(large & (rank.sigmoid() >= self.score_thresh))
-        box, rank, level_of = box[image, place], rank[image, place], level_of[image, place]
-        keep = batch_nms(box, rank, level_of, image, count, self.nms_thresh, self.separation, num_groups=len(anchors))
-        own = image[keep]
-        (boxes_of, scores_of), number = fill_rows(
-            (box[keep], rank[keep].sigmoid()), own, torch.ones_like(own) > 0, count, limit
-        )
+        wanted = large & (rank.sigmoid() >= self.score_thresh)
+        images = torch.arange(count, device=sizes.device)[:, None].expand_as(wanted)
+        kept: list[tuple[Tensor, ...]] = []
+        for part in group_images(count, rank, self.separation):
+            own, score, group, image, used = (x[part].flatten(0, 1) for x in (box, rank, level_of, images, wanted))
+            keep = batch_nms(own, score, group, image, count, self.nms_thresh, self.separation, len(anchors), used)
+            kept.append(tuple(x[keep] for x in (own, score, image, used)))
+        box, rank, images, wanted = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        (boxes_of, scores_of), number = fill_rows((box, rank.sigmoid()), images, wanted, count, limit)
         return Proposals(boxes_of, scores_of, number)
 
-    def assign_targets_to_anchors(
-        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Label every anchor 1 (object), 0 (background) or -1 (left out), and give it a box of the ground truth."""
-        labels, boxes = self._assign(anchors, targets)
-        return [leave_out_ignored(*of_image) for of_image in zip(labels, anchors, targets, strict=True)], boxes
+    @torch.no_grad()
+    def label_anchors(self, anchors: Tensor, sizes: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+        """Label every anchor of every image 1 (object), 0 (background) or -1 (left out), and say which object it has.
 
-    def _assign(self, anchors: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        if self.usable_anchors is None:
-            labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-            return labels, boxes
-        labels, boxes = [], []
-        for own, target, shape in zip(anchors, targets, self._shapes, strict=True):
-            used = self.usable_anchors(own, shape)
-            matched = super().assign_targets_to_anchors([own[used]], [target])
-            labels.append(own.new_full((len(own),), -1.0).masked_scatter(used, matched[0][0]))
-            boxes.append(own.clone().masked_scatter(used[:, None], matched[1][0]))
-        return labels, boxes
+        Args:
+            anchors: corners in pixels of the batch, [A, 4].
+            sizes: height and width of each image without padding, int64 [B, 2].
+            targets: the objects of each image.
 
-    def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the losses of objectness and boxes over sampled anchors, float32 scalars."""
-        positive, negative = self.fg_bg_sampler(labels)
-        count = max(1, count_samples(positive, negative, self.least_samples))
-        chosen = torch.where(torch.cat(positive).bool())[0]
-        sampled = torch.cat((chosen, torch.where(torch.cat(negative).bool())[0]))
-        box_loss = self.box_loss(pred_bbox_deltas[chosen], torch.cat(list(regression_targets))[chosen])
-        logits, wanted = objectness.flatten()[sampled], torch.cat(labels)[sampled]
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / count, box_loss / count
+        Returns:
+            Labels int64 [B, A], and the index of the object or a negative number, int64 [B, A].
+        """
+        labels, matches = [], []
+        for size, target in zip(sizes, targets, strict=True):
+            usable = None if self.usable_anchors is None else self.usable_anchors(anchors, size)
+            own = torch.full((len(anchors),), self.proposal_matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
+            if len(target["boxes"]):
+                own = self.proposal_matcher(BoxPairs(target["boxes"], anchors), usable)
+            label = torch.where(own >= 0, 1, torch.where(own == self.proposal_matcher.BELOW_LOW_THRESHOLD, 0, -1))
+            label = leave_out_ignored(label, anchors, target)
+            labels.append(label if usable is None else label.masked_fill(~usable, -1))
+            matches.append(own)
+        return torch.stack(labels), torch.stack(matches)
+
+    def compute_losses(
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor, targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        """Compute the losses of objectness and boxes over sampled anchors, float32 scalars.
+
+        Args:
+            logits: objectness, [B, A].
+            deltas: of the anchors, [B, A, 4].
+            anchors: corners in pixels of the batch, [A, 4].
+            sizes: height and width of each image without padding, int64 [B, 2].
+            targets: the objects of each image.
+        """
+        labels, matches = self.label_anchors(anchors, sizes, targets)
+        drawn = draw_samples(labels, self.sampling)
+        count = count_samples(drawn, self.least_samples)
+        wanted = torch.cat((torch.ones_like(drawn.objects), torch.zeros_like(drawn.background)), dim=1).to(logits)
+        objectness = F.binary_cross_entropy_with_logits(
+            logits.gather(1, drawn.rows), wanted, drawn.used.to(logits), reduction="sum"
+        )
+        chosen = anchors[drawn.objects.flatten()]  # [B * P, 4]
+        ground_truth = take_objects(targets, matches.gather(1, drawn.objects), drawn.has_object).flatten(0, 1)
+        has_object = drawn.has_object.flatten()
+        target_deltas = self.box_coder.encode_single(torch.where(has_object[:, None], ground_truth, chosen), chosen)
+        own = deltas.gather(1, drawn.objects[..., None].expand(-1, -1, 4)).flatten(0, 1)
+        box = torch.where(has_object[:, None], self.box_loss(own, target_deltas), 0.0).sum()
+        return {"loss_objectness": objectness / count, "loss_rpn_box": box / count}
 
 
-def _choose_usable_anchors(convention: Convention) -> Callable[[Tensor, tuple[int, int]], Tensor] | None:
+def _choose_usable_anchors(convention: Convention) -> Callable[[Tensor, Tensor], Tensor] | None:
     if convention.matching == "torchvision":
         return None  # every anchor
     return _anchors_inside if convention.rpn_skip_crossing else _anchors_on_image
 
 
-def _anchors_inside(anchors: Tensor, shape: tuple[int, int]) -> Tensor:
+def _anchors_inside(anchors: Tensor, size: Tensor) -> Tensor:
     """Which anchors [A, 4] do not cross the border of an image of (height, width), bool [A]."""
-    inside = ((anchors[:, :2] >= 0) & (anchors[:, 2:] < anchors.new_tensor([shape[1], shape[0]]))).all(dim=1)
-    return inside if inside.any() else _anchors_on_image(anchors, shape)  # none fits into a very small image
+    inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2] < size[1]) & (anchors[:, 3] < size[0])
+    # none fits into a very small image
+    return torch.where(inside.any(), inside, _anchors_on_image(anchors, size))
 
 
-def _anchors_on_image(anchors: Tensor, shape: tuple[int, int]) -> Tensor:
+def _anchors_on_image(anchors: Tensor, size: Tensor) -> Tensor:
     """Which anchors [A, 4] are not on cells of the batch beyond the padding of this image, bool [A]."""
-    padded = anchors.new_tensor([-(-side // _DIVISOR) * _DIVISOR for side in (shape[1], shape[0])])
-    return ((anchors[:, :2] + anchors[:, 2:]) / 2 < padded - 0.5).all(dim=1)
+    x, y = ((anchors[:, axis] + anchors[:, axis + 2]) / 2 for axis in (0, 1))
+    height, width = (-(-side // _DIVISOR) * _DIVISOR for side in size)
+    on_image: Tensor = (x < width - 0.5) & (y < height - 0.5)
+    return on_image
 
 
 class FloatRPNHead(RPNHead):
