@@ -2,8 +2,8 @@
 
 Takes the first eight images of a COCO file without small objects or crowds, trains on them and evaluates on the same,
 mAP / mAP50 every so many steps, for each detector in the same number of them. Images are made small (160 pixels on the
-shorter side), so that it takes minutes on two cores; an object is small below an eighth of that side. The transformers
-train from random weights and are small, too: two encoder and three decoder layers of 128 channels, of one size.
+shorter side, if not given), so that it takes minutes on two cores; an object is small below an eighth of the side. The
+transformers train from random weights and are small, too: two encoder and three decoder layers of 128 channels.
 
     python benchmarks/eight_images.py instances_val2017.json val2017 runs/eight --steps 150
 """
@@ -32,7 +32,7 @@ DETECTORS = {
     "DINOModule": TRANSFORMER,
     "DINOModule, dense": [*TRANSFORMER, "--model.dense_proposals=true"],
 }
-SMALL = ["--model.backbone=convnext_atto", "--model.min_size=160", "--model.max_size=214", "--data.batch_size=8"]
+SMALL = ["--model.backbone=convnext_atto", "--data.batch_size=8"]
 PROPOSALS = ["--model.rpn_pre_nms_top_n=[500,1000]", "--model.rpn_post_nms_top_n=[300,1000]"]
 
 
@@ -55,15 +55,16 @@ def take_eight(annotations: Path, images: Path, root: Path) -> None:
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def learn(root: Path, out: Path, detector: str, steps: int, every: int, seed: int) -> list[str]:
-    """Train, and return mAP / mAP50 after every ``every`` steps."""
+def learn(root: Path, out: Path, detector: str, options: argparse.Namespace, seed: int) -> list[str]:
+    """Train, and return mAP / mAP50 after every ``options.every`` steps."""
     arguments = [*SMALL, *DETECTORS[detector], *(PROPOSALS if "RCNN" in detector else [])]
+    arguments += [f"--model.min_size={options.min_size}", f"--model.max_size={options.min_size * 4 // 3 + 1}"]
     status = main(
         [
             "fit", "--plan=false", f"--model={detector.split(',')[0]}", *arguments, "--model.lr=1e-3",
             "--model.warmup_steps=20", "--model.schedule=cosine", f"--data.root={root}", "--data.num_workers=0", f"--data.seed={seed}",
-            f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1",
-            f"--trainer.check_val_every_n_epoch={every}", f"--trainer.default_root_dir={out}",
+            f"--seed_everything={seed}", f"--trainer.max_steps={options.steps}", "--trainer.max_epochs=-1",
+            f"--trainer.check_val_every_n_epoch={options.every}", f"--trainer.default_root_dir={out}",
             "--trainer.enable_progress_bar=false", "--trainer.precision=bf16-mixed",
             "--trainer.gradient_clip_val=5.0",
         ]
@@ -80,6 +81,7 @@ def compare() -> None:
     parser.add_argument("images", type=Path, help="the folder of its images")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=150, help="of all eight images")
+    parser.add_argument("--min_size", type=int, default=160, help="shorter side of the images in pixels")
     parser.add_argument("--every", type=int, default=50, help="steps between two evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=list(DETECTORS))
@@ -91,7 +93,7 @@ def compare() -> None:
     for detector in options.detectors:
         for seed in options.seeds:
             folder = options.out / f"{detector.replace(', ', '_')}_{options.steps}_{seed}"
-            found = learn(options.out / "set", folder, detector, options.steps, options.every, seed)
+            found = learn(options.out / "set", folder, detector, options, seed)
             lines.append(f"| {detector} | {seed} | {' | '.join(found)} |")
             print(lines[-1], flush=True)
     print("\n".join(lines))
