@@ -10,6 +10,8 @@ some sizes smaller than the image Pillow 13 begins with the columns, which chang
 import torch
 from torch import Tensor
 
+from lightning_convnext_det.ops.host_numbers import send
+
 _WEIGHT_BITS = 11  # INTER_RESIZE_COEF_BITS
 _PILLOW_BITS = 22  # PRECISION_BITS
 
@@ -34,11 +36,14 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
         ValueError: if ``image`` is not [C, H, W] or a side is empty.
     """
     _check(image, size)
-    (top, bottom), (above, below) = _neighbours(image.shape[1], size[0], image.device)
-    (left, right), (before, after) = _neighbours(image.shape[2], size[1], image.device)
+    (top, bottom), (above, below) = _neighbours(image.shape[1], size[0])
+    (left, right), (before, after) = _neighbours(image.shape[2], size[1])
     # at the left and right border OpenCV sets the weights, at the top and bottom it repeats the row
     before, after = torch.where(left == right, 1 << _WEIGHT_BITS, before), torch.where(left == right, 0, after)
     rows, place = torch.unique(torch.cat((top, bottom)), return_inverse=True)
+    rows, place, left, right, before, after, above, below = (
+        send(numbers, image.device) for numbers in (rows, place, left, right, before, after, above, below)
+    )
     pixels = image[:, rows].to(torch.int32)  # only the rows that are needed [C, R, W]
     pixels = (pixels[:, :, left] * before + pixels[:, :, right] * after) >> 4  # [C, R, width]
     upper = pixels[:, place[: size[0]]] * above[:, None] >> 16
@@ -87,8 +92,8 @@ def _average(image: Tensor, new_length: int) -> Tensor:
     total = sum(weights)  # one after the other, as Pillow rounds
     whole = torch.full((*image.shape[:-1], new_length), 1 << (_PILLOW_BITS - 1), dtype=torch.int32, device=image.device)
     for tap, weight in zip(taps, weights, strict=True):
-        integer = (weight / total * (1 << _PILLOW_BITS) + 0.5).to(torch.int32).to(image.device)
-        whole += image[..., tap.clamp(max=length - 1).to(image.device)] * integer
+        integer = (weight / total * (1 << _PILLOW_BITS) + 0.5).to(torch.int32)
+        whole += image[..., send(tap.clamp(max=length - 1), image.device)] * send(integer, image.device)
     return (whole >> _PILLOW_BITS).clamp(0, 255).to(torch.uint8)
 
 
@@ -99,15 +104,13 @@ def _check(image: Tensor, size: tuple[int, int]) -> None:
         raise ValueError(f"cannot resize {list(image.shape)} to {list(size)}; expected [channels, height, width]")
 
 
-def _neighbours(
-    length: int, new_length: int, device: torch.device
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _neighbours(length: int, new_length: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Indices and integer weights of the two pixels around each new one, each int [new_length]."""
     scale = 1.0 / (new_length / length)  # in this order, as OpenCV rounds
     centre = (torch.arange(new_length, dtype=torch.float64) + 0.5) * scale - 0.5
     position = centre.to(torch.float32)
     first = position.floor()
     fraction = position - first
-    weights = [(w * (1 << _WEIGHT_BITS)).round().to(torch.int32).to(device) for w in (1 - fraction, fraction)]
-    indices = [(first.to(torch.int64) + i).clamp(0, length - 1).to(device) for i in (0, 1)]
+    weights = [(w * (1 << _WEIGHT_BITS)).round().to(torch.int32) for w in (1 - fraction, fraction)]
+    indices = [(first.to(torch.int64) + i).clamp(0, length - 1) for i in (0, 1)]
     return (indices[0], indices[1]), (weights[0], weights[1])
