@@ -3,6 +3,7 @@
     python benchmarks/detectors.py                     # ConvNeXt-T at 480 x 640
     python benchmarks/detectors.py --size 800 1333 --repeats 3
     python benchmarks/detectors.py --device cuda --size 800 1333 --batch 16 --precision bf16 --repeats 5
+    python benchmarks/detectors.py --only prediction --files     # also OpenVINO's, in fp32 and int8
 
 Both have the same weights. A training step is forward, backward and AdamW of a batch. "Plain layers" is this package
 with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one, and "compiled" is ``compile=True``. There, images per second and the share of the
@@ -12,9 +13,11 @@ products, counted by torch, without those of pooling and NMS.
 
 import copy
 import functools
+import tempfile
 import time
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection
 
 from lightning_convnext_det import FasterRCNN
+from lightning_convnext_det.inference.export.graph import ExportGraph, record
+from lightning_convnext_det.inference.export.onnx_file import write_onnx
+from lightning_convnext_det.inference.export.openvino_folder import write_openvino
+from lightning_convnext_det.inference.export.runtimes import load_runner
 from lightning_convnext_det.modules.compiled import compile_parts
 from lightning_convnext_det.ops.depthwise_conv import DepthwiseConv2d
 from lightning_convnext_det.types import Target
@@ -111,6 +118,20 @@ def seconds(call: functools.partial[object]) -> float:
     return time.perf_counter() - start
 
 
+def create_files(ours: FasterRCNN, size: tuple[int, int]) -> Contestants:
+    """Predictions of one image by OpenVINO; int8 is calibrated on noise, which decides nothing about the time."""
+    images = [torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8) for _ in range(4)]
+    runs: Contestants = {}
+    with tempfile.TemporaryDirectory() as folder:
+        between = Path(folder) / "detector.onnx"
+        write_onnx(record(ExportGraph(ours), torch.cat(images)), between, {})
+        for precision in ("fp32", "int8"):
+            path = Path(folder) / f"{precision}_openvino"
+            write_openvino(between, path, {}, precision, images)  # type: ignore[arg-type]  # one of the two
+            runs[f"OpenVINO {precision}"] = functools.partial(load_runner(path), images[0])
+    return runs
+
+
 def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), help="height and width of the images")
@@ -118,6 +139,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of autocast")
     parser.add_argument("--backbone", default="convnext_tiny")
     parser.add_argument("--only", choices=("prediction", "training"), default=None)
+    parser.add_argument("--files", action="store_true", help="also predict one image by OpenVINO in fp32 and int8")
     parser.set_defaults(threads=1, clock="cpu", repeats=3)
     options = parser.parse_args()
     if options.device == "cuda":
@@ -136,6 +158,8 @@ def main() -> None:
     if options.only != "training":
         images, _ = create_batch(size, options.batch or 1, 0, options.device)
         runs: Contestants = {name: functools.partial(predict, net, images, options) for name, net in nets.items()}
+        if options.files:
+            runs |= create_files(ours.eval(), size)
         compare(f"prediction of {len(images)}, {shape}", runs, options)
     if options.only != "prediction":
         runs = {}
