@@ -25,15 +25,15 @@ run() { # run NAME COMMAND...: keeps the output and the status
 
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 2
 run tests.txt "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider $(grep -rl mark.gpu tests)
-run attention.md "$PYTHON" benchmarks/attention.py --device cuda
-run attention_batch_8.md "$PYTHON" benchmarks/attention.py --device cuda --batch 8
-run roi_align.md "$PYTHON" benchmarks/roi_align.py --device cuda
-run soft_nms.md "$PYTHON" benchmarks/soft_nms.py --device cuda
-run deformable_detr.md "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8
-run deformable_detr_batch_1.md "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 1
-run deformable_detr_training.md "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8 --train
-for batch in 1 16; do
+for batch in 16 1; do
     run detectors_batch_$batch.md "$PYTHON" benchmarks/detectors.py --device cuda --size 800 1333 --precision bf16 --batch $batch
 done
+run deformable_detr_training.md "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8 --train
+run deformable_detr.md "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 8
+run deformable_detr_batch_1.md "$PYTHON" benchmarks/deformable_detr.py --device cuda --batch 1
+run roi_align.md "$PYTHON" benchmarks/roi_align.py --device cuda
+run attention.md "$PYTHON" benchmarks/attention.py --device cuda
+run attention_batch_8.md "$PYTHON" benchmarks/attention.py --device cuda --batch 8
+run soft_nms.md "$PYTHON" benchmarks/soft_nms.py --device cuda
 run cascade.md "$PYTHON" benchmarks/cascade.py --device cuda
 exit $status

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from lightning_convnext_det.models.rcnn.rpn import _choose_best
 from lightning_convnext_det.ops import nms_triton
-from lightning_convnext_det.ops.batch_nms import _nms_on_gpu, batch_nms
+from lightning_convnext_det.ops.batch_nms import _nms_on_gpu, batch_nms, fill_rows, nms_of_levels
 from lightning_convnext_det.ops.deform_attn import attention_by_grid_sample
 from lightning_convnext_det.ops.deform_attn_triton import attention_by_triton
 from lightning_convnext_det.ops.nms_triton import nms_by_triton
@@ -110,5 +111,25 @@ def test_nms_on_gpu__keeps_what_the_loop_over_images_keeps(
     torch.manual_seed(1)
     monkeypatch.setattr(nms_triton, "LARGEST_GROUP", largest)
     boxes, scores, group, image = candidates(count, images, groups)
-    keep = _nms_on_gpu(boxes, scores, group, image, (images, groups), 0.5)
+    keep = _nms_on_gpu(boxes, scores, group, image, (images, groups), 0.5, None)
     assert torch.equal(keep, batch_nms(boxes, scores, group, image, images, 0.5, num_groups=groups))
+
+
+@pytest.mark.parametrize("limit", [20, 200])  # fewer than are left, and more than there are
+def test_nms_of_levels__and_the_best_are_what_the_loop_over_images_keeps(limit: int) -> None:
+    torch.manual_seed(2)
+    lengths, images = [60, 40, 3], 3
+    ranks = torch.cat([torch.randn(images, n).sort(dim=1, descending=True).values for n in lengths], dim=1)
+    boxes = candidates(images * 103, 1, 1)[0].view(images, 103, 4)
+    boxes = torch.cat((boxes[..., :2], boxes[..., :2] + 400), dim=2)  # so that many overlap
+    used = torch.rand(images, 103) > 0.1
+    found = _choose_best(boxes, ranks, nms_of_levels(boxes, used, lengths, 0.5), limit)
+    level = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(images, -1)[used]
+    image = torch.arange(images)[:, None].expand(-1, 103)[used]
+    keep = batch_nms(boxes[used], ranks[used], level, image, images, 0.5, num_groups=3)
+    everything = torch.ones_like(keep, dtype=torch.bool)
+    values = boxes[used][keep], ranks[used][keep].sigmoid()
+    (expected, scores), count = fill_rows(values, image[keep], everything, images, limit)
+    assert found.count.tolist() == count.tolist()
+    assert torch.equal(found.boxes, expected)
+    torch.testing.assert_close(found.scores, scores)

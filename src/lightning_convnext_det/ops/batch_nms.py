@@ -4,11 +4,13 @@ Boxes of all images are one list, each with the index of its image, so no shape 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.nms import Separation, grouped_nms
 from lightning_convnext_det.ops.tracing import is_recording
 from lightning_convnext_det.ops.triton_kernels import has_triton
@@ -58,7 +60,7 @@ def batch_nms(
     Returns:
         Indices of those that are left, int64 [K]; those of one image by descending score.
     """
-    if _has_kernel(boxes, separation):
+    if has_kernel(boxes, separation):
         return _nms_on_gpu(boxes, scores, groups, images, (num_images, num_groups), iou_threshold, used)
     if is_recording():
         if used is not None:
@@ -107,8 +109,34 @@ def _nms_on_gpu(
     return by_image[keep[by_image]]
 
 
-def _has_kernel(boxes: Tensor, separation: Separation) -> bool:
-    return boxes.is_cuda and separation == "torchvision" and has_triton() and not is_recording()
+def has_kernel(boxes: Tensor, separation: Separation, largest: int = 0) -> bool:
+    """Tell whether one kernel takes all groups where these boxes are; ``largest`` is the size of the largest group."""
+    if not boxes.is_cuda or separation != "torchvision" or not has_triton() or is_recording():
+        return False
+    from lightning_convnext_det.ops.nms_triton import LARGEST_GROUP
+
+    return largest <= LARGEST_GROUP
+
+
+def nms_of_levels(boxes: Tensor, used: Tensor, lengths: Sequence[int], iou_threshold: float) -> Tensor:
+    """Return which boxes hard NMS keeps, each level of each image on its own, where `has_kernel`; nothing waits for it.
+
+    Args:
+        boxes: corners (x1, y1, x2, y2) of one level after the other, each by descending score, float [B, K, 4].
+        used: False on boxes that take no part, bool [B, K].
+        lengths: how many boxes of an image each level has; K in all.
+        iou_threshold: IoU above which the one with the lower score is dropped.
+
+    Returns:
+        Bool [B, K].
+    """
+    from lightning_convnext_det.ops.nms_triton import nms_by_triton
+
+    count = used.shape[1]
+    ends = [first + end for first in range(0, used.numel(), count) for end in accumulate(lengths)]
+    starts = send([0, *ends], boxes.device)
+    keep = nms_by_triton(boxes.flatten(0, 1), used.flatten(), starts, max(lengths), iou_threshold)
+    return keep.view_as(used)
 
 
 def group_images(num_images: int, scores: Tensor, separation: Separation) -> list[slice]:
@@ -119,7 +147,7 @@ def group_images(num_images: int, scores: Tensor, separation: Separation) -> lis
         scores: of as many boxes in every image, [B, N].
         separation: how groups are kept apart, see `grouped_nms`.
     """
-    if is_recording() or scores.device.type == "cpu" or _has_kernel(scores, separation):
+    if is_recording() or scores.device.type == "cpu" or has_kernel(scores, separation):
         return [slice(None)]
     step = max(1, _LARGEST_ON_A_GPU // max(1, scores.shape[1]))
     return [slice(first, first + step) for first in range(0, num_images, step)]

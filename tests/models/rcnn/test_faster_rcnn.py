@@ -208,3 +208,34 @@ def test_faster_rcnn__soft_nms_lowers_scores_instead(photos: list[Tensor]) -> No
     assert 0 < len(soft["scores"]) < len(expected)
     with pytest.raises(ValueError, match="nms is 'gentle'; choose hard, soft or none"):
         detector.nms = "gentle"
+
+
+def test_box_heads__sample_leaves_out_proposals_beyond_their_number() -> None:
+    detector = FasterRCNN(2, "test_convnext", box_batch_size_per_image=512)  # more than there are, so all are drawn
+    corners = torch.rand(2, 40, 2) * 50
+    proposals = torch.cat((corners, corners + 10 + torch.rand(2, 40, 2) * 20), dim=2)
+    targets = [Target(boxes=proposals[i, 3:5] + 1, labels=torch.tensor([1, 2])) for i in range(2)]
+    counts = torch.tensor([40, 25])
+    padded = proposals * (torch.arange(40) < counts[:, None])[..., None]  # zeros beyond, as the RPN has them
+    cut = [own[:count] for own, count in zip(proposals, counts, strict=True)]
+    expected = detector.roi_heads.sample(cut, targets)
+    found = detector.roi_heads.sample(list(padded), targets, counts)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.num_proposals == theirs.num_proposals
+        for one, other in zip(ours[:3], theirs[:3], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("limits", [{}, {"rpn_pre_nms_top_n": (60, 60), "rpn_post_nms_top_n": (2000, 300)}])
+def test_faster_rcnn__proposals_on_a_gpu_are_those_of_the_cpu(limits: dict[str, tuple[int, int]]) -> None:
+    torch.manual_seed(3)
+    detector = FasterRCNN(2, "test_convnext", **limits).double().eval()
+    maps = {str(i): torch.randn(2, 256, 200 >> i, 160 >> i, dtype=torch.float64) for i in range(5)}
+    sizes = torch.tensor([[800, 640], [700, 600]])
+    expected, _ = detector.rpn(maps, (800, 640), sizes)
+    found, _ = detector.cuda().rpn({name: x.cuda() for name, x in maps.items()}, (800, 640), sizes.cuda())
+    assert found.count.tolist() == expected.count.tolist()
+    torch.testing.assert_close(found.boxes.cpu(), expected.boxes, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=0, atol=1e-5)

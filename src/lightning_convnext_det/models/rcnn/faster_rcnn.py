@@ -239,8 +239,10 @@ class FasterRCNN(SelectsDetections, nn.Module):
         with weight_precision(self.rpn.head.cls_logits.weight):
             features = self.backbone(batch)
             proposals, losses = self.rpn(features, (batch.shape[-2], batch.shape[-1]), sizes, shifted)
-            boxes = [own[:count] for own, count in zip(proposals.boxes, proposals.count.tolist(), strict=True)]
-            return {**losses, **self.roi_heads(features, boxes, shapes, shifted)}
+            boxes, counts = list(proposals.boxes), proposals.count
+            if device.type == "cpu":
+                boxes = [own[:count] for own, count in zip(boxes, counts.tolist(), strict=True)]
+            return {**losses, **self.roi_heads(features, boxes, shapes, shifted, counts)}
 
     def forward_tensors(self, images: Tensor, sizes: Tensor | None = None) -> TensorDetections:
         """Detect objects in a batch that `ImageTransform` has made, with results of fixed shape; for evaluation mode.

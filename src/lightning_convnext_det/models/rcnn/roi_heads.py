@@ -121,9 +121,10 @@ class BoxHeads(RoIHeads):
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
         targets: Sequence[Target],
+        counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the losses, in training; labels of targets count from 1."""
-        samples = self.sample(proposals, targets)
+        """Compute the losses, in training; labels of targets count from 1, ``counts`` is as for ``sample``."""
+        samples = self.sample(proposals, targets, counts)
         logits, deltas = self.predict(features, [s.boxes for s in samples], image_shapes)
         classification, box = self.compute_losses(logits, deltas, samples)
         return {"loss_classification": classification, "loss_box": box}
@@ -147,19 +148,31 @@ class BoxHeads(RoIHeads):
         return logits, deltas
 
     @torch.no_grad()
-    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> list[Samples]:
-        """Match proposals and the boxes of the ground truth with objects, and draw those that the stage trains on."""
+    def sample(
+        self, proposals: Sequence[Tensor], targets: Sequence[Target], counts: Tensor | None = None
+    ) -> list[Samples]:
+        """Match proposals and the boxes of the ground truth with objects, and draw those that the stage trains on.
+
+        Args:
+            proposals: corners in pixels of the batch, one float tensor [P, 4] per image.
+            targets: the objects of each image, labels from 1.
+            counts: how many of the proposals count, int64 [B] (default: all); every image then has as many rows.
+        """
         joined = [torch.cat((own, t["boxes"])) for own, t in zip(proposals, targets, strict=True)]
         found = [self.match(*of_image) for of_image in zip(joined, targets, strict=True)]
         labels = pad_sequence([label for label, _ in found], batch_first=True, padding_value=-1)  # [B, N]
+        if counts is not None:
+            width = len(proposals[0])
+            beyond_count = torch.arange(width, device=labels.device) >= counts[:, None]
+            labels[:, :width] = labels[:, :width].masked_fill(beyond_count, -1)
         drawn = draw_samples(labels, self.sampling)
         beyond = labels.shape[1]
         rows = torch.where(drawn.used, drawn.rows, beyond).sort(dim=1).values  # in order, the unused behind them
         limits = [(len(own), beyond) for own in proposals]
         # the one look at the device: how many samples there are, and how many of them are proposals
-        counts = torch.stack([(row < limit).sum() for row, pair in zip(rows, limits, strict=True) for limit in pair])
+        numbers = torch.stack([(row < limit).sum() for row, pair in zip(rows, limits, strict=True) for limit in pair])
         samples = []
-        for i, (num_proposals, count) in enumerate(counts.view(-1, 2).tolist()):
+        for i, (num_proposals, count) in enumerate(numbers.view(-1, 2).tolist()):
             row = rows[i, :count]
             boxes, (label, match) = joined[i][row], (x[row] for x in found[i])
             ground_truth = take_objects([targets[i]], match[None], (label > 0)[None])[0]
@@ -339,17 +352,19 @@ class CascadeHeads(nn.Module):
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
         targets: Sequence[Target],
+        counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the losses of all stages, in training; labels of targets count from 1."""
+        """Compute the losses of all stages, in training; labels and ``counts`` are as for `BoxHeads`."""
         losses = {}
         for i, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True), 1):
-            samples = stage.sample(proposals, targets)
+            samples = stage.sample(proposals, targets, counts)
             boxes = [s.boxes for s in samples]
             logits, deltas = stage.predict(features, boxes, image_shapes)
             classification, box = stage.compute_losses(logits, deltas, samples)
             losses[f"loss_classification_{i}"], losses[f"loss_box_{i}"] = weight * classification, weight * box
             if i < len(self.stages):
                 proposals = _move_samples(stage, logits.detach(), deltas.detach(), samples, image_shapes)
+                counts = None
         return losses
 
 

@@ -21,7 +21,7 @@ from lightning_convnext_det.models.rcnn.matcher import (
     leave_out_ignored,
     take_objects,
 )
-from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows, group_images
+from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows, group_images, has_kernel, nms_of_levels
 from lightning_convnext_det.types import Target
 
 _DIVISOR = 32  # images are padded to a multiple of this
@@ -111,13 +111,13 @@ class ProposalNetwork(RegionProposalNetwork):
         logits = [x.permute(0, 2, 3, 1).flatten(1) for x in objectness]  # [B, H * W * A]
         deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas]  # [B, H * W * A, 4]
         anchors = self.anchor_generator(padded_size, maps)
+        losses: dict[str, Tensor] = {}
+        if self.training:  # before the proposals, for which the host waits: a GPU is still busy with the backbone
+            assert targets is not None  # the detector has checked them
+            losses = self.compute_losses(
+                torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), sizes, targets
+            )
         proposals = self.propose([x.detach() for x in logits], [x.detach() for x in deltas], anchors, sizes)
-        if not self.training:
-            return proposals, {}
-        assert targets is not None  # the detector has checked them
-        losses = self.compute_losses(
-            torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), sizes, targets
-        )
         return proposals, losses
 
     def propose(
@@ -146,6 +146,10 @@ class ProposalNetwork(RegionProposalNetwork):
         sides = box[..., 2:] - box[..., :2]
         large = ((sides >= self.min_side) & (sides > 0)).all(dim=-1)
         wanted = large & (rank.sigmoid() >= self.score_thresh)
+        lengths = [x.shape[1] for x in ranks]
+        if has_kernel(box, self.separation, max(lengths)):
+            kept_by_kernel = nms_of_levels(box, wanted, lengths, self.nms_thresh)
+            return _choose_best(box, rank, kept_by_kernel, limit)
         images = torch.arange(count, device=sizes.device)[:, None].expand_as(wanted)
         kept: list[tuple[Tensor, ...]] = []
         for part in group_images(count, rank, self.separation):
@@ -206,6 +210,17 @@ class ProposalNetwork(RegionProposalNetwork):
         own = deltas.gather(1, drawn.objects[..., None].expand(-1, -1, 4)).flatten(0, 1)
         box = torch.where(has_object[:, None], self.box_loss(own, target_deltas), 0.0).sum()
         return {"loss_objectness": objectness / count, "loss_rpn_box": box / count}
+
+
+def _choose_best(boxes: Tensor, ranks: Tensor, kept: Tensor, limit: int) -> Proposals:
+    """Choose the best of the kept boxes [B, K, 4] of each image by their logits [B, K], in fixed shapes."""
+    best = ranks.masked_fill(~kept, -torch.inf).topk(min(limit, ranks.shape[1]), dim=1)
+    used = best.values > -torch.inf
+    chosen = boxes.gather(1, best.indices[..., None].expand(-1, -1, 4)) * used[..., None]
+    beyond = limit - used.shape[1]
+    return Proposals(
+        F.pad(chosen, (0, 0, 0, beyond)), F.pad(best.values.sigmoid() * used, (0, beyond)), used.sum(dim=1)
+    )
 
 
 def _choose_usable_anchors(convention: Convention) -> Callable[[Tensor, Tensor], Tensor] | None:
