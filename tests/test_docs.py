@@ -163,7 +163,7 @@ def small_options(words: list[str]) -> list[str]:
     options, line = [*QUIET], " ".join(words)
     if words[1] == "predict":
         return options
-    options += ["--trainer.max_epochs=2" if "--ckpt_path" in line else "--trainer.max_epochs=1", *ALONE]
+    options += ["--trainer.max_epochs=16" if "--ckpt_path" in line else "--trainer.max_epochs=1", *ALONE]
     if "--ckpt_path" in line or "--start_from" in line:  # the network of the checkpoint
         return [*options, *(IMAGE_SIZE if "--start_from" in line else [])]
     options += ["--model.backbone=test_convnext", "--model.pretrained_backbone=false"]

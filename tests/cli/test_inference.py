@@ -134,7 +134,11 @@ def test_fit__trains_on_windows_and_validates_in_whole_images(
     monkeypatch.setattr(FasterRCNN, "forward", record_training)
     monkeypatch.setattr(TiledDetector, "forward", record_evaluation)
     options = [f"--data.root={dataset}", *QUIET[:3], "--tiles=96", "--trainer.num_sanity_val_steps=0"]
-    network = ["--model=FasterRCNNModule", "--model.backbone=test_convnext", "--model.pretrained_backbone=false"]
+    network = [
+        "--model=lightning_convnext_det.FasterRCNNModule",
+        "--model.backbone=test_convnext",
+        "--model.pretrained_backbone=false",
+    ]
     network += ["--model.min_size=64", "--model.max_size=96", "--model.score_threshold=0.0", "--plan=false"]
     run = ["--data.train_transforms=tiles", "--trainer.max_epochs=1", "--data.batch_size=1", "--seed_everything=1"]
     folders = [tmp_path / "fit", tmp_path / "validate"]

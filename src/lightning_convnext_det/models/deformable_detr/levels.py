@@ -228,7 +228,7 @@ def _count_covered(sizes: Tensor, frames: Tensor, cells: Tensor) -> Tensor:
 
 def number_tensor(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     """Make a tensor int64 [N, M] of numbers, also of those that an exporter knows by name only."""
-    if not is_recording():
+    if not is_recording() and not torch.compiler.is_compiling():  # which would compile again for each size
         return send([tuple(row) for row in rows], like.device)
     # of vectors: OpenVINO expands a number without axes to one with an axis
     numbers = [torch.full((1,), n, dtype=torch.int64, device=like.device) for row in rows for n in row]
