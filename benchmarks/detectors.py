@@ -6,9 +6,9 @@
     python benchmarks/detectors.py --only prediction --files     # also OpenVINO's, in fp32 and int8
 
 Both have the same weights. A training step is forward, backward and AdamW of a batch. "Plain layers" is this package
-with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one, and "compiled" is ``compile=True``. There, images per second and the share of the
-GPU's rate in matrix products that the step reaches are printed as well: floating-point operations of convolutions and
-products, counted by torch, without those of pooling and NMS.
+with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one, and "compiled" is ``compile=True``. There,
+images per second and the share of the GPU's rate in matrix products that the step reaches are printed as well:
+floating-point operations of convolutions and products, counted by torch, without those of pooling and NMS.
 """
 
 import copy

@@ -120,3 +120,14 @@ def test_datamodule__closes_mosaics_before_the_end(tmp_path: Path, length: dict[
 def test_datamodule__refuses_mosaics_of_foreign_datasets() -> None:
     with pytest.raises(ArgumentError, match="mosaic joins images of a folder"):
         DetectionDataModule(datasets={"train": []}, train_transforms="mosaic")  # type: ignore[dict-item]
+
+
+def test_create_mosaic__crowd_regions_of_the_parts_stay_such() -> None:
+    torch.manual_seed(0)
+    samples = [_one_colour(i, 40, 60, [[0.0, 0.0, 60.0, 40.0]]) for i in range(4)]  # visible in each part
+    samples[2][1]["iscrowd"] = torch.tensor([True])
+    _, before = create_mosaic(samples[:2] * 2)
+    torch.manual_seed(0)
+    _, joined = create_mosaic(samples)
+    assert joined["iscrowd"][joined["labels"] == 2].tolist() == [True]
+    assert before["boxes"].shape == joined["boxes"].shape == (4, 4)

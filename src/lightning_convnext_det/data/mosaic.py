@@ -28,7 +28,7 @@ def create_mosaic(samples: list[Sample]) -> Sample:
 
     Args:
         samples: four images, uint8 [C, H, W] of any sizes, and targets with ``boxes`` float32 [N, 4] (x1, y1, x2, y2)
-            in pixels of their image and ``labels`` int64 [N].
+            in pixels of their image, ``labels`` int64 [N], and perhaps ``iscrowd`` bool [N].
 
     Returns:
         The canvas, uint8 [C, H, W], and the target of the first image with ``boxes``, ``labels`` and ``iscrowd`` of all
@@ -47,7 +47,8 @@ def create_mosaic(samples: list[Sample]) -> Sample:
         kept = share > 0
         boxes.append((moved + moved.new_tensor([left, top, left, top]))[kept])
         labels.append(target["labels"][kept])
-        ignored.append(share[kept] < MIN_VISIBLE_SHARE)
+        crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(share)))).bool()
+        ignored.append((crowd | (share < MIN_VISIBLE_SHARE))[kept])
     joined: Target = {
         **first, "boxes": torch.cat(boxes), "labels": torch.cat(labels), "iscrowd": torch.cat(ignored),
     }  # fmt: skip
