@@ -182,6 +182,8 @@ def _draw_learning(axes: Any, curves: Mapping[str, Curve]) -> None:
     for index, (name, (epochs, values)) in enumerate(curves.items()):
         marker = "o" if len(epochs) == 1 else None  # a line needs two points
         axes.plot(epochs, values, marker=marker, **_style(index), label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no epoch 3.85
+    axes.margins(y=0.1)  # room for the marker of a single value
     axes.set_ylim(bottom=0)
 
 
