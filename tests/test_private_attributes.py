@@ -76,6 +76,8 @@ PRIVATE = [
     Private("models/rcnn/box_coder.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/box_losses.py", lambda: torchvision.models.detection, "_utils"),
     Private("models/rcnn/matcher.py", lambda: torchvision.models.detection, "_utils"),
+    Private("ops/dropout.py", lambda: torch, "_C"),
+    Private("ops/dropout.py", lambda: torch._C, "_are_functorch_transforms_active"),
     Private("planning/machine.py", lambda: torch.cpu, "_is_avx512_bf16_supported"),
     Private("planning/memory.py", lambda: torch.zeros(1).untyped_storage(), "_cdata"),
 ]

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,3 +103,13 @@ def test_dropout__under_torch_compile_is_torchs() -> None:
     found = compiled(torch.ones(50))
     torch.manual_seed(0)
     assert torch.equal(found, nn.Dropout(0.5)(torch.ones(50)))
+
+
+@pytest.mark.parametrize("layer", [Dropout(0.5), lambda x: relu_dropout(x + 0, Dropout(0.5))], ids=["dropout", "relu"])
+def test_dropout__under_torch_func_is_torchs(layer: Callable[[Tensor], Tensor]) -> None:
+    gradient = torch.func.grad(lambda x: layer(x).sum())
+    assert set(gradient(torch.ones(100)).tolist()) == {0.0, 2.0}
+    masks = torch.func.vmap(layer, randomness="different")(torch.ones(3, 100))
+    assert len({tuple(mask) for mask in masks.tolist()}) == 3
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(layer)(torch.ones(3, 100))

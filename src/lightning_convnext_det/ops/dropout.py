@@ -23,7 +23,7 @@ _BLOCK = 1 << 17  # elements: a block and its mask stay in the processor's cache
 class Dropout(nn.Dropout):
     """Drop-in ``nn.Dropout``: in training it zeroes elements at random and scales the others up.
 
-    Takes and gives any shape. Accelerators, compilers and exporters see ``nn.Dropout``.
+    Takes and gives any shape. Accelerators, compilers, exporters and torch.func see ``nn.Dropout``.
 
     >>> import torch
     >>> dropout = Dropout(0.25)
@@ -61,6 +61,8 @@ def relu_dropout(x: Tensor, dropout: nn.Dropout) -> Tensor:
 
 def _is_fast(x: Tensor, probability: float, training: bool) -> bool:
     if not training or torch.compiler.is_compiling() or is_recording():
+        return False
+    if torch._C._are_functorch_transforms_active():  # torch.func: vmap's rules of randomness are torch's to keep
         return False
     return x.device.type == "cpu" and x.numel() > 0 and 0 < _dropped_values(probability) < _VALUES
 
