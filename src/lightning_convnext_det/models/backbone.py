@@ -18,6 +18,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from lightning_convnext_det.models.backbone_weights import fetching, flat_name, load_backbone_weights
+from lightning_convnext_det.models.mlp import use_fast_mlps
 from lightning_convnext_det.models.response_norm import use_fast_response_norm
 from lightning_convnext_det.ops.depthwise_conv import use_fast_depthwise
 
@@ -89,6 +90,7 @@ class TimmPyramid(nn.Module):
         self.net = _create_features(name, self.strides, pretrained and weights is None, in_chans, drop_path_rate)
         use_fast_depthwise(self.net)
         use_fast_response_norm(self.net)
+        use_fast_mlps(self.net)
         if weights is not None:
             load_backbone_weights(self.net, weights, name)
         self.channels: list[int] = _feature_info(self.net).channels()

@@ -22,15 +22,23 @@ class ResponseNorm(GlobalResponseNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise maps."""
-        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not on_cpu or torch.compiler.is_compiling() or is_recording():
+        if not self.is_fast(x):
             normed: Tensor = super().forward(x)
             return normed
         energy = x.square().sum(self.spatial_dim, keepdim=True)
-        response = energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt()  # with gradient 0 at 0, as timm's norm has
-        relative = response / (response.mean(self.channel_dim, keepdim=True) + self.eps)
-        factor = 1 + self.weight.view(self.wb_shape) * relative
+        factor = self.factor(energy.movedim(self.channel_dim, -1)).movedim(-1, self.channel_dim)
         return torch.addcmul(self.bias.view(self.wb_shape), x, factor)
+
+    def is_fast(self, x: Tensor) -> bool:
+        """Tell whether maps are normalised in this way and not in timm's."""
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return on_cpu and not torch.compiler.is_compiling() and not is_recording()
+
+    def factor(self, energy: Tensor) -> Tensor:
+        """Compute what each channel is multiplied by, [..., C], from its sum of squares over an image."""
+        response = energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt()  # with gradient 0 at 0, as timm's norm has
+        factor: Tensor = 1 + self.weight * (response / (response.mean(-1, keepdim=True) + self.eps))
+        return factor
 
 
 def use_fast_response_norm(network: nn.Module) -> None:

@@ -16,6 +16,7 @@ from lightning_convnext_det.models.deformable_detr.heads import apply_in_full_pr
 from lightning_convnext_det.models.deformable_detr.levels import Levels
 from lightning_convnext_det.ops.deform_attn import multi_scale_deformable_attention
 from lightning_convnext_det.ops.dropout import Dropout, relu_dropout
+from lightning_convnext_det.ops.token_blocks import block_size, is_worthwhile, map_tokens
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -74,10 +75,17 @@ class DeformableAttention(nn.Module):
         Returns:
             Float [B, Q, D].
         """
-        value = self.value_projection(memory)
+        return self.attend(queries, reference_points, self.project(memory, levels), levels)
+
+    def project(self, memory: Tensor, levels: Levels) -> Tensor:
+        """Project the memory [B, S, D] to values [B, S, heads, D / heads], zero in the padding."""
+        value: Tensor = self.value_projection(memory)
         if levels.padding is not None:
             value = value.masked_fill(levels.padding[:, :, None], 0.0)
-        value = value.unflatten(-1, (self.num_heads, -1))  # [B, S, heads, D / heads]
+        return torch.unflatten(value, -1, (self.num_heads, -1))
+
+    def attend(self, queries: Tensor, reference_points: Tensor, value: Tensor, levels: Levels) -> Tensor:
+        """As `forward`, for a memory that has been projected: each query by itself."""
         locations = self._locate(self.sampling_offsets(queries), reference_points, levels.cells)
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))  # [B, Q, heads, L, points]
@@ -109,6 +117,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
+        if not is_worthwhile(x, self, self.linear1):
+            return self._map(x)
+        return map_tokens(self._map, x, self.linear1.out_features)
+
+    def _map(self, x: Tensor) -> Tensor:
         hidden = relu_dropout(self.linear1(x), self.dropout)
         normed: Tensor = self.norm(x + self.dropout(self.linear2(hidden)))
         return normed
@@ -132,10 +145,28 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, levels: Levels) -> Tensor:
         """Map tokens [B, S, D] to tokens [B, S, D]."""
-        queries = tokens + levels.positions.to(tokens.dtype)
-        attended = self.attention(queries, levels.reference_points, tokens, levels)
+        positions = levels.positions.to(tokens.dtype)
+        if is_worthwhile(tokens, self, self.feedforward.linear1):
+            return self._encode_in_blocks(tokens, positions, levels)
+        attended = self.attention(tokens + positions, levels.reference_points, tokens, levels)
+        return self._finish(tokens, attended)
+
+    def _finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
         encoded: Tensor = self.feedforward(self.norm(tokens + self.dropout(attended)))
         return encoded
+
+    def _encode_in_blocks(self, tokens: Tensor, positions: Tensor, levels: Levels) -> Tensor:
+        """Encode some tokens at a time: nothing but the values is needed of the others."""
+        value, out = self.attention.project(tokens, levels), torch.empty_like(tokens)
+        size = block_size(tokens, self.feedforward.linear1.out_features)
+        every = [part.expand(len(tokens), *part.shape[1:]) for part in (positions, levels.reference_points)]
+        for image in range(len(tokens)):
+            here = slice(image, image + 1)
+            parts = (torch.split(part[here], size, 1) for part in (tokens, *every, out))
+            for block, place, reference_points, rows in zip(*parts, strict=True):
+                attended = self.attention.attend(block + place, reference_points, value[here], levels)
+                rows.copy_(self._finish(block, attended))
+        return out
 
 
 class Encoder(nn.Module):
