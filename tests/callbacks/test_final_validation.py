@@ -31,6 +31,8 @@ ROWS = [
     ({"max_steps": 5, "val_check_interval": 4, "check_val_every_n_epoch": None}, [4, 5]),
     ({"max_steps": 2, "accumulate_grad_batches": 2}, [2]),
     ({"max_epochs": 2}, [3, 6]),
+    ({"max_epochs": 2, "check_val_every_n_epoch": 5}, [6]),
+    ({"max_epochs": 2, "val_check_interval": 2}, [2, 5, 6]),
     ({"max_steps": 2, "limit_val_batches": 0}, []),
 ]
 

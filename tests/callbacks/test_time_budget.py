@@ -1,6 +1,9 @@
 """Lengths decided by a clock that the tests set."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -68,6 +71,19 @@ def test_fit__ends_after_the_time_with_the_schedule_finished(
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("limit", [{"max_steps": 14}, {"max_epochs": 5}])  # of three steps
+def test_fit__a_limit_of_the_trainer_that_comes_first_ends_the_schedule(
+    limit: dict[str, int], tmp_path: Path, loader: DataLoader[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    clock = Clock(2.0, 0.0)
+    monkeypatch.setattr("lightning_convnext_det.modules.detection.DetectionModule.training_step", _cheap_step)
+    trainer, budget = train(tmp_path, loader, monkeypatch, clock, 60.0, check_val_every_n_epoch=9, **limit)
+    assert trainer.global_step == budget.steps == (14 if "max_steps" in limit else 15)
+    assert clock.rates[-1] < 0.06 * max(clock.rates)
+
+
+@pytest.mark.heavy
 def test_fit__a_resumed_run_has_the_time_that_was_left(
     tmp_path: Path, loader: DataLoader[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +99,23 @@ def test_fit__a_resumed_run_has_the_time_that_was_left(
     trainer = create_trainer(tmp_path, max_epochs=-1, enable_checkpointing=False, callbacks=[second, clock])
     trainer.fit(create_module(), loader, loader)
     assert trainer.global_step == 11  # decided after ten: one more is the least
+
+
+def test_on_train_batch_end__batches_that_accumulate_are_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time_budget.time, "monotonic", lambda: now[0])
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(max_steps=-1))
+    trainer: Any = SimpleNamespace(
+        global_step=0, accumulate_grad_batches=4, enable_validation=False, fit_loop=loop,
+        estimated_stepping_batches=math.inf, strategy=SimpleNamespace(broadcast=lambda value: value),
+    )  # fmt: skip
+    budget, module = TimeBudget(1000.0), create_module()
+    budget.on_fit_start(trainer, module)
+    budget.on_train_start(trainer, module)
+    for batch in range(1, 41):  # of a second
+        now[0], trainer.global_step = float(batch), batch // 4
+        budget.on_train_batch_end(trainer, module)
+    assert budget.steps == loop.epoch_loop.max_steps == 250  # of four seconds
 
 
 def test_time_budget__refuses_no_time() -> None:

@@ -1,5 +1,6 @@
 """Callback that turns a wanted length of training into optimizer steps."""
 
+import math
 import time
 from typing import Any
 
@@ -19,8 +20,9 @@ class TimeBudget(Callback):
     """Ends a training after a wanted time, with its schedule finished.
 
     After ten steps have been timed, the number of steps that fit into the time, validations included, becomes the
-    trainer's ``max_steps``; it is corrected as the training goes on. Use it with ``max_epochs=-1``. Learning rates of
-    this package's modules follow. A resumed training has the time that was left.
+    trainer's ``max_steps``; it is corrected as the training goes on. Learning rates of this package's modules follow.
+    A ``max_steps`` or ``max_epochs`` of the trainer that comes first ends it earlier; ``max_epochs=-1`` is no limit. A
+    resumed training has the time that was left.
 
     Args:
         seconds: wanted length of the fit.
@@ -32,9 +34,10 @@ class TimeBudget(Callback):
         self.steps: int | None = None
         self._spent = 0.0  # before a checkpoint that is resumed
         self._start = self._timed_from = 0.0
-        self._first = self._next = 0
+        self._first = self._next = self._step = 0
         self._validation_start = self._validating = 0.0
         self._validations = 0
+        self._most = math.inf  # steps that the trainer was given
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -43,13 +46,18 @@ class TimeBudget(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the length that a resumed training was given."""
-        self._first, self._next = trainer.global_step, trainer.global_step + TIMED
+        self._first = self._step = trainer.global_step
+        self._next = self._first + TIMED
+        self._most = trainer.estimated_stepping_batches
         if self.steps is not None:
             _set_length(trainer, pl_module, self.steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         """Decide the length when enough steps are timed."""
-        done = trainer.global_step - self._first
+        if trainer.global_step == self._step:  # a batch whose gradients are accumulated
+            return
+        self._step = trainer.global_step
+        done = self._step - self._first
         if done <= SETTLE:
             self._timed_from, self._validating = time.monotonic(), 0.0
         elif trainer.global_step >= self._next:
@@ -76,9 +84,10 @@ class TimeBudget(Callback):
         every, size = steps_between_validations(trainer)
         each = self._validating / self._validations if self._validations else EVALUATION * size * per_step
         more = max(1, int((left - each) / (per_step + each / every)))
-        steps = int(trainer.strategy.broadcast(step + more))
+        steps = int(trainer.strategy.broadcast(min(step + more, self._most)))
         if self.steps is None:
-            rank_zero_info(f"{per_step:.3g} seconds a step: {steps} steps take {self.seconds:g} seconds")
+            what = "are the trainer's limit, within" if steps == self._most else "take"
+            rank_zero_info(f"{per_step:.3g} seconds a step: {steps} steps {what} {self.seconds:g} seconds")
         self.steps = steps
         _set_length(trainer, pl_module, steps)
 
