@@ -29,6 +29,16 @@ def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
     return find_splits(write_synthetic_coco(tmp_path / "shapes", num_train=6, num_val=2))["train"]
 
 
+def test_cache_folder__of_a_user_without_a_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder("auto") is None
+    assert cache_folder("here") == Path("here")
+
+
 def assert_same(one: DetectionAnnotations, other: DetectionAnnotations) -> None:
     for field in fields(DetectionAnnotations):
         ours, theirs = getattr(one, field.name), getattr(other, field.name)

@@ -49,6 +49,11 @@ def test_dino__losses_reach_every_parameter(options: dict[str, object]) -> None:
     assert without == []
 
 
+def test_dino__maps_of_one_cell_with_one_channel_a_group_are_normed() -> None:
+    detector = tiny(hidden_dim=32, min_size=64, max_size=64).eval()  # the extra level has one cell
+    assert len(detector([torch.rand(3, 64, 64)])[0]["boxes"]) > 0
+
+
 def test_dino__images_without_objects_train_the_background_alone() -> None:
     detector = tiny()
     losses = detector(create_images()[:2], [target([], []), target([], [])])

@@ -48,7 +48,10 @@ def cache_folder(choice: str) -> Path | None:
         return None
     if choice != "auto":
         return Path(choice)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-convnext-det"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-convnext-det"
+    except RuntimeError:  # a user without a home, as in containers
+        return None
 
 
 def read_cached_split(split: Split, folder: Path | None, **options: Any) -> DetectionAnnotations:

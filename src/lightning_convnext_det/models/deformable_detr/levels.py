@@ -47,6 +47,15 @@ class Levels(NamedTuple):
         return reference_points[:, :, None] * scale[:, None]
 
 
+class MapNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that also takes a map of one cell with one channel a group, of which the bias is left."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise maps [B, D, H, W]."""
+        # without the check of torch.nn.functional, which refuses a single value
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class PyramidLevels(nn.Module):
     """Project the backbone's feature maps to one width, add coarser levels, and flatten all into tokens.
 
@@ -77,7 +86,7 @@ class PyramidLevels(nn.Module):
         layers = [nn.Conv2d(c, hidden_dim, 1) for c in channels]
         for i in range(extra_levels):
             layers.append(nn.Conv2d(hidden_dim if i else channels[-1], hidden_dim, 3, stride=2, padding=1))
-        self.projections = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(32, hidden_dim)) for layer in layers)
+        self.projections = nn.ModuleList(nn.Sequential(layer, MapNorm(32, hidden_dim)) for layer in layers)
         self.embedding = nn.Parameter(torch.empty(len(layers), hidden_dim))
         self.position_offset, self.position_temperature = position_offset, position_temperature
         self.stride, self.size_divisible = backbone.strides[-1], backbone.size_divisible
