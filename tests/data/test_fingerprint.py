@@ -57,7 +57,13 @@ def test_take_fingerprint__by_hand(tmp_path: Path) -> None:
     assert (found.box_side.highest, found.box_shorter_side.highest, found.box_aspect.p1) == (20.0, 10.0, 0.25)
     assert found.relative_side.highest == pytest.approx((400 / 20000) ** 0.5, abs=1e-4)
     assert found.side_per_class == {"cat": pytest.approx(200**0.5, abs=1e-4), "dog": pytest.approx(380**0.5, abs=1e-4)}
+    assert found.share_per_class == {"cat": pytest.approx(0.1414, abs=1e-4), "dog": pytest.approx(0.1949, abs=1e-4)}
     assert (found.objects_per_image.p50, found.objects_per_image.highest) == (0, 3)
+    windows = found.in_windows(100)
+    assert windows.shorter_side == windows.longer_side == Quantiles(*[100] * 6)
+    assert windows.image_aspect == Quantiles(*[1.0] * 6)
+    assert windows.boxes.tolist() == [[10, 40, 100, 100], [10, 20, 100, 100], [10, 38, 100, 100]]
+    assert found.in_windows(400).as_dict() == found.as_dict()
     # the two cats overlap by 200 / 400, which is not above 0.5; the dog is of another class
     assert (found.overlap.highest, found.crowded) == (0.5, 0.0)
     assert found.boxes.tolist() == [[10, 40, 200, 100], [10, 20, 200, 100], [10, 38, 200, 100]]

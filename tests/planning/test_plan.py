@@ -1,9 +1,11 @@
 """Plans of made datasets and machines: the decisions that an experienced trainer would check."""
 
 import inspect
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -13,7 +15,7 @@ from lightning_convnext_det.planning.draft import Plan, show
 from lightning_convnext_det.planning.machine import Machine
 from lightning_convnext_det.planning.plan import plan
 from lightning_convnext_det.planning.precision import Rates
-from tests.planning.sets import SETS
+from tests.planning.sets import SETS, make_fingerprint
 
 LAPTOP = Machine(cores=8, memory=16 * 2**30)
 GPU = Machine(cores=16, memory=24 * 2**30, accelerator="cuda", bfloat16=True, rates=Rates(100.0, 210.0))
@@ -113,6 +115,86 @@ def test_plan__what_is_given_wins_and_the_rest_adapts(given: dict[str, Any], exp
     assert {name: made[name] for name in expected} == expected
     for group in ("model", "data", "trainer"):
         assert not {f"{group}.{name}" for name in made.chosen(group)} & set(given)
+
+
+BY_GIVEN = [
+    ("tiny objects", {"model.max_size": 640}, {"model.min_size": 640}),
+    ("COCO's size", {"model.max_size": 400}, {"model.min_size": 264}),  # 400 / 1.5
+    # what a random transform makes of an image must fit the detector's own size
+    ("one class", {"data.train_transforms": "multiscale", "model.min_size": 400}, {"data.max_size": 536}),
+    ("one class", {"data.train_transforms": "lsj", "model.min_size": 400}, {"data.crop_size": 536}),
+    # 450 steps, a twentieth of all, from one validation to the next; 6000 images in batches of 16 are 375 batches
+    ("COCO's size", {"trainer.limit_train_batches": 10}, {"trainer.check_val_every_n_epoch": 45}),
+    ("COCO's size", {"trainer.limit_train_batches": 0.1}, {"trainer.check_val_every_n_epoch": 13}),
+    ("COCO's size", {"trainer.overfit_batches": 2}, {"trainer.check_val_every_n_epoch": 225}),
+    ("COCO's size", {"trainer.max_steps": 100}, {"trainer.val_check_interval": 13}),
+    # which Lightning counts in batches, of which a step takes four
+    ("COCO's size", {"trainer.max_steps": 100, "data.batch_size": 4, "trainer.accumulate_grad_batches": 4},
+     {"trainer.val_check_interval": 52}),
+    ("one class", {"time": 60.0, "trainer.max_steps": 50}, {"trainer.max_steps": 50}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "given", "expected"), BY_GIVEN, ids=[str(row[1]) for row in BY_GIVEN])
+def test_plan__of_a_set_adapts_to_what_is_given(name: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    made = make(name, given=given)
+    assert {setting: made[setting] for setting in expected} == expected
+
+
+def test_plan__of_windows_is_for_their_pixels() -> None:
+    """A window of 640 pixels is resized as a whole image is: its objects grow where those of the image would shrink."""
+    given = {"data.train_transforms": "tiles", "tiles": 640}
+    made = make("tiny objects", given=given)
+    assert made["model.min_size"] == made["model.max_size"] == 960  # 1.5 times the window
+    assert 9 <= made["model.anchor_sizes"][0][0] <= 13  # of objects of 8 pixels
+    assert not made.warnings
+    by_crop = make("tiny objects", given={"data.train_transforms": "tiles", "data.crop_size": 640})
+    assert by_crop["model.min_size"] == 960
+
+
+def test_plan__long_strips_keep_their_pixels() -> None:
+    strip = make_fingerprint([(2000, 100)], 3, (20, 60))
+    made = plan(strip, GPU)
+    assert made["model.min_size"] == 152  # 1.5 times their own
+    assert made["model.max_size"] >= 20 * 150
+    on_cpu = plan(strip, LAPTOP)
+    assert on_cpu["model.min_size"] * on_cpu["model.max_size"] <= 1.1 * 480 * 640
+
+
+def test_plan__small_boxes_are_those_of_their_own_image() -> None:
+    """Objects of a twentieth of the image in images of 4000 and of 400 pixels: large and small ones are alike."""
+    large, small = (make_fingerprint([(side, side)] * 60, 5, (side / 20, side / 20), (1, 1)) for side in (4000, 400))
+    boxes = np.concatenate([large.boxes, small.boxes])
+    both = replace(large, boxes=boxes, images=120, box_side=small.box_side, objects=600)
+    assert plan(both, GPU)["model.min_size"] == plan(large, GPU)["model.min_size"] == 480
+
+
+def test_plan__queries_are_twice_the_objects_of_the_fullest_image() -> None:
+    crowded = plan(SETS["400 objects"], GPU, kind="detr")
+    assert (crowded["model.num_queries"], crowded["model.detections_per_image"]) == (800, 500)
+    dino = plan(SETS["400 objects"], GPU, kind="dino")
+    assert "model.num_queries" not in dino  # 900 of its own
+    assert "model.detections_per_image" not in plan(SETS["one class"], GPU, kind="dino")  # 300 of its own
+    few = plan(SETS["400 objects"], GPU, {"model.num_queries": 100}, kind="dino")
+    assert any("more than the 100 queries" in warning for warning in few.warnings)
+
+
+def test_plan__workers_are_those_of_a_node() -> None:
+    machine = Machine(cores=64, memory=80 * 2**30, accelerator="cuda", devices=32, bfloat16=True, nodes=4)
+    assert make("COCO's size", machine)["data.num_workers"] == 4  # of 8 cores for each device, twice the batch at most
+
+
+def test_plan__says_where_not_even_one_image_fits() -> None:
+    made = make("one class", Machine(8, 2**28, "cuda", bfloat16=True))
+    assert made["data.batch_size"] == 1
+    assert any("takes more than the 0.2 GiB of memory" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    "given", [{"model.anchor_sizes": [[8], [16]]}, {"model.anchor_sizes": []}, {"model.aspect_ratios": []}]
+)
+def test_plan__leaves_anchors_that_cannot_be_to_the_detector(given: dict[str, Any]) -> None:
+    assert not set(make("one class", given=given).chosen("model")) & {"anchor_sizes", "aspect_ratios"}
 
 
 def test_plan__a_time_leaves_the_steps_open() -> None:

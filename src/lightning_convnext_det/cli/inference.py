@@ -7,13 +7,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_convnext_det.cli.commands import FLAGS
+from lightning_convnext_det.data.transforms import CROP_SIZE
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.models.fused import FusedDetector, augment_detector
 from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.modules.registry import load_members
 from lightning_convnext_det.ops.window_merging import TileMerge
-
-_CROP_SIZE = 1024  # the default of data.crop_size
 
 
 def add_inference_arguments(parser: LightningArgumentParser) -> None:
@@ -39,7 +38,7 @@ def size_training_tiles(config: Mapping[str, Any]) -> None:
     options, tiles = config["data"].get("init_args", {}), config.get("tiles")
     if tiles is None or options.get("train_transforms") != "tiles":
         return
-    if options["crop_size"] not in (_CROP_SIZE, tiles):
+    if options["crop_size"] not in (CROP_SIZE, tiles):
         raise ArgumentError(f"--tiles is {tiles}, but data.crop_size is {options['crop_size']}; give one of them")
     options["crop_size"] = tiles
 

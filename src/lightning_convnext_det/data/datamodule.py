@@ -35,8 +35,15 @@ from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRan
 from lightning_convnext_det.data.io.reader import SAMPLED, ImageReader
 from lightning_convnext_det.data.loader import EvaluationLoader, ImageLoader, TrainingLoader, report_unreadable
 from lightning_convnext_det.data.repeat_factors import repeat_factors
-from lightning_convnext_det.data.splits import SplitReader, Stage, warn_of_shared_images, warn_of_unlearned_objects
+from lightning_convnext_det.data.splits import (
+    SplitReader,
+    Stage,
+    check_objects,
+    warn_of_shared_images,
+    warn_of_unlearned_objects,
+)
 from lightning_convnext_det.data.transforms import (
+    CROP_SIZE,
     MULTISCALE_SIZES,
     RESIZING_PRESETS,
     Preset,
@@ -151,7 +158,7 @@ class DetectionDataModule(LoadingDataModule):
         train_transforms: Preset | SampleTransform = "flip",
         sizes: Sequence[Count] = MULTISCALE_SIZES,
         max_size: Count = 1333,
-        crop_size: Count = 1024,
+        crop_size: Count = CROP_SIZE,
         scale_range: tuple[Positive, Positive] = (0.1, 2.0),
         vertical_flip: bool = False,
         color_jitter: NonNegative = 0.0,
@@ -254,8 +261,7 @@ class DetectionDataModule(LoadingDataModule):
         if stage == "fit" and self._user is None:
             train, val = self.annotations("train"), self.annotations("val")
             assert train is not None
-            if train.crowd.all():
-                raise DataError(f"[LCD-D134] the training images in {train.image_root} have no boxes to learn from")
+            check_objects(train)
             if val is not None:
                 warn_of_shared_images(train, val)
                 warn_of_unlearned_objects(train, val)

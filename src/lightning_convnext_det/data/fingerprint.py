@@ -4,7 +4,7 @@ It is what an experienced trainer looks at before choosing a resolution and anch
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,10 @@ class Quantiles(NamedTuple):
         found = np.quantile(values, (0.01, 0.1, 0.5, 0.9, 0.99, 1.0), method="lower")
         return cls(*(round(float(value), 4) for value in found))
 
+    def bounded(self, low: float, high: float) -> "Quantiles":
+        """The quantiles of the same numbers, of which none is below ``low`` or above ``high``."""
+        return Quantiles(*(min(max(value, low), high) for value in self))
+
     def __str__(self) -> str:
         low, middle, high = (f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in self[1:4])
         return middle if low == high else f"{middle} ({low}-{high})"
@@ -59,6 +63,7 @@ class Fingerprint:
         box_aspect: width over height of a box.
         relative_side: square root of a box's share of its image's area.
         side_per_class: median of ``box_side`` by class name; 0 without objects.
+        share_per_class: median by class name of a box's side over the shorter side of its image; 0 without objects.
         objects_per_image: of all images.
         overlap: for each object, its greatest IoU with another object of its class.
         crowded: share of the objects whose overlap is above 0.5.
@@ -78,6 +83,7 @@ class Fingerprint:
     box_aspect: Quantiles
     relative_side: Quantiles
     side_per_class: dict[str, float]
+    share_per_class: dict[str, float]
     objects_per_image: Quantiles
     overlap: Quantiles
     crowded: float
@@ -87,6 +93,22 @@ class Fingerprint:
     def empty_classes(self) -> list[str]:
         """Classes without an object."""
         return [name for name, count in self.objects_per_class.items() if not count]
+
+    def in_windows(self, side: int) -> "Fingerprint":
+        """The fingerprint of square windows of the images: sides of images and boxes end at ``side`` pixels."""
+        shorter, longer = self.shorter_side.bounded(0, side), self.longer_side.bounded(0, side)
+        longest = max(1.0, longer.highest / max(1.0, shorter.p1))
+        grown = self.shorter_side.p50 / max(1.0, shorter.p50)  # a box's share of its image's side
+        return replace(
+            self,
+            shorter_side=shorter,
+            longer_side=longer,
+            image_aspect=self.image_aspect.bounded(1 / longest, longest),
+            box_side=self.box_side.bounded(0, side),
+            box_shorter_side=self.box_shorter_side.bounded(0, side),
+            share_per_class={name: min(1.0, share * grown) for name, share in self.share_per_class.items()},
+            boxes=np.minimum(self.boxes, side),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, lists and dicts, for JSON; without the sample of boxes."""
@@ -120,6 +142,7 @@ def take_fingerprint(annotations: DetectionAnnotations) -> Fingerprint:
     per_class = np.bincount(labels, minlength=len(annotations.class_names))
     overlaps = _greatest_overlaps(corners, image, labels)
     root, relative = np.sqrt(sides.prod(axis=1)), np.sqrt(sides.prod(axis=1) / sizes[image].prod(axis=1))
+    shares = root / sizes[image].min(axis=1)
     sample = np.unique(np.linspace(0, max(0, len(sides) - 1), SAMPLED).astype(np.int64))[: len(sides)]
     return Fingerprint(
         images=len(annotations),
@@ -135,6 +158,7 @@ def take_fingerprint(annotations: DetectionAnnotations) -> Fingerprint:
         box_aspect=Quantiles.of(sides[:, 0] / sides[:, 1]),
         relative_side=Quantiles.of(relative),
         side_per_class=dict(zip(annotations.class_names, _medians(root, labels, per_class), strict=True)),
+        share_per_class=dict(zip(annotations.class_names, _medians(shares, labels, per_class), strict=True)),
         objects_per_image=Quantiles.of(per_image.astype(np.float64)),
         overlap=Quantiles.of(overlaps),
         crowded=round(float((overlaps > CROWDED).mean()), 4) if len(overlaps) else 0.0,

@@ -235,6 +235,16 @@ def warn_of_shared_images(train: DetectionAnnotations, val: DetectionAnnotations
         _warn("%d of %d validation images are also trained on: the score is too good", shared, len(val))
 
 
+def check_objects(train: DetectionAnnotations) -> None:
+    """Refuse to train where there is nothing to learn.
+
+    Raises:
+        DataError: if there are no boxes but those of crowds.
+    """
+    if train.crowd.all():
+        raise DataError(f"[LCD-D134] the training images in {train.image_root} have no boxes to learn from")
+
+
 def warn_of_unlearned_objects(train: DetectionAnnotations, val: DetectionAnnotations) -> None:
     """Warn if validation images have objects of classes that training has no object of.
 

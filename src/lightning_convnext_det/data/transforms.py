@@ -28,6 +28,7 @@ SampleTransform: TypeAlias = v2.Transform | Callable[[tv_tensors.Image, Target],
 RESIZING_PRESETS: tuple[Preset, ...] = ("multiscale", "lsj")
 """Presets that set the final size of an image; the detector must not resize it again in training."""
 MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR, arXiv:2005.12872, section 4
+CROP_SIZE = 1024  # of the squares of ``lsj`` and the windows of ``tiles``
 MIN_VISIBLE_SIDE = 1.0  # pixels; the proposal heads cannot regress a box without area
 MIN_VISIBLE_SHARE = 0.4  # of an object's area in a window from which it is an object to learn
 FILL = 114  # mean of ImageNet's mean colour 124, 116, 104: close to 0 once normalised, as the padding of detectors

@@ -35,9 +35,11 @@ class Coverage(NamedTuple):
 def plan_anchors(draft: Draft, fingerprint: Fingerprint, scale: Scale) -> None:
     """Choose anchor sizes and aspect ratios; coverage never falls below the default's."""
     boxes = scale.resize(fingerprint.boxes)
-    if not len(boxes):
-        return
     given = draft.get("model.anchor_sizes"), draft.get("model.aspect_ratios")
+    if not len(boxes) or any(value is not None and not value for value in given):
+        return
+    if given[0] is not None and (len(given[0]) != len(STRIDES) or not all(given[0])):
+        return  # of which the detector tells
     sizes, ratios = choose_anchors(boxes, *given)
     before, after = (measure_coverage(boxes, *pair) for pair in ((DEFAULT_SIZES, DEFAULT_RATIOS), (sizes, ratios)))
     why = f"anchors cover {after}; COCO's {before.at_50:.0%} and {before.at_70:.0%}"

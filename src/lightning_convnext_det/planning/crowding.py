@@ -7,6 +7,8 @@ from lightning_convnext_det.planning.draft import Draft
 from lightning_convnext_det.planning.machine import Machine
 
 COCO_DETECTIONS = 100
+DETECTIONS = {"rcnn": 100, "detr": 100, "dino": 300}  # the detectors' own
+QUERIES = {"detr": 300, "dino": 900}
 HEADROOM = 1.25  # test images may have more objects than any of training, and some detections are wrong
 CROWDED = 0.02  # share of objects that the default NMS would drop from which its threshold is raised
 
@@ -15,13 +17,14 @@ def plan_crowding(draft: Draft, fingerprint: Fingerprint, machine: Machine, kind
     """Choose limits that the fullest image does not reach."""
     fullest = int(fingerprint.objects_per_image.highest)
     needed = 100 * math.ceil(HEADROOM * fullest / 100)
-    if needed > COCO_DETECTIONS:
+    if needed > DETECTIONS[kind]:
         kept = int(draft.choose("model.detections_per_image", needed, f"up to {fullest} objects in an image"))
     else:
-        kept = int(draft.get("model.detections_per_image", COCO_DETECTIONS))
-    if kept > COCO_DETECTIONS:
-        draft.choose("model.max_detections", kept, "the metrics count as many; COCO's rule is 100")
-    if kind != "rcnn":
+        kept = int(draft.get("model.detections_per_image", DETECTIONS[kind]))
+    if (counted := min(kept, needed) if kind == "dino" else kept) > COCO_DETECTIONS:
+        draft.choose("model.max_detections", counted, "the metrics count as many; COCO's rule is 100")
+    if kind in QUERIES:
+        _plan_queries(draft, fullest, QUERIES[kind])
         return
     _plan_proposals(draft, fingerprint, machine, kept)
     crowded, extreme = fingerprint.crowded, fingerprint.overlap.p99
@@ -29,6 +32,16 @@ def plan_crowding(draft: Draft, fingerprint: Fingerprint, machine: Machine, kind
         threshold = min(0.7, max(0.55, math.ceil(20 * extreme) / 20))
         reason = f"{crowded:.1%} of the objects overlap another of their class by more than 0.5, which NMS would drop"
         draft.choose("model.nms_threshold", threshold, reason)
+
+
+def _plan_queries(draft: Draft, fullest: int, default: int) -> None:
+    wanted = 100 * math.ceil(2 * fullest / 100)
+    if wanted > default:
+        queries = int(draft.choose("model.num_queries", wanted, f"twice the {fullest} objects of the fullest image"))
+    else:
+        queries = int(draft.get("model.num_queries", default))
+    if queries < fullest:
+        draft.warn(f"an image has {fullest} objects, more than the {queries} queries: the others are not learned")
 
 
 def _plan_proposals(draft: Draft, fingerprint: Fingerprint, machine: Machine, kept: int) -> None:

@@ -18,13 +18,19 @@ def plan_hardware(draft: Draft, fingerprint: Fingerprint, machine: Machine) -> N
         )
     else:
         batch = int(draft.get("data.batch_size", 2))
-        workers = max(1, min(16, machine.cores // machine.devices, max(4, 2 * batch)))
-        why = f"{machine.cores} cores for {machine.devices} device{'s' * (machine.devices > 1)}, {batch} images a step"
+        devices = max(1, machine.devices // machine.nodes)
+        workers = max(1, min(16, machine.cores // devices, max(4, 2 * batch)))
+        why = f"{machine.cores} cores for {devices} device{'s' * (devices > 1)}, {batch} images a step"
     draft.choose("data.num_workers", workers, why)
     if fingerprint.images >= MANY and not machine.is_cpu:
-        _plan_random_sizes(draft)
+        preset, why = "multiscale", "random sizes and crops; DETR's, arXiv:2005.12872"
     else:
-        draft.choose("data.train_transforms", "flip", "left and right; --data.vertical_flip true where up is any side")
+        preset, why = "flip", "left and right; --data.vertical_flip true where up is any side"
+    preset = draft.choose("data.train_transforms", preset, why)
+    if preset == "multiscale":
+        _plan_random_sizes(draft)
+    elif preset == "lsj":
+        draft.choose("data.crop_size", draft.get("model.max_size"), "a square as large as images in evaluation")
 
 
 def _plan_precision(draft: Draft, machine: Machine) -> None:
@@ -43,8 +49,7 @@ def _plan_precision(draft: Draft, machine: Machine) -> None:
 def _plan_random_sizes(draft: Draft) -> None:
     chosen, longest = draft.get("model.min_size"), draft.get("model.max_size")
     largest = int(chosen[-1] if isinstance(chosen, list | tuple) else chosen)
-    preset = draft.choose("data.train_transforms", "multiscale", "random sizes and crops; DETR's, arXiv:2005.12872")
-    if preset == "multiscale":
-        sizes = [8 * round(largest * share / 80) for share in (6, 6.4, 6.8, 7.2, 7.6, 8, 8.4, 8.8, 9.2, 9.6, 10)]
-        draft.choose("data.sizes", sizes, "0.6 to 1 times min_size")
-        draft.choose("data.max_size", longest, "as in evaluation")
+    shares = (6, 6.4, 6.8, 7.2, 7.6, 8, 8.4, 8.8, 9.2, 9.6, 10)
+    sizes = [min(int(longest), max(8, 8 * round(largest * share / 80))) for share in shares]
+    draft.choose("data.sizes", sizes, "0.6 to 1 times min_size")
+    draft.choose("data.max_size", longest, "as in evaluation")

@@ -21,10 +21,11 @@ class Machine:
         cores: that this process may use.
         memory: bytes of one device: of the accelerator, or of the machine on a CPU.
         accelerator: kind of the devices.
-        devices: how many of them train together.
+        devices: how many of them train together, on all nodes.
         bfloat16: whether the devices have arithmetic for bfloat16.
         rates: measured speed in both precisions; None where nothing is measured, as on several devices, which must
             all come to the same plan.
+        nodes: machines of this kind, each with its share of the devices.
     """
 
     cores: int
@@ -33,6 +34,7 @@ class Machine:
     devices: int = 1
     bfloat16: bool = False
     rates: Rates | None = None
+    nodes: int = 1
 
     @property
     def is_cpu(self) -> bool:
@@ -55,12 +57,13 @@ def find_machine(accelerator: str = "auto", devices: object = "auto", num_nodes:
         kind = "mps"
     elif accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
         kind = "cuda"
-    count = _count(devices, kind) * num_nodes
+    nodes = max(1, num_nodes)
+    count = _count(devices, kind) * nodes
     memory = torch.cuda.get_device_properties(0).total_memory if kind == "cuda" and torch.cuda.is_available() else 0
     native = _has_bfloat16(kind)
     alone = count == 1 and not any(name in os.environ for name in ("LOCAL_RANK", "RANK", "SLURM_NTASKS"))
     rates = measure_rates(kind) if native and alone else None
-    return Machine(_cores(), memory or _memory(), kind, count, native, rates)
+    return Machine(_cores(), memory or _memory(), kind, count, native, rates, nodes)
 
 
 def _count(devices: object, kind: Accelerator) -> int:

@@ -37,7 +37,10 @@ class Step(NamedTuple):
 
 
 def images_that_fit(draft: Draft, fingerprint: Fingerprint, machine: Machine, kind: str) -> int:
-    """How many of the largest images fit into the memory of one device; of DETR what its backbone takes is asked."""
+    """How many of the largest images fit into the memory of one device; of DETR what its backbone takes is asked.
+
+    0 if not even one does.
+    """
     sizes = draft.get("model.min_size"), draft.get("model.max_size")
     shorter, longer = (int(size[-1] if isinstance(size, list | tuple) else size) for size in sizes)
     names = ("fpn_channels", "box_head_features", "box_batch_size_per_image")
@@ -49,7 +52,7 @@ def images_that_fit(draft: Draft, fingerprint: Fingerprint, machine: Machine, ki
         return MOST
     half = machine.bfloat16 and not machine.is_cpu
     free = USABLE * machine.memory - step.bytes(0, half)
-    return int(min(MOST, max(1, free // (step.bytes(1, half) - step.bytes(0, half)))))
+    return int(min(MOST, max(0, free // (step.bytes(1, half) - step.bytes(0, half)))))
 
 
 @cache

@@ -21,8 +21,13 @@ def plan_optimization(draft: Draft, fingerprint: Fingerprint, machine: Machine, 
     """Choose batch, accumulation and learning rate; return the total batch of a step."""
     wanted = 2 if machine.is_cpu else next(batch for images, batch in BATCHES if fingerprint.images >= images)
     why = "no accelerator: small batches give more steps" if machine.is_cpu else f"{fingerprint.images:,} images"
-    fits = images_that_fit(draft, fingerprint, machine, kind)
-    share = max(1, wanted // machine.devices)
+    fits, share = images_that_fit(draft, fingerprint, machine, kind), max(1, wanted // machine.devices)
+    if fits < 1 and not draft.get("model.gradient_checkpointing"):
+        draft.warn(
+            f"one image of this size takes more than the {machine.memory / 2**30:.1f} GiB of memory, counted without "
+            "data: give smaller --model.min_size and --model.max_size, or --model.gradient_checkpointing true"
+        )
+    fits = max(1, fits)
     if fits < share:
         share, why = 2 ** int(math.log2(fits)), f"{why}; more do not fit into {machine.memory / 2**30:.0f} GiB"
     batch = int(draft.choose("data.batch_size", share, why))
@@ -30,7 +35,7 @@ def plan_optimization(draft: Draft, fingerprint: Fingerprint, machine: Machine, 
     accumulated = 1 if "data.batch_size" in draft.given else max(1, wanted // (batch * machine.devices))
     if accumulated > 1 or "trainer.accumulate_grad_batches" in draft.given:
         reason = f"a step sees {batch * machine.devices * accumulated} images"
-        accumulated = int(draft.choose("trainer.accumulate_grad_batches", accumulated, reason))
+        accumulated = max(1, int(draft.choose("trainer.accumulate_grad_batches", accumulated, reason)))
     total = batch * machine.devices * accumulated
     _plan_rate(draft, total, kind)
     draft.choose("trainer.gradient_clip_val", 5.0 if kind == "rcnn" else 0.1, "one bad batch does not undo the others")
@@ -38,7 +43,7 @@ def plan_optimization(draft: Draft, fingerprint: Fingerprint, machine: Machine, 
 
 
 def _plan_rate(draft: Draft, total: int, kind: str) -> None:
-    if kind == "detr":
+    if kind != "rcnn":
         lr, base, source = 2e-4, 32, "Deformable DETR's, arXiv:2010.04159"
     elif starts_from_random_weights(draft):
         (lr, base), source = RANDOM, "measured from random weights"

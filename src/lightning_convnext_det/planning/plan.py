@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_convnext_det.data.fingerprint import Fingerprint
+from lightning_convnext_det.data.transforms import CROP_SIZE
 from lightning_convnext_det.planning.anchors import plan_anchors
 from lightning_convnext_det.planning.crowding import plan_crowding
 from lightning_convnext_det.planning.draft import Draft, Plan
@@ -40,12 +41,15 @@ def plan(
         fingerprint: of the training split.
         machine: that trains.
         given: settings of the user by name, such as ``model.lr``, ``data.batch_size`` or ``trainer.max_steps``;
-            ``time`` is the wanted length in seconds, ``start_from`` a detector to start from.
+            ``time`` is the wanted length in seconds, ``tiles`` the side of windows, ``start_from`` a detector to start
+            from.
         images_to_validate: size of the validation split; 0 without one.
-        kind: ``rcnn`` for detectors with anchors, ``detr`` for those with queries.
+        kind: ``rcnn`` for detectors with anchors, ``detr`` for Deformable DETR, ``dino`` for DINO.
         missing_weights: reason why the pretrained weights of a backbone cannot be had, None if they can.
     """
     draft = Draft(given or {})
+    if draft.get("data.train_transforms") == "tiles":
+        fingerprint = fingerprint.in_windows(int(draft.get("tiles") or draft.get("data.crop_size", CROP_SIZE)))
     plan_network(draft, machine, kind, missing_weights)
     scale = plan_resolution(draft, fingerprint, machine)
     if kind == "rcnn":

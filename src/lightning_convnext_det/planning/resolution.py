@@ -35,40 +35,52 @@ class Scale(NamedTuple):
 
 def plan_resolution(draft: Draft, fingerprint: Fingerprint, machine: Machine) -> Scale:
     """Choose the shorter side by the small boxes, and the longer side by the images' aspect ratios."""
-    native, elongation = fingerprint.shorter_side.p50 or 480.0, _elongation(fingerprint)
-    relative = _small_side(fingerprint) / native
-    least, most = LEAST[machine.is_cpu], math.sqrt(MOST_PIXELS[machine.is_cpu] / elongation)
+    native, relative = fingerprint.shorter_side.p50 or 480.0, _small_share(fingerprint)
+    usual, longest = _elongations(fingerprint)
+    least, most = LEAST[machine.is_cpu], math.sqrt(MOST_PIXELS[machine.is_cpu] / usual)
+    given = draft.get("model.max_size", math.inf) / usual
     wanted = WANTED / relative if relative else least
-    bounded = min(max(wanted, min(least, LARGEST_SCALE * native)), LARGEST_SCALE * native, most)
+    bounded = min(max(wanted, min(least, LARGEST_SCALE * native)), LARGEST_SCALE * native, most, given)
     side = max(32, 8 * round(bounded / 8))
     if wanted <= side:
         why = f"small boxes have {relative * side:.0f} pixels then; {WANTED:.0f} are enough"
+    elif bounded == given:
+        why = f"as much as the given max_size lets images have: small boxes have {relative * side:.1f} pixels then"
     elif side >= 8 * round(LARGEST_SCALE * native / 8):
         why = f"{LARGEST_SCALE:g} times the images' own: small boxes have {relative * side:.1f} pixels then"
     else:
         why = f"as much as a step can cost here: small boxes have {relative * side:.1f} pixels then"
     chosen = draft.choose("model.min_size", side, why)
     shorter = int(chosen[-1] if isinstance(chosen, list | tuple) else chosen)
-    longer = max(shorter, 8 * math.ceil(shorter * elongation / 8))
-    longer = int(draft.choose("model.max_size", longer, f"images are up to {elongation:.2g} times as long as wide"))
+    # beyond twice as long as wide, as far as a step can cost
+    longest = min(longest, max(2.0, usual, MOST_PIXELS[machine.is_cpu] / shorter**2))
+    longer = max(shorter, 8 * math.ceil(shorter * longest / 8))
+    longer = int(draft.choose("model.max_size", longer, f"images are up to {longest:.2g} times as long as wide"))
     scale = Scale(shorter, longer)
     _warn_of_tiny_boxes(draft, fingerprint, scale)
     return scale
 
 
-def _small_side(fingerprint: Fingerprint) -> float:
-    """Side of small boxes in native pixels: the 10th percentile, or the median of a class of smaller ones."""
-    counts, medians = fingerprint.objects_per_class, fingerprint.side_per_class
+def _small_share(fingerprint: Fingerprint) -> float:
+    """Side of small boxes as a share of their image's: the 10th percentile, or the median of a class of smaller ones.
+
+    Of each box in its own image: where large and small images are mixed, pixels say little.
+    """
+    boxes, counts, medians = fingerprint.boxes, fingerprint.objects_per_class, fingerprint.share_per_class
+    if not len(boxes):
+        return 0.0
+    shares = np.sqrt(boxes[:, :2].prod(axis=1)) / boxes[:, 2:].min(axis=1)
     small = [medians[name] for name, count in counts.items() if count >= FEW]
-    return min([fingerprint.box_side.p10, *small])
+    return min([float(np.quantile(shares, 0.1, method="lower")), *small])
 
 
-def _elongation(fingerprint: Fingerprint) -> float:
-    """Longer over shorter side that nine of ten images of either orientation stay below, from 1 to 2."""
+def _elongations(fingerprint: Fingerprint) -> tuple[float, float]:
+    """Longer over shorter side: by which pixels are counted, and which nine of ten images of either kind are below."""
     aspect = fingerprint.image_aspect
     if not aspect.p10:
-        return 4 / 3
-    return min(2.0, max(1.0, aspect.p90, 1 / aspect.p10))
+        return 4 / 3, 4 / 3
+    longest, middle = max(1.0, aspect.p90, 1 / aspect.p10), max(aspect.p50, 1 / aspect.p50)
+    return min(longest, max(2.0, middle)), longest
 
 
 def _warn_of_tiny_boxes(draft: Draft, fingerprint: Fingerprint, scale: Scale) -> None:
