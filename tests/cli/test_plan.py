@@ -7,6 +7,7 @@ import yaml
 
 from lightning_convnext_det.cli import planning
 from lightning_convnext_det.cli.given import names_in_file, names_on_command_line, parse_duration
+from lightning_convnext_det.cli.kept_plan import KeptPlan, read_kept_plan
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import ArgumentError
@@ -56,6 +57,101 @@ def test_plan__prints_settings_and_builds_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--plan=false", "--ckpt_path=last"])
+def test_plan__never_trains(flag: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"--data.root={dataset}", *TINY, flag, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    assert main(["plan", *arguments, "--trainer.max_steps=1"]) == 2
+    assert "there is no plan for these arguments" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan__takes_what_files_of_a_group_give(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "trainer.yaml").write_text("max_steps: 70\n")
+    given = json.dumps({"class_path": "DetectionDataModule", "init_args": {"root": str(dataset), "batch_size": 8}})
+    assert main(["plan", *TINY, f"--trainer={tmp_path / 'trainer.yaml'}", f"--data={given}"]) == 0
+    rows = {words[1]: words[3:6] for line in capsys.readouterr().err.splitlines() if len(words := line.split()) > 4}
+    assert rows["trainer.max_steps"] == ["70", "│", "given"]
+    assert rows["data.batch_size"] == ["8", "│", "given"]
+
+
+def test_plan__what_the_detector_refuses_ends_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(dataset), *TINY, "--model.max_size=0"]) == 2
+    assert "max_size is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_plan__of_a_dataset_without_objects_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_synthetic_coco(tmp_path / "empty", 4, 2)
+    for path in root.rglob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    assert main(["plan", str(root), *TINY]) != 0
+    assert "have no boxes to learn from" in capsys.readouterr().err
+
+
+KEPT = {"data.batch_size": 2, "trainer.max_steps": 3000, "trainer.max_epochs": -1, "trainer.val_check_interval": 150}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, KEPT),
+        ({"data.batch_size": 8, "model.lr": 0.1}, {**KEPT, "data.batch_size": 8}),
+        (
+            {"trainer.max_epochs": 5},
+            {"data.batch_size": 2, "trainer.max_epochs": 5, "trainer.val_check_interval": 150},
+        ),
+        ({"time": 60.0}, {k: v for k, v in {**KEPT, "time": 60.0}.items() if k != "trainer.max_steps"}),
+        ({"trainer.max_steps": 9}, {**KEPT, "trainer.max_steps": 9}),
+        (
+            {"trainer.check_val_every_n_epoch": 3},
+            {**{k: v for k, v in KEPT.items() if "val" not in k}, "trainer.check_val_every_n_epoch": 3},
+        ),
+    ],
+)
+def test_read_kept_plan__what_is_given_wins(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert read_kept_plan({"callbacks": {"KeptPlan": KeptPlan(KEPT).state_dict()}}, given) == expected
+
+
+def test_read_kept_plan__a_wanted_time_goes_on_unless_another_length_is_given() -> None:
+    content = {"callbacks": {"KeptPlan": {"time": 60.0, "trainer.max_epochs": -1}}}
+    assert read_kept_plan(content, {}) == {"time": 60.0, "trainer.max_epochs": -1}
+    assert read_kept_plan(content, {"trainer.max_epochs": 2}) == {"trainer.max_epochs": 2}
+
+
+def test_read_kept_plan__of_a_file_that_anyone_may_have_written_takes_known_numbers_and_words_only() -> None:
+    hostile = {
+        "data.train_transforms": "os.system",
+        "data.root": "/",
+        "trainer.precision": {"class_path": "os.system"},
+        "trainer.callbacks": ["os.system"],
+        "trainer.max_steps": "7",
+        "data.batch_size": 2,
+    }
+    assert read_kept_plan({"callbacks": {"KeptPlan": hostile}}, {}) == {"data.batch_size": 2}
+    for content in ({}, {"callbacks": 3}, {"callbacks": {"KeptPlan": [1]}}):
+        assert read_kept_plan(content, {"data.batch_size": 2}) == {}
+
+
+@pytest.mark.heavy
+def test_fit__continues_by_the_plan_of_its_first_part(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--data.root={dataset}", *TINY, f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", *arguments, "--trainer.max_steps=2", "--data.batch_size=3"]) == 0
+    last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert main(["fit", *arguments, f"--ckpt_path={last}", "--trainer.max_steps=3"]) == 0
+    first, second = (read_config(tmp_path, version) for version in (0, 1))
+    assert second["data"] == first["data"]
+    assert second["trainer"] == {**first["trainer"], "max_steps": 3}
+    assert second["data"]["init_args"]["batch_size"] == 3
+    assert "the plan of the checkpoint: data.batch_size 3" in capsys.readouterr().err
+
+
 def test_fit__weights_that_cannot_be_had_end_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", f"--data.root={dataset}"]) == 5
     said = capsys.readouterr().err
@@ -85,8 +181,8 @@ def test_fit__without_plan_is_as_the_defaults_are(dataset: Path, tmp_path: Path)
     assert main(["fit", *arguments, f"--trainer.default_root_dir={tmp_path}"]) == 0
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((folder / "version_0" / "config.yaml").read_text())
+def read_config(folder: Path, version: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((folder / f"version_{version}" / "config.yaml").read_text())
     return found
 
 

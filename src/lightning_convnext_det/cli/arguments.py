@@ -119,6 +119,10 @@ class Parser(LightningArgumentParser):
         reader = self._reader()
         sources: list[Mapping[str, Any]] = [reader.read([]), {} if namespace is None else namespace.as_dict()]
         sources += [reader.read([f"--config={file}"], env=False) for file in files.get("config", [])]
+        groups = ("model", "data", "trainer")
+        for name, values in _split(flags, {f"--{name}": name for name in groups})[0].items():
+            sources += [{name: value} for value in values]
+        sources = [{name: reader.mapping(source.get(name)) for name in groups} for source in sources]
         return names_on_command_line(flags).union(*map(names_in_file, sources))
 
     def _reader(self) -> "_Reader":
@@ -171,10 +175,15 @@ class _Reader(jsonargparse.ArgumentParser):
 
     def class_path(self, value: Any) -> str | None:
         """The class that the argument ``model`` or ``data`` names: itself, in a mapping, or in a file of one."""
+        found = self.mapping(value)
+        kind = value if found is None else found.get("class_path")
+        return kind if isinstance(kind, str) else None
+
+    def mapping(self, value: Any) -> Mapping[str, Any] | None:
+        """The mapping that an argument is, or that is in the file or the text that it names; None if it is none."""
         if isinstance(value, str) and (value.lstrip().startswith("{") or Path(value).suffix in (".yaml", ".json")):
             value = self.read([f"--config={value}"], env=False)
-        found = value.get("class_path") if isinstance(value, Mapping) else value
-        return found if isinstance(found, str) else None
+        return value if isinstance(value, Mapping) else None
 
 
 def _split(arguments: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:

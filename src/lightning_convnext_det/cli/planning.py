@@ -1,21 +1,24 @@
 """The plan that ``fit`` follows: made when the arguments are parsed, and given to the parser as defaults."""
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonargparse
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_convnext_det.arguments import check_arguments
 from lightning_convnext_det.cli.given import find_given
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.fingerprint import take_fingerprint
+from lightning_convnext_det.data.splits import check_objects
 from lightning_convnext_det.errors import WeightsError
 from lightning_convnext_det.models.backbone_weights import missing_weights
 from lightning_convnext_det.modules.deformable_detr import DeformableDETRModule
 from lightning_convnext_det.modules.dino import DINOModule
 from lightning_convnext_det.modules.registry import DETECTORS
-from lightning_convnext_det.planning.draft import Plan
+from lightning_convnext_det.planning.draft import Plan, show
 from lightning_convnext_det.planning.machine import find_machine
 from lightning_convnext_det.planning.plan import plan
 
@@ -51,13 +54,19 @@ class TrainingPlanner:
             WeightsError: if the pretrained weights that are planned cannot be had.
         """
         arguments = config["data"].as_dict().get("init_args") or {}
-        own = kind in DETECTORS.values() and config["data"]["class_path"].endswith(f".{DetectionDataModule.__name__}")
-        if not own or not (arguments.get("root") or arguments.get("train")) or arguments.get("datasets"):
+        if (
+            kind not in DETECTORS.values()
+            or not has_own_data(config)
+            or not (arguments.get("root") or arguments.get("train"))
+            or arguments.get("datasets")
+        ):
             return None
         everything = config.as_dict()
         if start is not None:
             names = names | {f"model.{name}" for name in everything["model"]["init_args"] if name not in _TRAINING}
-        given = {**find_given(names, everything), "start_from": start}
+        given = {**find_given(names, everything), "start_from": start, "tiles": everything.get("tiles")}
+        detector = get_type_hints(DETECTORS[kind.__name__].build_detector)["return"]
+        check_arguments(detector.__init__, {name.removeprefix("model."): value for name, value in given.items()})
         self.data, self._data_arguments = DetectionDataModule(**arguments), arguments
         made = self._make(kind, self.data, given, config["trainer"].as_dict())
         rank_zero_only(made.print)()
@@ -66,6 +75,14 @@ class TrainingPlanner:
         if made.refusal is not None:
             raise WeightsError(f"[LCD-W001] {made.refusal}")
         return made
+
+    @staticmethod
+    @rank_zero_only
+    def say_kept(settings: Mapping[str, Any]) -> None:
+        """Say which settings a resumed run has from the plan of its first part."""
+        if settings:
+            text = ", ".join(f"{name} {show(value)}" for name, value in settings.items())
+            sys.stderr.write(f"the plan of the checkpoint: {text}\n")
 
     def share_splits(self, data: DetectionDataModule, arguments: Mapping[str, Any]) -> None:
         """Spare a data module of the same arguments reading the splits once more."""
@@ -79,15 +96,24 @@ class TrainingPlanner:
     ) -> Plan:
         train, val = data.annotations("train"), data.annotations("val")
         assert train is not None
+        check_objects(train)
         machine = find_machine(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
         return plan(
             take_fingerprint(train),
             machine,
             given,
             images_to_validate=0 if val is None or trainer.get("limit_val_batches") == 0 else len(val),
-            kind="detr" if issubclass(kind, DeformableDETRModule | DINOModule) else "rcnn",
+            kind=next((name for base, name in _KINDS.items() if issubclass(kind, base)), "rcnn"),
             missing_weights=missing_weights,
         )
+
+
+_KINDS = {DeformableDETRModule: "detr", DINOModule: "dino"}
+
+
+def has_own_data(config: jsonargparse.Namespace) -> bool:
+    """Whether the data module of a fit is this package's, by whichever of its import paths."""
+    return str(config["data"]["class_path"]).endswith(f".{DetectionDataModule.__name__}")
 
 
 # arguments of a module that are of its training, not of its network

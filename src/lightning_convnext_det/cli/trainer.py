@@ -27,9 +27,11 @@ from lightning_convnext_det.checkpoints.build_module import check_writer, read_c
 from lightning_convnext_det.checkpoints.format import FORMAT, read_grey_range
 from lightning_convnext_det.cli.arguments import Choices, Parser
 from lightning_convnext_det.cli.commands import DESCRIPTION
+from lightning_convnext_det.cli.given import find_given
 from lightning_convnext_det.cli.inference import add_inference_arguments, add_to_inference, size_training_tiles
+from lightning_convnext_det.cli.kept_plan import KeptPlan, read_kept_plan, settings_to_keep
 from lightning_convnext_det.cli.messages import is_raised_in, one_line
-from lightning_convnext_det.cli.planning import TrainingPlanner
+from lightning_convnext_det.cli.planning import TrainingPlanner, has_own_data
 from lightning_convnext_det.cli.run_options import add_run_arguments, create_run_callbacks, tune
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.image_folder import ImageFolderDataModule
@@ -61,6 +63,7 @@ class DetectionCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], only_plan: bool = False) -> None:
         self._planner = TrainingPlanner(only_plan)
+        self._kept: dict[str, Any] = {}  # of the plan, in checkpoints
         self._start: str | None = None
         self._checkpoint: dict[str, Any] | None = None  # that of --ckpt_path or --start_from
         self._kind: type[LightningModule] = FasterRCNNModule
@@ -117,18 +120,27 @@ class DetectionCLI(LightningCLI):
         self._set_class_defaults(parser, self._kind, _find_class(choices.data, _DATA) or data, options)
 
     def _plan(self, parser: Parser, config: Namespace, names: set[str]) -> bool:
-        """Make the plan of a fit the defaults of its parser; False where there is no plan."""
-        if parser.subcommand != "fit" or not config["plan"] or config["ckpt_path"] is not None:
+        """Make the plan of a fit the defaults of its parser, of a resumed one that of the checkpoint; False without."""
+        if parser.subcommand != "fit" or not config["plan"]:
+            return False
+        options: dict[str, Any] = {}
+        if config["ckpt_path"] is None:
+            made = self._planner.plan(self._kind, config, names, self._start)
+            if made is None:
+                return False
+            options, self._kept = made.chosen("model"), settings_to_keep(made)
+        elif self._checkpoint is not None and has_own_data(config):
+            given = find_given(names, config.as_dict())
+            self._kept = read_kept_plan(self._checkpoint, given)
+            self._planner.say_kept({name: value for name, value in self._kept.items() if name not in given})
+        if not options and not self._kept:
             return False
         trained = {} if self._checkpoint is None else self._checkpoint["hyper_parameters"]
-        options = {k: v for k, v in trained.items() if k not in _LINKED}
-        made = self._planner.plan(self._kind, config, names, self._start)
-        if made is None:
-            return False
-        self._set_class_defaults(
-            parser, self._kind, DetectionDataModule, options | made.chosen("model"), made.chosen("data")
-        )
-        parser.set_defaults({f"trainer.{name}": value for name, value in made.chosen("trainer").items()})
+        options = {k: v for k, v in trained.items() if k not in _LINKED} | options
+        data = {k.removeprefix("data."): v for k, v in self._kept.items() if k.startswith("data.")}
+        self._set_class_defaults(parser, self._kind, DetectionDataModule, options, data)
+        kept = {name: value for name, value in self._kept.items() if not name.startswith("data.")}
+        parser.set_defaults(kept | ({"time": str(kept["time"])} if "time" in kept else {}))
         return True
 
     def _checkpoint_to_start_from(self, subcommand: str, choices: Choices) -> str | None:
@@ -156,6 +168,8 @@ class DetectionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments given, whatever ``sys.argv`` holds."""
         self.config = parser.parse_args(args)
+        if self._planner.only_plan:  # it ends where the plan is printed
+            raise ArgumentError("there is no plan for these arguments: plans are for this package's detectors and data")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it is: the checkpoint's values are the parser's defaults already."""
@@ -246,6 +260,8 @@ class DetectionCLI(LightningCLI):
             own = [c for c in own if not isinstance(c, ModelCheckpoint)]
         if config.get("logger") in (None, True):
             config["logger"] = _loggers(Path(config["default_root_dir"])) if not predict else False
+        if fit and self._kept:
+            own.append(KeptPlan(self._kept))
         if fit and config["logger"] and not config.get("fast_dev_run"):
             own.append(LearningRateMonitor("step"))
         if fit:  # a wanted time decides the steps before the overview forecasts them
