@@ -145,6 +145,40 @@ def test_formats__crops_are_the_pixels_of_the_objects(tmp_path: Path) -> None:
     assert torch.equal(read_image(tmp_path / "crops" / "cat" / "a.png"), image[:, 2:61, 1:42])
 
 
+def test_formats__crops_of_classes_of_like_names_have_folders_of_their_own(tmp_path: Path) -> None:
+    module = Foretold((0.9, 0.8))
+    module.class_names = ["C++", "C#"]
+    predict(PredictionWriter(tmp_path, formats="crops", draw=False), loader("a.jpg"), module)
+    assert visible(tmp_path / "crops") == ["C_", "C_-1"]
+
+
+def test_formats__names_keep_blanks_and_joiners_of_other_scripts(tmp_path: Path) -> None:
+    module, name = Foretold((0.9, 0.8)), "Screenshot 3.04\u202fPM.png"  # as macOS names them
+    module.class_names = names = ["no\u00a0break", "\u0645\u06cc\u200c\u0634\u0648\u062f"]
+    predict(PredictionWriter(tmp_path, formats=ALL), loader(name), module)
+    assert {(row[1], row[3]) for row in rows(tmp_path)} == {(name, names[0]), (name, names[1])}
+    assert (tmp_path / "yolo" / "classes.txt").read_text(encoding="utf-8").split("\n") == [*names, ""]
+    root = ElementTree.parse(tmp_path / "voc" / f"{Path(name).stem}.xml").getroot()
+    assert [root.findtext("filename"), *(item.findtext("name") for item in root.iter("object"))] == [name, *names]
+
+
+def test_formats__labelme_files_lead_to_the_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = DetectionDataModule(predict="data/train", batch_size=2, num_workers=0)
+    predict_files(create(Path("out"), formats="labelme", draw=False), data)
+    for path in (tmp_path / "out" / "labelme").glob("*.json"):
+        image = path.parent / json.loads(path.read_text())["imagePath"]  # as LabelMe joins them
+        assert image.resolve() == photos / f"{path.stem}.jpg"
+
+
+def test_formats__results_of_frames_have_their_numbers(tmp_path: Path) -> None:
+    predict(PredictionWriter(tmp_path, formats="yolo"), loader("clip.mp4#000000", "clip.mp4#000012"))
+    assert visible(tmp_path / "yolo") == ["classes.txt", "clip-000000.txt", "clip-000012.txt"]
+    assert visible(tmp_path) == ["clip-000000.jpg", "clip-000012.jpg", "yolo"]
+
+
 def test_formats__best_threshold_is_that_of_the_class(tmp_path: Path) -> None:
     module = Foretold((0.9, 0.9))
     module.score_thresholds = [0.95, None]
@@ -274,6 +308,16 @@ def test_prediction_writer__begins_anew_for_another_prediction(photos: Path, tmp
     last = Seen()
     last.weight = torch.nn.Parameter(torch.ones(1))
     assert seen(create(folder, formats="parquet", draw=False), last, data_of(photos)) == 1  # one image more
+
+
+def test_prediction_writer__predicts_a_changed_image_again(photos: Path, tmp_path: Path) -> None:
+    predict_files(create(tmp_path / "out", formats="parquet", draw=False), data_of(photos))
+    image = sorted(photos.glob("*.jpg"))[6]
+    image.write_bytes(sorted(photos.glob("*.jpg"))[0].read_bytes())
+    again = Seen()
+    predict_files(create(tmp_path / "out", formats="parquet", draw=False), data_of(photos), again)
+    assert again.seen == [7, 8]  # those of its part
+    assert sorted(i for path in parts(tmp_path / "out") for i in images_of(path)) == [1, 2, 3, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `ImageLoader` across ranks is zero")

@@ -80,6 +80,11 @@ def test_prediction__selections_know_image_and_classes(
     assert some.boxes.shape == (len(names), 4)
 
 
+def test_prediction__an_index_as_a_tensor(found: Prediction) -> None:
+    assert found[found.scores.argmin()].names == ["wide load"]
+    assert found[np.array(1)].names == ["cat"]
+
+
 def test_prediction__filter(found: Prediction) -> None:
     assert found.filter(score=0.6).names == ["dog", "cat"]
     assert found.filter(classes=["cat", "wide load"]).names == ["cat", "wide load"]

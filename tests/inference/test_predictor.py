@@ -400,6 +400,18 @@ def test_from_checkpoint__missing_file(tmp_path: Path) -> None:
 # ---- drawing
 
 
+def test_predictor__predictions_are_drawn_on_images_as_the_detector_reads_them(tmp_path: Path) -> None:
+    detector = FasterRCNN(1, "test_convnext", min_size=64, max_size=96, in_chans=1, score_threshold=1.0)
+    grey = np.random.default_rng(0).integers(0, 1000, (64, 80)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "16.png")
+    predictor = Predictor(detector, ["cat"], value_range=(0, 1000))
+    for image in (torch.zeros(1, 64, 80, dtype=torch.uint8), np.zeros((64, 80, 1), np.uint8), tmp_path / "16.png"):
+        drawn = predictor(image).plot()
+        assert drawn.mode == "RGB"
+        assert drawn.tobytes() == predictor.draw(image).tobytes()
+    assert np.asarray(drawn).mean() == pytest.approx(127, abs=5)  # of values of 0 ... 1000, not of 65535
+
+
 def test_draw__finds_or_takes_what_was_found(predictor: Predictor) -> None:
     image = Image.new("RGB", (300, 260), (128, 128, 128))
     drawn = predictor.draw(image)

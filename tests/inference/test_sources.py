@@ -53,6 +53,9 @@ def test_stream__below_folders_and_from_lists(folder: Path, predictor: Predictor
     assert [len(found) for found in predictor.stream(folder, recursive=True)] == [1, 2, 3]
     (tmp_path / "list.txt").write_text("photos/b.png\nphotos/below/*.png\n")
     assert [len(found) for found in predictor.stream(tmp_path / "list.txt")] == [2, 3]
+    (tmp_path / "list.txt").rename(folder.rename(tmp_path / "photos [1]") / "list.txt")
+    (tmp_path / "photos [1]" / "list.txt").write_text("b*.png\nbelow/c.png\n")
+    assert [len(found) for found in predictor.stream(tmp_path / "photos [1]" / "list.txt")] == [2, 3]
 
 
 def test_stream__takes_only_the_images_of_a_batch_from_an_iterator(predictor: Predictor) -> None:

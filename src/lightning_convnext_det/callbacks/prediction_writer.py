@@ -283,7 +283,9 @@ class PredictionWriter(Callback):
 
     def _options(self, trainer: pl.Trainer) -> dict[str, object]:
         """What the files of the images depend on, beside the module."""
+        data = getattr(trainer, "datamodule", None)
         return {
+            "pixels": [str(getattr(data, name, None)) for name in ("value_range", "in_chans")],
             "formats": sorted(set(self.formats) - set(TABLES)),
             "drawings": [self.score_threshold, self.draw, self.draw_limit, self.font],
             "precision": str(trainer.precision),

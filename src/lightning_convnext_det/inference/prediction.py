@@ -16,9 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.arguments import Fraction, check_arguments
-from lightning_convnext_det.data.writers.annotations import COLUMNS, labelme_json, table_row, voc_xml, yolo_text
+from lightning_convnext_det.data.writers.annotations import (
+    COLUMNS,
+    labelme_json,
+    path_from,
+    table_row,
+    voc_xml,
+    yolo_text,
+)
 from lightning_convnext_det.errors import ArgumentError
-from lightning_convnext_det.inference.images import ImageSource, read_source
+from lightning_convnext_det.inference.images import ImageSource, PixelFormat, read_source
 from lightning_convnext_det.metrics.coco_results import CocoResult, coco_results
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection
@@ -74,6 +81,7 @@ class Prediction:
         image: the image or its file; it is read when it is needed, and not copied.
         image_size: its height and width, where they are known already.
         drawn_from: boxes of a lower score are not drawn; one number, or one for each class.
+        pixel_format: how the image is read, as the detector reads it (default: RGB).
 
     Raises:
         ValueError: if the lengths differ.
@@ -89,6 +97,7 @@ class Prediction:
         image: ImageSource | None = None,
         image_size: tuple[int, int] | None = None,
         drawn_from: Fraction | Sequence[Fraction] = SCORE_THRESHOLD,
+        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008  # it cannot be changed
     ) -> None:
         check_arguments(Prediction.__init__, locals())
         if not len(boxes) == len(labels) == len(scores):
@@ -96,7 +105,7 @@ class Prediction:
         self.boxes, self.labels, self.scores = boxes, labels, scores
         self.class_names = list(class_names)
         self.class_ids = list(range(len(self.class_names)) if category_ids is None else category_ids)
-        self.image = image
+        self.image, self.pixel_format = image, pixel_format
         self.drawn_from = list(drawn_from) if isinstance(drawn_from, Sequence) else [drawn_from] * len(class_names)
         if image_size is not None:
             self.image_size = image_size
@@ -151,6 +160,7 @@ class Prediction:
         if isinstance(index, slice):
             return self._select(index)
         chosen = torch.as_tensor(index)
+        chosen = chosen[None] if chosen.dim() == 0 else chosen  # of scores.argmax()
         return self._select(chosen if chosen.numel() else torch.zeros(0, dtype=torch.int64))
 
     def keys(self) -> tuple[str, ...]:
@@ -214,7 +224,9 @@ class Prediction:
         path = Path(path)
         kind = format or _SUFFIXES.get(path.suffix.lower())
         if kind is not None:
-            path.write_text(self._as_text(kind, image_id), encoding="utf-8", errors="backslashreplace", newline="")
+            path.write_text(
+                self._as_text(kind, image_id, path.parent), encoding="utf-8", errors="backslashreplace", newline=""
+            )
         elif path.suffix.lower() in _DRAWINGS:
             self.plot().save(path)
         else:
@@ -255,7 +267,7 @@ class Prediction:
             self.plot().save(file, "png")
             return file.getvalue()
 
-    def _as_text(self, kind: FileFormat, image_id: int) -> str:
+    def _as_text(self, kind: FileFormat, image_id: int, folder: Path) -> str:
         name, found = self._file_name(image_id), self._detection()
         if kind == "csv":
             with io.StringIO() as file:
@@ -266,12 +278,12 @@ class Prediction:
             "coco": lambda: json.dumps(self.to_coco(image_id), indent=1) + "\n",
             "yolo": lambda: yolo_text(found, self.image_size),
             "voc": lambda: voc_xml(found, self.image_size, name, self.class_names),
-            "labelme": lambda: labelme_json(found, self.image_size, name, self.class_names),
+            "labelme": lambda: labelme_json(found, self.image_size, path_from(folder, name), self.class_names),
         }
         return texts[kind]()
 
     def draw_on(self, pixels: Tensor, score_threshold: float | None = None, font: str | None = None) -> Image.Image:
-        """Draw the objects on a copy of an image, uint8 or float in 0..1 [3, H, W]; arguments as in `plot`."""
+        """Draw the objects on a copy of an image, uint8 or float in 0..1 [1, 3 or 4, H, W]; arguments as in `plot`."""
         least = self.drawn_from if score_threshold is None else [score_threshold] * len(self.class_names)
         drawn = self._select(self.scores >= torch.tensor(least)[self.labels])
         colors = class_colors(self.class_names)
@@ -280,7 +292,7 @@ class Prediction:
     def _pixels(self) -> Tensor:
         if self.image is None:
             raise ArgumentError("this prediction does not know its image; a Predictor's does")
-        return cast(Tensor, read_source(self.image, "the image"))
+        return cast(Tensor, read_source(self.image, "the image", pixel_format=self.pixel_format._replace(tile=None)))
 
     # ---- helpers
 
@@ -294,6 +306,7 @@ class Prediction:
             self.image,
             vars(self).get("image_size"),
             self.drawn_from,
+            self.pixel_format,
         )
         return chosen
 

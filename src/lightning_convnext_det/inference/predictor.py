@@ -254,8 +254,7 @@ class Predictor:
         found = self(image) if prediction is None else prediction
         own = None if self.score_threshold == "best" else self.score_threshold
         pixels = cast(Tensor, read_source(image, "the image", pixel_format=self.pixel_format._replace(tile=None)))
-        rgb = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels[:3]
-        return found.draw_on(rgb, own if score_threshold is None else score_threshold, font)
+        return found.draw_on(pixels, own if score_threshold is None else score_threshold, font)
 
     def _augmented(self) -> nn.Module:
         return augment_detector(
@@ -285,6 +284,7 @@ class Predictor:
             source,
             (pixels.shape[1], pixels.shape[2]),
             drawn_from=least or self.score_thresholds or SCORE_THRESHOLD,
+            pixel_format=self.pixel_format,
         )
 
     def _label(self, name: str) -> int:

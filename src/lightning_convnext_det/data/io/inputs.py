@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,6 +15,7 @@ from lightning_convnext_det.errors import DataError
 _warn = rank_zero_only(logging.getLogger(__name__).warning)
 _NO_IMAGES = ("", ".json", ".xml", ".txt", ".yaml", ".yml", ".csv", ".tsv", ".md", ".names", ".cache", ".zip", ".html")
 _SHOWN = 10
+_SIGNS = "*?["  # of patterns
 
 
 def find_images(sources: Sequence[str | Path], recursive: bool = False, videos: bool = False) -> list[Path]:
@@ -59,7 +60,7 @@ def names_one_image(source: str | Path) -> bool:
     path = Path(source)
     if path.is_dir() or is_video_name(path.name) or path.suffix.lower() == ".txt":
         return False
-    return path.is_file() or not any(sign in str(source) for sign in "*?[")
+    return path.is_file() or not any(sign in str(source) for sign in _SIGNS)
 
 
 def _candidates(source: Path, recursive: bool, videos: bool) -> tuple[list[Path], list[str]]:
@@ -94,8 +95,15 @@ def _expand_lists(sources: Sequence[Path] | map) -> list[Path]:  # type: ignore[
         paths = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not paths:
             raise DataError(f"[LCD-P001] {source} lists no images; write one path in each line")
-        expanded += [source.parent / path for path in paths]
+        expanded += [_in_folder(source.parent, path) for path in paths]
     return expanded
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    """A path or pattern in a folder; signs of patterns in the name of the folder stand for themselves."""
+    path = folder / name
+    is_pattern = any(sign in name for sign in _SIGNS) and not path.exists()
+    return path if Path(name).is_absolute() or not is_pattern else Path(escape(str(folder))) / name
 
 
 def _frames(video: Path) -> list[Path]:

@@ -5,7 +5,10 @@ Tables hold all.
 """
 
 import json
+import os
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
@@ -87,7 +90,7 @@ def labelme_json(detection: Detection, size: tuple[int, int], file_name: str, cl
     Args:
         detection: on the CPU, boxes in pixels of the image.
         size: height and width of the image.
-        file_name: of the image; LabelMe looks for it from the folder of the annotation file.
+        file_name: of the image, absolute or from the folder of the annotation file, see `path_from`.
         class_names: in order of label.
     """
     boxes, scores = decimals(_inside(detection["boxes"], size).float()), decimals(detection["scores"])
@@ -115,14 +118,33 @@ def labelme_json(detection: Detection, size: tuple[int, int], file_name: str, cl
     return json.dumps(content, indent=2) + "\n"
 
 
+def path_from(folder: Path, file_name: str) -> str:
+    """The path of an image from a folder, where LabelMe looks for it; other names than those of files stay."""
+    if os.path.isabs(file_name) or not os.path.isfile(file_name):
+        return file_name
+    parent, name = os.path.split(file_name)
+    # of real paths: .. would lead elsewhere behind a link
+    return Path(os.path.relpath(os.path.realpath(parent), os.path.realpath(folder)), name).as_posix()
+
+
 def decimals(values: Tensor) -> list[float]:
     """Float32 values as the shortest decimals that are equal to them: 0.9, not 0.899999976."""
     return [float(str(value)) for value in values.flatten().to(torch.float32).numpy()]
 
 
 def printable(text: str) -> str:
-    """A text without control characters and halves of surrogate pairs, which UTF-8 and XML cannot hold."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """A text without line ends, control characters and halves of surrogate pairs, which UTF-8 and XML cannot hold.
+
+    >>> printable("two\\nlines"), printable("no\\u00a0break")
+    ('two\\\\nlines', 'no\\xa0break')
+    """
+    return "".join(c.encode("unicode_escape").decode("ascii") if _cannot_be_written(c) else c for c in text)
+
+
+def _cannot_be_written(character: str) -> bool:
+    # control, surrogate, line and paragraph separators; not other blanks and joiners, which names do hold: macOS puts
+    # U+202F into those of screenshots, Persian and emojis need U+200C and U+200D
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in "\ufffe\uffff"
 
 
 def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Parquet files of predictions: one part per rank and some images, each complete or absent.
 
-A part says in its metadata which images it covers, also those without detections, and by what they were predicted; so
-a prediction that was ended can go on with the others.
+A part says in its metadata which images it covers, also those without detections, what their files were like, and by
+what they were predicted; so a prediction that was ended can go on with the others.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_convnext_det.data.io.video import parse_frame_name
 from lightning_convnext_det.data.writers.annotations import COLUMNS, printable
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.types import Detection
@@ -113,12 +114,13 @@ class ParquetWriter:
             pa.array(scores, pa.float32()),
             *(pa.array(boxes[:, i], pa.float32()) for i in range(4)),
         ]
-        facts = json.dumps({"fingerprint": self.fingerprint, "images": self._images})
+        stamps = [file_stamp(name) for _, name in self._images]
+        facts = json.dumps({"fingerprint": self.fingerprint, "images": self._images, "stamps": stamps})
         return pa.table(columns, names=list(COLUMNS)).replace_schema_metadata({_METADATA: facts.encode("ascii")})
 
 
 def clear_parts(folder: Path, fingerprint: str | None, images: Sequence[ImageKey] = ()) -> list[FinishedPart]:
-    """Remove all parts but those that the same prediction of the same images would write.
+    """Remove all parts but those that the same prediction of the same images, with unchanged files, would write.
 
     Args:
         folder: of the parts.
@@ -135,12 +137,23 @@ def clear_parts(folder: Path, fingerprint: str | None, images: Sequence[ImageKey
     for path in sorted(folder.glob(_PATTERN)):
         facts = {} if fingerprint is None else _facts(path)
         covered = [(int(image_id), str(name)) for image_id, name in facts.get("images", [])]
-        if fingerprint is not None and facts.get("fingerprint") == fingerprint and known.issuperset(covered):
+        same = fingerprint is not None and facts.get("fingerprint") == fingerprint and known.issuperset(covered)
+        if same and facts.get("stamps") == [file_stamp(name) for _, name in covered]:
             stay.append(FinishedPart(path, covered))
             known.difference_update(covered)  # once
         elif facts or fingerprint is None:
             path.unlink()
     return stay
+
+
+def file_stamp(file_name: str) -> list[int] | None:
+    """Size and time of change (ns) of an image's file, or of a frame's video; None if there is no such file."""
+    video = parse_frame_name(file_name)
+    try:
+        facts = os.stat(file_name if video is None else video[0])
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def read_part(part: FinishedPart, category_ids: Sequence[int]) -> Iterator[tuple[Detection, ImageKey]]:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.data.io.regions import RegionImage
-from lightning_convnext_det.data.writers.annotations import labelme_json, printable, voc_xml, yolo_text
+from lightning_convnext_det.data.io.video import parse_frame_name
+from lightning_convnext_det.data.writers.annotations import labelme_json, path_from, printable, voc_xml, yolo_text
 from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, FileList, hidden
 from lightning_convnext_det.data.writers.parquet import ParquetWriter
 from lightning_convnext_det.data.writers.tables import write_line
@@ -57,6 +58,7 @@ class RankResults:
         self.class_names, self.category_ids = list(class_names), list(category_ids)
         self.least = torch.tensor(list(score_thresholds))
         self.colors = class_colors(class_names)
+        self._crop_folders = name_folders(class_names)
         self.parquet = parquet
         self.num_drawn = 0
         with ExitStack() as files:
@@ -90,11 +92,11 @@ class RankResults:
         found = Detection(
             boxes=detection["boxes"][kept], labels=detection["labels"][kept], scores=detection["scores"][kept]
         )
-        size, stem = (image.shape[-2], image.shape[-1]), Path(file_name).stem
+        size, stem = (image.shape[-2], image.shape[-1]), _stem(file_name)
         for name in _SUFFIXES:
             if name in self.formats:
                 path = self._list.reserve(self.folder / name, stem, _SUFFIXES[name], image_id)
-                path.write_text(self._annotation(name, found, size, file_name), encoding="utf-8")
+                path.write_text(self._annotation(name, found, size, file_name, path.parent), encoding="utf-8")
         suffix = ".png" if Path(file_name).suffix.lower() in _LOSSLESS else ".jpg"
         if "crops" in self.formats:
             self._crop(image, found, stem, suffix, image_id)
@@ -120,21 +122,44 @@ class RankResults:
         """Close the files."""
         self._files.close()
 
-    def _annotation(self, name: str, found: Detection, size: tuple[int, int], file_name: str) -> str:
+    def _annotation(self, name: str, found: Detection, size: tuple[int, int], file_name: str, folder: Path) -> str:
         if name == "yolo":
             return yolo_text(found, size)
-        return (voc_xml if name == "voc" else labelme_json)(found, size, file_name, self.class_names)
+        if name == "voc":
+            return voc_xml(found, size, file_name, self.class_names)
+        return labelme_json(found, size, path_from(folder, file_name), self.class_names)
 
     def _crop(self, image: Tensor | RegionImage, found: Detection, stem: str, suffix: str, image_id: int) -> None:
         height, width = image.shape[-2:]
         for box, label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True):
             x1, y1 = min(max(int(box[0]), 0), width - 1), min(max(int(box[1]), 0), height - 1)
             x2, y2 = max(min(-int(-box[2] // 1), width), x1 + 1), max(min(-int(-box[3] // 1), height), y1 + 1)
-            # of a class whose name is no name of a folder
-            name = re.sub(r"[^\w .-]+", "_", printable(self.class_names[label])).strip(" .") or str(label)
-            path = self._list.reserve(self.folder / "crops" / name, stem, suffix, image_id)
+            path = self._list.reserve(self.folder / "crops" / self._crop_folders[label], stem, suffix, image_id)
             crop = image[..., y1:y2, x1:x2] if isinstance(image, Tensor) else image.read(x1, y1, x2, y2)
             _save(to_pil(crop), path)
+
+
+def name_folders(class_names: Sequence[str]) -> list[str]:
+    """A folder for each class: its name, without what cannot be in one; where that is taken, the label is added.
+
+    >>> name_folders(["cat", "C++", "C#", "Cat"])
+    ['cat', 'C_', 'C_-2', 'Cat-3']
+    """
+    folders: list[str] = []
+    taken: set[str] = set()  # whatever the case: some file systems do not tell it
+    for label, class_name in enumerate(class_names):
+        name = re.sub(r"[^\w .-]+", "_", printable(class_name)).strip(" .") or str(label)
+        while name.casefold() in taken:
+            name = f"{name}-{label}"
+        taken.add(name.casefold())
+        folders.append(name)
+    return folders
+
+
+def _stem(file_name: str) -> str:
+    """The name of an image's results; that of a frame has its number: ``clip-000123``."""
+    frame = parse_frame_name(file_name)
+    return Path(file_name).stem if frame is None else f"{Path(frame[0]).stem}-{frame[1]:06d}"
 
 
 def _reduce(image: Tensor | RegionImage, boxes: Tensor) -> tuple[Tensor, Tensor]:
