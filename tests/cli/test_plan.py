@@ -11,6 +11,8 @@ from lightning_convnext_det.cli.kept_plan import KeptPlan, read_kept_plan
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.modules.faster_rcnn import FasterRCNNModule
+from lightning_convnext_det.modules.registry import save_module
 from lightning_convnext_det.planning.machine import Machine
 
 TINY = [
@@ -80,6 +82,17 @@ def test_plan__takes_what_files_of_a_group_give(
 def test_plan__what_the_detector_refuses_ends_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(dataset), *TINY, "--model.max_size=0"]) == 2
     assert "max_size is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_plan__of_a_detector_to_start_from_has_its_network(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    module = FasterRCNNModule(2, ["cat", "dog"], backbone="test_convnext", min_size=72, max_size=96)
+    save_module(module, tmp_path / "a.ckpt")
+    assert main(["plan", str(dataset), f"--start_from={tmp_path / 'a.ckpt'}"]) == 0
+    rows = {words[1]: words[3:6] for line in capsys.readouterr().err.splitlines() if len(words := line.split()) > 4}
+    assert rows["model.min_size"] == ["72", "│", "given"]
 
 
 def test_plan__of_a_dataset_without_objects_ends_in_one_line(

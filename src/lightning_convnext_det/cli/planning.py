@@ -66,7 +66,9 @@ class TrainingPlanner:
             names = names | {f"model.{name}" for name in everything["model"]["init_args"] if name not in _TRAINING}
         given = {**find_given(names, everything), "start_from": start, "tiles": everything.get("tiles")}
         detector = get_type_hints(DETECTORS[kind.__name__].build_detector)["return"]
-        check_arguments(detector.__init__, {name.removeprefix("model."): value for name, value in given.items()})
+        # but for the number of classes, which the data tell later
+        options = {name.removeprefix("model."): value for name, value in given.items() if name != "model.num_classes"}
+        check_arguments(detector.__init__, options)
         self.data, self._data_arguments = DetectionDataModule(**arguments), arguments
         made = self._make(kind, self.data, given, config["trainer"].as_dict())
         rank_zero_only(made.print)()
