@@ -70,7 +70,7 @@ def main() -> None:
                     onnx.save(model, path)
             elif kind == "openvino":
                 path = folder / f"{precision}_openvino"
-                images = (image[None] for image in calibration)
+                images = [image[None] for image in calibration]
                 is_transformer = isinstance(module.detector, QueryDetector)
                 write_openvino(folder / "fp32.onnx", path, {}, precision, images, is_transformer)
             else:
@@ -79,7 +79,7 @@ def main() -> None:
             print(f"{name}: {time.process_time() - start:.0f} CPU s to write", flush=True)
             files = [path] if path.is_file() else path.iterdir()
             sizes[name] = sum(file.stat().st_size for file in files)
-            detect[name] = as_detector(load_runner(path), module.detector, BOTH)
+            detect[name] = as_detector(load_runner(path), lambda image: image)
         seconds = {name: [] for name in detect}
         for images, _ in annotated[: options.images]:
             for name, run in detect.items():
@@ -89,7 +89,7 @@ def main() -> None:
                 seconds[name].append(time.process_time() - start)
         print("\n| file | mAP | CPU ms | size MB |\n|---|---|---|---|")
         for name, run in detect.items():
-            found, _ = evaluate(run, annotated, module.class_names, module.detector if name == "eager" else None)
+            found, _ = evaluate(run, annotated, module.class_names)
             milliseconds = 1000 * statistics.median(seconds[name])
             print(f"| {name} | {100 * found:.2f} | {milliseconds:.0f} | {sizes[name] / 1e6:.1f} |", flush=True)
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_convnext_det.cli.commands import TOOLS
 from lightning_convnext_det.errors import ArgumentError, DataError
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_convnext_det.data.datamodule import DetectionDataModule
+    from lightning_convnext_det.data.io.pixels import Channels
+    from lightning_convnext_det.modules.detection import DetectionModule
 
 
 def export(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int:
@@ -21,18 +23,23 @@ def export(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int
     options = _create_parser().parse_args(arguments)
     from lightning_convnext_det.inference.export.export import export as export_detector
     from lightning_convnext_det.inference.export.export import verify_file
-    from lightning_convnext_det.inference.export.triton import write_triton
+    from lightning_convnext_det.inference.export.triton import triton_folder, write_triton
     from lightning_convnext_det.modules.registry import load_module
 
-    images = _read_images(options.verify, options.verify_images) if options.verify else []
+    for name in ("verify_images", "calibration_images"):
+        if getattr(options, name) < 1:
+            raise ArgumentError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    if options.triton and not options.verify_only:
+        triton_folder(Path(options.destination), Path(options.triton))  # before the export, which may take minutes
     module = load_module(options.checkpoint)
+    images = list(_ImageFiles(options.verify, options.verify_images, module)) if options.verify else []
     if options.verify_only:
         sys.stdout.write(f"{verify_file(module, options.destination, images).differences}\n")
         return 0
-    calibration: list[Tensor] = []
+    calibration: Sequence[Tensor] = []
     annotated = None
     if options.precision == "int8":
-        calibration, annotated = _calibrate_on(options.calibration, options.calibration_images, module.class_names)
+        calibration, annotated = _calibrate_on(options.calibration, options.calibration_images, module)
     report = export_detector(
         module,
         options.destination,
@@ -97,22 +104,33 @@ def _split(text: str, allowed: tuple[str, ...], name: str) -> list[Any]:  # of t
     return words
 
 
-def _read_images(place: str, limit: int) -> "list[Tensor]":
-    """Up to ``limit`` images of a file or folder, evenly spread."""
-    from lightning_convnext_det.data.io.decode import read_image
-    from lightning_convnext_det.data.io.listing import walk_images
+class _ImageFiles(Sequence["Tensor"]):
+    """Up to ``limit`` images of a file, a folder or a list of files, evenly spread; read as the detector reads them."""
 
-    path = Path(place)
-    files = [path] if path.is_file() else walk_images([path])
-    if not files:
-        raise DataError(f"[LCD-P001] {place}: there is no image")
-    step = max(1, len(files) // limit)
-    return [read_image(file) for file in files[::step][:limit]]
+    def __init__(self, place: str | Sequence[Path], limit: int, module: "DetectionModule") -> None:
+        from lightning_convnext_det.data.io.listing import walk_images
+
+        files = [Path(place)] if isinstance(place, str) else place
+        files = walk_images(files) if isinstance(place, str) and not files[0].is_file() else files
+        if not files:
+            raise DataError(f"[LCD-P001] {place}: there is no image")
+        self._files = files[:: max(1, len(files) // limit)][:limit]
+        self._channels, self._grey = cast("Channels", module.in_chans), module.grey_range
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:  # a number; slices are not needed
+        from lightning_convnext_det.data.io.pixels import GreyRange
+        from lightning_convnext_det.inference.images import PixelFormat, read_source
+
+        grey = None if self._grey is None else GreyRange(*self._grey)
+        return read_source(self._files[index], "", pixel_format=PixelFormat(self._channels, grey))
 
 
 def _calibrate_on(
-    folder: str | None, limit: int, class_names: list[str]
-) -> "tuple[list[Tensor], Callable[[], Iterator[Any]] | None]":
+    folder: str | None, limit: int, module: "DetectionModule"
+) -> "tuple[Sequence[Tensor], Callable[[], Iterator[Any]] | None]":
     """Images to calibrate on, and, of a dataset, what makes the batches of its validation split."""
     from lightning_convnext_det.data.datamodule import DetectionDataModule
 
@@ -120,20 +138,21 @@ def _calibrate_on(
         raise ArgumentError(
             "int8 needs images to calibrate on; give --calibration DIR, a dataset or a folder of images"
         )
-    data = DetectionDataModule(folder, batch_size=1, num_workers=0)
+    data = DetectionDataModule(folder, batch_size=1, num_workers=0, in_chans=cast("Channels", module.in_chans))
+    if module.grey_range is not None:
+        data.load_state_dict({"value_range": list(module.grey_range)})
     try:
         names = data.class_names
-    except DataError:  # no annotations
-        return _read_images(folder, limit), None
-    if names != class_names:
-        raise DataError(f"[LCD-D120] {folder} has the classes {names}, the checkpoint {class_names}")
+    except DataError as error:
+        if not str(error).startswith("[LCD-L002]"):  # there are annotations, or no folder
+            raise
+        return _ImageFiles(folder, limit, module), None
+    if names != module.class_names:
+        raise DataError(f"[LCD-D120] {folder} has the classes {names}, the checkpoint {module.class_names}")
     table = data.annotations("train")
     assert table is not None  # a dataset has one
-    step = max(1, len(table) // limit)
-    paths = [table.path(index) for index in range(0, len(table), step)][:limit]
-    from lightning_convnext_det.data.io.decode import read_image
-
-    return [read_image(path) for path in paths], partial(_validation_batches, data)
+    paths = [table.path(index) for index in range(len(table))]
+    return _ImageFiles(paths, limit, module), partial(_validation_batches, data)
 
 
 def _validation_batches(data: "DetectionDataModule") -> Iterator[Any]:

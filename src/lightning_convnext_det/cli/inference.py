@@ -52,7 +52,7 @@ def add_to_inference(
         ArgumentError: if they are not for this command or model.
     """
     members = config["ensemble"] or []
-    paths = members.split(",") if isinstance(members, str) else list(members)
+    paths = [path.strip() for path in members.split(",")] if isinstance(members, str) else list(members)
     asked = [name for name in ("tiles", "tta", "ensemble") if config[name] not in (None, "", [])]
     if not asked:
         return

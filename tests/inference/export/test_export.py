@@ -20,6 +20,7 @@ from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export import onnx_file
 from lightning_convnext_det.inference.export.export import ExportReport, export, verify_file
 from lightning_convnext_det.inference.export.openvino_folder import find_exact_layers, write_openvino
+from lightning_convnext_det.inference.export.runtimes import load_runner
 from lightning_convnext_det.inference.export.triton import write_triton
 from tests.inference.export.conftest import spread_scores
 
@@ -195,6 +196,13 @@ def test_export__a_wrong_file_is_removed(
     with pytest.raises(ExportError, match="finds other objects"):
         export(module, tmp_path / "new.onnx")
     assert not (tmp_path / "new.onnx").exists()
+    (tmp_path / "earlier.onnx").write_bytes(b"earlier")
+    with pytest.raises(ExportError, match=r"earlier\.onnx finds other objects"):
+        export(module, tmp_path / "earlier.onnx")
+    assert (tmp_path / "earlier.onnx").read_bytes() == b"earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier.onnx", "wrong.onnx"]
+    with pytest.raises(ExportError, match=r"LCD-X001\].*cannot compute images float32 \[1, 3, 64, 64\]"):
+        load_runner(exported.path)(torch.zeros(1, 3, 64, 64))
 
 
 @pytest.mark.heavy

@@ -1,18 +1,16 @@
 """mAP of an exported file beside that of the detector, where single boxes may differ: in int8."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_convnext_det.errors import ExportError
 from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.runtimes import Runner
 from lightning_convnext_det.metrics.coco_map import DetectionEvaluator
+from lightning_convnext_det.models.image_transform import scale_boxes
 from lightning_convnext_det.models.tensor_detections import split_detections
 from lightning_convnext_det.types import Detection, Target, TensorDetections
 
@@ -37,41 +35,44 @@ class Accuracy:
 
 def measure_map(
     run: Runner,
-    detector: nn.Module,
+    graph: ExportGraph,
     class_names: list[str],
     annotated: Callable[[], Annotated] | None,
-    include: Sequence[str],
+    prepare: Callable[[Tensor], Tensor],
     allowed_loss: float,
-    path: Path,
+    name: object,
 ) -> Accuracy | None:
-    """Compare the mAP of a file with the detector's, and keep both in the file's ``metadata.json``.
+    """Compare the mAP of a file with the detector's on the same images, prepared alike.
 
     Raises:
         ExportError: if the file loses more than is allowed.
     """
     if annotated is None:
         return None
-    before, count = evaluate(lambda images: detector(images), annotated(), class_names, detector)
-    after, _ = evaluate(as_detector(run, detector, include), annotated(), class_names)
+    before, count = evaluate(as_detector(graph, prepare), annotated(), class_names)
+    after, _ = evaluate(as_detector(run, prepare), annotated(), class_names)
     accuracy = Accuracy(count, before, after)
     if before - after > allowed_loss:
         raise ExportError(
-            f"[LCD-X001] {path} loses too much: {accuracy}; give more calibration images, or precision=fp16"
+            f"[LCD-X001] {name} loses too much: {accuracy}; give more calibration images, or precision=fp16"
         )
-    card = path / "metadata.json"
-    if card.is_file():
-        content: dict[str, Any] = json.loads(card.read_text())
-        card.write_text(json.dumps({**content, "accuracy": asdict(accuracy)}, indent=2, ensure_ascii=False) + "\n")
     return accuracy
 
 
-def as_detector(run: Runner, detector: nn.Module, include: Sequence[str]) -> Callable[[list[Tensor]], list[Detection]]:
-    """An exported file as a function of a list of images, which it takes one by one."""
-    graph = None if "normalise" in include else ExportGraph(detector, include)  # type: ignore[arg-type]
+def as_detector(
+    run: Callable[[Tensor], Sequence[Tensor]], prepare: Callable[[Tensor], Tensor]
+) -> Callable[[list[Tensor]], list[Detection]]:
+    """An exported file, or its graph, as a function of a list of images, which it takes one by one as prepared."""
 
     def detect(images: list[Tensor]) -> list[Detection]:
-        given = [image[None] if graph is None else graph.normalise(image[None], 1.0) for image in images]
-        return [split_detections(TensorDetections(*run(image)))[0] for image in given]
+        found = []
+        for image in images:
+            given = prepare(image[None])
+            detection = split_detections(TensorDetections(*run(given)))[0]
+            sizes = [(pixels.shape[-2], pixels.shape[-1]) for pixels in (given, image)]
+            boxes = scale_boxes(detection["boxes"], *sizes)
+            found.append(Detection(boxes=boxes, labels=detection["labels"], scores=detection["scores"]))
+        return found
 
     return detect
 
@@ -80,12 +81,9 @@ def evaluate(
     detect: Callable[[list[Tensor]], list[Detection]],
     annotated: Annotated,
     class_names: list[str],
-    detector: nn.Module | None = None,
 ) -> tuple[float, int]:
     """Return the mAP (0..1) and the number of images."""
     evaluator, count = DetectionEvaluator(class_names), 0
-    if detector is not None:
-        detector.eval()
     with torch.no_grad():
         for images, targets in annotated:
             evaluator.update(detect(list(images)), list(targets))

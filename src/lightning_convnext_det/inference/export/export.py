@@ -1,9 +1,12 @@
 """Export of a trained detector to a file that runs without this package, and its comparison with the detector."""
 
-import shutil
+import json
+import os
 import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,10 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_convnext_det.arguments import Count, check_arguments
-from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.export.accuracy import Accuracy, measure_map
 from lightning_convnext_det.inference.export.graph import Axis, ExportGraph, Part, record
-from lightning_convnext_det.inference.export.metadata import as_text, describe, read_precision, write_weights
+from lightning_convnext_det.inference.export.metadata import (
+    as_text,
+    describe,
+    read_card,
+    write_card,
+    write_weights,
+)
 from lightning_convnext_det.inference.export.onnx_file import write_onnx
 from lightning_convnext_det.inference.export.openvino_folder import write_openvino
 from lightning_convnext_det.inference.export.runtimes import load_runner
@@ -22,6 +31,8 @@ from lightning_convnext_det.inference.export.torch_file import write_compiled, w
 from lightning_convnext_det.inference.export.verify import TOLERANCES, Differences, Tolerance, create_batches, verify
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.deformable_detr.detector import QueryDetector
+from lightning_convnext_det.models.fused import FusedDetector
+from lightning_convnext_det.models.tiling import TiledDetector
 from lightning_convnext_det.ops.tracing import Attention
 
 Format = Literal["onnx", "pt2", "compiled", "openvino", "weights"]
@@ -30,6 +41,7 @@ _PRECISIONS: dict[Format, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16"), "pt2": ("fp32",), "compiled": ("fp32",), "openvino": ("fp32", "fp16", "int8"),
     "weights": ("fp32",),
 }  # fmt: skip
+_SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "pt2": ".pt2", "compiled": ".pt2", "weights": ".safetensors"}
 ALLOWED_LOSS = 0.01  # of mAP, in int8
 
 
@@ -74,7 +86,7 @@ def export(
     """Write a detector to a file that runs without this package, load the file again, and compare it.
 
     The file takes images [B, C, H, W] of one size, uint8, as ``images``, and returns what `ExportGraph` does:
-    ``boxes``, ``scores``, ``labels`` and ``count``.
+    ``boxes``, ``scores``, ``labels`` and ``count``. What was at the path stays until the file has passed.
 
     Args:
         detector: a detector of this package, or the module that holds one, whose class names are then the default.
@@ -100,7 +112,7 @@ def export(
 
     Raises:
         ArgumentError: if arguments do not go together, a package is missing, or the detector cannot be exported.
-        ExportError: if the file differs from the detector by more than the tolerance; it is removed.
+        ExportError: if the file differs from the detector by more than the tolerance; nothing is written.
 
     Examples:
         >>> from tempfile import mkdtemp
@@ -113,42 +125,47 @@ def export(
     check_arguments(export, locals())
     path = Path(path)
     kind = _choose_format(path, format, precision)
+    if precision == "int8" and not len(calibration):
+        raise ArgumentError("int8 needs images to calibrate on; give some hundred as calibration")
     network, names, ids = _unpack(detector, class_names, category_ids)
-    order = [part for part in get_args(Part) if part in include]
+    order, axes = _choose("include", include, get_args(Part)), _choose("dynamic", dynamic, get_args(Axis))
+    lengths = [None if axis in axes else n for axis, n in zip(get_args(Axis), (batch_size, *image_size), strict=True)]
+    fixed, counts = (lengths[1], lengths[2]), (1, 2, 5) if lengths[0] is None else (batch_size,)
+    channels = _channels(network)
     card = describe(
-        network, names, ids, source, format=kind, precision=precision, include=order,
-        dynamic=[axis for axis in get_args(Axis) if axis in dynamic],
+        network, names, ids, source, format=kind, precision=precision, include=order, dynamic=axes,
+        images=[lengths[0], channels, *fixed], score_thresholds=getattr(detector, "score_thresholds", None),
+        grey_range=getattr(detector, "grey_range", None),
     )  # fmt: skip
-    if not path.parent.is_dir():
-        raise ArgumentError(f"'{path}': there is no such folder")
     report = ExportReport(path, kind)
     if kind == "weights":
-        write_weights(network.state_dict(), card, path)
+        with _replacing(path, kind) as written:
+            write_weights(network.state_dict(), card, written)
         return report
-    channels = next((part.in_chans for part in network.modules() if isinstance(part, TimmPyramid)), 3)
-    fixed = tuple(None if axis in dynamic else side for axis, side in zip(("height", "width"), image_size, strict=True))
-    counts = (1, 2, 5) if "batch" in dynamic else (batch_size,)
     graph = ExportGraph(network, order)
     example = next(
         create_batches([torch.zeros(channels, *image_size, dtype=torch.uint8)], [3 if len(counts) > 1 else batch_size])
     )
     say = progress or (lambda line: None)
     say("recording the detector: about a minute, with a large backbone some minutes")
-    program = record(graph, example if "normalise" in order else example.float(), dynamic, attention)
-    say(f"writing {kind}, {precision}")
-    _write(program, path, kind, precision, card, calibration, isinstance(network, QueryDetector))
-    say(f"comparing '{path}' with the detector")
-    try:
-        run = load_runner(path)
+    prepare = partial(graph.leave_to_file, batch_size=lengths[0] or 1, size=fixed)
+    with _replacing(path, kind) as written:
+        program = record(graph, example if "normalise" in order else example.float(), axes, attention)
+        say(f"writing {kind}, {precision}")
+        _write(
+            program, written, kind, precision, card, _Prepared(calibration, prepare), isinstance(network, QueryDetector)
+        )
+        say(f"comparing '{path}' with the detector")
+        run = load_runner(written)
         if precision == "int8":
-            report.accuracy = measure_map(run, network, names, annotated, order, ALLOWED_LOSS, path)
+            report.accuracy = measure_map(run, graph, names, annotated, prepare, ALLOWED_LOSS, path)
+            if report.accuracy is not None:
+                write_card({**card, "accuracy": asdict(report.accuracy)}, written / "metadata.json")
         else:
-            batches = create_batches(images, counts, fixed, channels)  # type: ignore[arg-type]  # two sides
+            batches = create_batches(images, counts, fixed, channels)
             limit = tolerance or TOLERANCES[precision]
             report.differences = verify(run, network, batches, order, limit, path, _resized_otherwise(kind, tolerance))
-    except ExportError:
-        _remove(path)
-        raise
+        del run  # which may hold the file open
     return report
 
 
@@ -163,17 +180,70 @@ def verify_file(
     path = Path(path)
     network, _, _ = _unpack(detector, None, None)
     run = load_runner(path)
-    report = ExportReport(path, _choose_format(path, None, "fp32"))
+    card = read_card(path)
+    report = ExportReport(path, "openvino" if path.is_dir() else _choose_format(path, None, "fp32"))
+    batch, channels, height, width = card.get("images", (None, _channels(network), None, None))
     report.differences = verify(
         run,
         network,
-        create_batches(images, (1,)),
-        ("resize", "normalise"),
-        tolerance or TOLERANCES["fp32" if read_precision(path) == "fp32" else "fp16"],
+        create_batches(images, (batch or 1,), (height, width), channels),
+        card.get("include", get_args(Part)),
+        tolerance or TOLERANCES["fp32" if card.get("precision", "fp32") == "fp32" else "fp16"],
         path,
         _resized_otherwise(report.format, tolerance),
     )
     return report
+
+
+class _Prepared(Sequence[Tensor]):
+    """Images as a file takes them, prepared when they are asked for: some hundred photos are gigabytes."""
+
+    def __init__(self, images: Sequence[Tensor], prepare: Callable[[Tensor], Tensor]) -> None:
+        self._images, self._prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:  # a number; slices are not needed
+        return self._prepare(self._images[index][None])
+
+
+@contextmanager
+def _replacing(path: Path, kind: Format) -> Iterator[Path]:
+    """A path to write to, in a folder of its own, whose files replace those at ``path`` if no error comes between.
+
+    Raises:
+        ArgumentError: if there is no folder for it, or something of another kind is there.
+    """
+    if not path.parent.is_dir():
+        raise ArgumentError(f"'{path}': there is no such folder")
+    if path.exists() and path.is_dir() != (kind == "openvino"):
+        raise ArgumentError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}; choose another name")
+    beside = path.with_suffix(".json")
+    if kind == "weights" and beside.exists() and not _is_card(beside):
+        raise ArgumentError(
+            f"'{beside}', where the card of the weights goes, holds something else; choose another name"
+        )
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent)
+    except OSError as error:
+        raise ArgumentError(f"'{path.parent}' cannot be written to ({error}); choose another folder") from error
+    with folder:
+        yield Path(folder.name) / path.name
+        target = path.parent
+        if kind == "openvino":  # the folder may hold files of the user's
+            target = path
+            target.mkdir(exist_ok=True)
+        source = Path(folder.name) / path.name if kind == "openvino" else Path(folder.name)
+        for file in sorted(source.iterdir()):
+            os.replace(file, target / file.name)
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return "source_sha256" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _resized_otherwise(kind: Format, given: Tolerance | None) -> Tolerance | None:
@@ -196,17 +266,19 @@ def _write(
         with tempfile.TemporaryDirectory() as folder:
             between = Path(folder) / "model.onnx"
             write_onnx(program, between, {})
-            write_openvino(between, path, card, precision, (image[None] for image in calibration), is_transformer)
+            write_openvino(between, path, card, precision, calibration, is_transformer)
     else:
         (write_torch if kind == "pt2" else write_compiled)(program, path, card)
 
 
 def _choose_format(path: Path, kind: Format | None, precision: Precision) -> Format:
-    suffixes: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "weights"}
+    suffixes: dict[str, Format] = {suffix: name for name, suffix in _SUFFIXES.items() if name != "compiled"}
     by_name = "openvino" if path.name.endswith("_openvino") else suffixes.get(path.suffix)
     chosen = kind or by_name
     if chosen is None:
         raise ArgumentError(f"'{path}' must end in .onnx, .pt2, .safetensors or _openvino")
+    if path.suffix != _SUFFIXES.get(chosen, path.suffix) or (chosen == "openvino" and path.suffix in suffixes):
+        raise ArgumentError(f"'{path}' must end in {_SUFFIXES.get(chosen, '_openvino')} for format {chosen}")
     if precision not in _PRECISIONS[chosen]:
         raise ArgumentError(f"[LCD-X002] {chosen} has {', '.join(_PRECISIONS[chosen])}, not {precision}")
     return chosen
@@ -216,7 +288,13 @@ def _unpack(
     detector: nn.Module, class_names: Sequence[str] | None, category_ids: Sequence[int] | None
 ) -> tuple[nn.Module, list[str], list[int]]:
     """The network of a module with the names and ids of its classes."""
-    network = getattr(detector, "detector", detector)
+    network = detector if hasattr(detector, "forward_tensors") else getattr(detector, "detector", None)
+    around = isinstance(detector, FusedDetector | TiledDetector)
+    if around or not isinstance(network, nn.Module) or not hasattr(network, "forward_tensors"):
+        raise ArgumentError(
+            f"[LCD-X002] {type(detector).__name__} cannot be exported; a file holds one detector of this package, "
+            "without windows, further views or other detectors around it"
+        )
     count: int = network.num_classes  # type: ignore[assignment]  # every detector has it
     names = list(class_names or getattr(detector, "class_names", None) or [str(i) for i in range(count)])
     ids = list(category_ids or getattr(detector, "category_ids", None) or range(count))
@@ -226,8 +304,12 @@ def _unpack(
     return network, names, ids
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _channels(network: nn.Module) -> int:
+    return next((part.in_chans for part in network.modules() if isinstance(part, TimmPyramid)), 3)
+
+
+def _choose(name: str, given: Collection[str], known: Sequence[Any]) -> list[Any]:  # of the known words
+    for word in given:
+        if word not in known:
+            raise ArgumentError(f"{name}: '{word}' is none of {', '.join(known)}")
+    return [word for word in known if word in given]

@@ -95,7 +95,8 @@ class ExportGraph(nn.Module):
                 scale = torch.minimum(scale, (side.new_tensor(rule.fixed_size) / side).min())
             new = (side * scale + (0.5 if rule.resize == "opencv" else 0.0)).floor().clamp(min=1)
         new = new.to(torch.int64)
-        return new, (new + self.transform.size_divisible - 1) // self.transform.size_divisible
+        frame = new.clamp(min=self.transform.smallest_side)
+        return new, (frame + self.transform.size_divisible - 1) // self.transform.size_divisible
 
     def _prepare(self, images: Tensor, side: Tensor, new: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Resize and normalise images; also return their new height and width."""
@@ -115,8 +116,29 @@ class ExportGraph(nn.Module):
             return self.transform.fixed_size[0] // multiple, self.transform.fixed_size[1] // multiple
         if _are_known(height, width):
             size = self.transform.new_size(height, width) if "resize" in self.include else (height, width)
-            return -(-size[0] // multiple), -(-size[1] // multiple)
+            rows, columns = (-(-max(side, self.transform.smallest_side) // multiple) for side in size)
+            return rows, columns
         return _name_numbers(tiles, 2)  # maps of one pixel have other rules of broadcasting
+
+    def leave_to_file(
+        self, images: Tensor, batch_size: int = 1, size: tuple[int | None, int | None] = (None, None)
+    ) -> Tensor:
+        """Do with uint8 images [1, C, H, W] what the file leaves to its caller; it takes the result [B, C, H', W'].
+
+        Args:
+            images: one image, uint8.
+            batch_size: how often it is repeated.
+            size: (height, width) that the file is fixed to.
+        """
+        height, width = images.shape[-2:]
+        if "resize" not in self.include:
+            height, width = self.transform.new_size(height, width)
+        wanted = size[0] or height, size[1] or width
+        if wanted != images.shape[-2:]:
+            resized = F.interpolate(images.float(), wanted, mode="bilinear", align_corners=False)
+            images = resized.round().to(torch.uint8)
+        images = images.repeat(batch_size, 1, 1, 1)
+        return images if "normalise" in self.include else self.normalise(images, 1.0)
 
     def normalise(self, images: Tensor, full_scale: float) -> Tensor:
         """Normalise images [B, C, H, W] of 0..255, brought to 0..full_scale before."""

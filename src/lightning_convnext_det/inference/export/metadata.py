@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,15 @@ def describe(
     """
     transform = detector.transform
     assert isinstance(transform, ImageTransform)  # every detector has one
-    backbone = next((part.name for part in detector.modules() if isinstance(part, TimmPyramid)), None)
+    pyramid = next((part for part in detector.modules() if isinstance(part, TimmPyramid)), None)
+    backbone = None if pyramid is None else pyramid.name
     return {
         "detector": type(detector).__name__,
         "backbone": backbone,
         "backbone_weights_license": _license(backbone),
         "class_names": class_names,
         "category_ids": category_ids,
+        "in_chans": 3 if pyramid is None else pyramid.in_chans,
         "resize": {
             "rule": transform.resize,
             "min_size": transform.min_sizes[-1],
@@ -78,21 +81,38 @@ def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, A
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module_state.items()}
     save_file(tensors, path, metadata=as_text(card))
     beside = path.with_suffix(".json")
-    beside.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    write_card(card, beside)
     return beside
 
 
-def read_precision(path: Path) -> str:
-    """Read the precision of an exported file from its description; ``fp32`` where it says nothing."""
+def write_card(card: Mapping[str, Any], path: Path) -> None:
+    """Write a description as JSON in UTF-8; halves of surrogate pairs in names are written as JSON's escapes."""
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_card(path: Path) -> dict[str, Any]:  # what JSON holds
+    """Read the description of an exported file; empty where it has none, as packages of AOTInductor."""
     if path.is_dir():
         card = path / "metadata.json"
-        entries = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
-    elif path.suffix == ".onnx":
+        entries: dict[str, Any] = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+        return entries
+    if path.suffix == ".onnx":
         model = import_optional("onnx", "export").load(path, load_external_data=False)
-        entries = {entry.key: entry.value for entry in model.metadata_props}
-    else:
-        entries = {}  # of torch alone, which has one precision
-    return str(entries.get("precision", "fp32"))
+        return {entry.key: _from_text(entry.value) for entry in model.metadata_props}
+    if not zipfile.is_zipfile(path):
+        return {}
+    with zipfile.ZipFile(path) as file:  # of torch.export
+        name = next((name for name in file.namelist() if name.endswith("extra/metadata.json")), None)
+        entries = {} if name is None else json.loads(file.read(name))
+    return entries
+
+
+def _from_text(text: str) -> Any:  # what JSON holds
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _license(backbone: str | None) -> str | None:

@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_convnext_det.inference.export.metadata import write_card
 from lightning_convnext_det.inference.export.onnx_file import name_modules
 from lightning_convnext_det.inference.export.optional import import_optional
 
@@ -22,7 +23,7 @@ def write_openvino(
     folder: Path,
     metadata: Mapping[str, Any],
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
-    calibration: Iterable[Tensor] = (),
+    calibration: Sequence[Tensor] = (),
     is_transformer: bool = False,
 ) -> None:
     """Convert an ONNX file.
@@ -33,7 +34,7 @@ def write_openvino(
         metadata: the description.
         precision: ``fp16`` halves the weights in the file; ``int8`` quantises weights and activations by the values
             seen on the ``calibration`` images, but for the last layers of the heads.
-        calibration: uint8 images [1, C, H, W].
+        calibration: what the file takes, [B, C, H, W]; read one by one.
         is_transformer: whether the detector is one, which NNCF quantises otherwise.
 
     Raises:
@@ -47,19 +48,18 @@ def write_openvino(
         model.set_rt_info(json.dumps(value), ["lightning_convnext_det", key])
     folder.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=precision == "fp16")
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(metadata, folder / "metadata.json")
 
 
 def _quantise(
-    model: Any, calibration: Iterable[Tensor], is_transformer: bool, exact: list[str]
+    model: Any, calibration: Sequence[Tensor], is_transformer: bool, exact: list[str]
 ) -> Any:  # openvino.Model
     nncf = import_optional("nncf", "openvino")
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    images = [image.numpy() for image in calibration]
     return nncf.quantize(
         model,
-        nncf.Dataset(images, lambda image: {"images": image}),
-        subset_size=len(images),
+        nncf.Dataset(calibration, lambda images: {"images": images.numpy()}),
+        subset_size=len(calibration),
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
         ignored_scope=nncf.IgnoredScope(names=exact),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.errors import ArgumentError, ExportError, first_line
 from lightning_convnext_det.inference.export.optional import import_optional
 from lightning_convnext_det.types import TensorDetections
 
@@ -30,12 +30,20 @@ def load_runner(path: str | Path) -> Runner:
     if not path.exists():
         raise ArgumentError(f"{path} is missing")
     try:
-        return load(path)
+        run = load(path)
     except ArgumentError:
         raise
     except Exception as error:  # each runtime has its own kinds
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ExportError(f"[LCD-X001] {path} cannot be loaded: {reason}") from error
+        raise ExportError(f"[LCD-X001] {path} cannot be loaded: {first_line(error)}") from error
+
+    def compute(images: Tensor) -> TensorDetections:
+        try:
+            return run(images)
+        except Exception as error:
+            what = f"{images.dtype} {list(images.shape)}".removeprefix("torch.")
+            raise ExportError(f"[LCD-X001] {path} cannot compute images {what}: {first_line(error)}") from error
+
+    return compute
 
 
 def threads() -> int:

@@ -1,5 +1,6 @@
 """A model repository of NVIDIA's Triton Inference Server around an exported ONNX file."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,36 @@ def write_triton(onnx_file: Path, repository: Path, name: str | None = None) -> 
     """
     import onnx
 
-    if onnx_file.suffix != ".onnx":
-        raise ArgumentError(f"triton takes an ONNX file, not {onnx_file}")
-    name = name or onnx_file.stem
-    folder = repository / name
-    if folder.exists():
-        raise ArgumentError(f"{folder} exists; choose another folder or remove it")
+    folder = triton_folder(onnx_file, repository, name)
     graph = onnx.load(onnx_file).graph
-    (folder / "1").mkdir(parents=True)
+    try:
+        (folder / "1").mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(f"{folder} cannot be made ({error}); choose another folder") from error
     shutil.copyfile(onnx_file, folder / "1" / "model.onnx")
-    lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0  # the batch is the first of dims"]
+    lines = [
+        f"name: {json.dumps(folder.name, ensure_ascii=False)}",
+        'backend: "onnxruntime"',
+        "max_batch_size: 0  # the batch is the first of dims",
+    ]
     for kind, values in (("input", graph.input), ("output", graph.output)):
         lines += [f"{kind} [", ",\n".join(_describe(value) for value in values), "]"]
     lines.append("instance_group [{ count: 1 }]")
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def triton_folder(onnx_file: Path, repository: Path, name: str | None = None) -> Path:
+    """The folder of a model in a repository, which is not there yet.
+
+    Raises:
+        ArgumentError: as `write_triton`.
+    """
+    if onnx_file.suffix != ".onnx":
+        raise ArgumentError(f"triton takes an ONNX file, not {onnx_file}")
+    folder = repository / (name or onnx_file.stem)
+    if folder.exists():
+        raise ArgumentError(f"{folder} exists; choose another folder or remove it")
     return folder
 
 

@@ -1,0 +1,160 @@
+"""What an export refuses before it begins, what it leaves alone, and what it says and knows of its file."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_convnext_det import DeformableDETRModule, TiledDetector
+from lightning_convnext_det.cli.export import _ImageFiles
+from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.inference.export.accuracy import as_detector
+from lightning_convnext_det.inference.export.export import _replacing, export, verify_file
+from lightning_convnext_det.inference.export.graph import ExportGraph
+from lightning_convnext_det.inference.export.metadata import read_card, write_card
+from lightning_convnext_det.models.fused import FusedDetector
+from lightning_convnext_det.types import TensorDetections
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("a.onnx", {"format": "pt2"}, "must end in .pt2 for format pt2"),
+        ("a.onnx", {"format": "openvino"}, "must end in _openvino for format openvino"),
+        ("a_openvino", {"precision": "int8"}, "int8 needs images to calibrate on"),
+        ("a.ckpt", {"format": "weights"}, "must end in .safetensors"),
+        ("a.onnx", {"dynamic": ["heigth"]}, "dynamic: 'heigth' is none of batch, height, width"),
+        ("a.onnx", {"include": ["normalize"]}, "include: 'normalize' is none of resize, normalise"),
+    ],
+)
+def test_export__refuses(
+    path: str, options: dict[str, object], message: str, module: DeformableDETRModule, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        export(module, tmp_path / path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("around", [lambda d: FusedDetector([d, d]), lambda d: TiledDetector(d, 64)])
+def test_export__refuses_what_is_around_a_detector(
+    around: Callable[[nn.Module], nn.Module], module: DeformableDETRModule, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=r"LCD-X002\] (Fused|Tiled)Detector cannot be exported"):
+        export(around(module.detector), tmp_path / "a.onnx")
+
+
+def test_export__leaves_what_is_there_alone(module: DeformableDETRModule, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").mkdir()
+    (tmp_path / "a_openvino").write_text("mine")
+    (tmp_path / "w.json").write_text("[]")
+    for name, message in (("a.onnx", "is a folder"), ("a_openvino", "is a file"), ("w.safetensors", "something else")):
+        with pytest.raises(ArgumentError, match=message):
+            export(module, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a_openvino", "w.json"]
+
+
+def test_replacing__keeps_the_other_files_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "a_openvino"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    (folder / "model.xml").write_text("old")
+
+    def write(error: Exception | None) -> None:
+        with _replacing(folder, "openvino") as written:
+            written.mkdir()
+            (written / "model.xml").write_text("new")
+            if error is not None:
+                raise error
+
+    with pytest.raises(ExportError):
+        write(ExportError("wrong"))
+    assert (folder / "model.xml").read_text() == "old"
+    write(None)
+    assert (folder / "model.xml").read_text() == "new"
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["a_openvino"]
+
+
+def test_verify_file__knows_what_the_file_takes(
+    module: DeformableDETRModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_card({"include": ["normalise"], "images": [2, 3, 64, 96]}, tmp_path / "metadata.json")
+    given = []
+
+    def load(path: Path) -> Callable[[Tensor], TensorDetections]:
+        graph = ExportGraph(module.detector, ["normalise"])
+
+        def run(images: Tensor) -> TensorDetections:
+            given.append((images.dtype, tuple(images.shape)))
+            return TensorDetections(*graph(images))
+
+        return run
+
+    monkeypatch.setattr("lightning_convnext_det.inference.export.export.load_runner", load)
+    differences = verify_file(module, tmp_path, [torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)]).differences
+    assert differences is not None
+    assert differences.boxes == 0
+    assert given == [(torch.uint8, (2, 3, 64, 96))]
+
+
+def test_as_detector__prepares_images_and_scales_boxes_back(module: DeformableDETRModule) -> None:
+    graph, given = ExportGraph(module.detector, []), []
+
+    def run(images: Tensor) -> TensorDetections:
+        given.append(images)
+        height, width = images.shape[-2:]
+        box, one = torch.tensor([[[0.0, 0.0, width, height]]]), torch.ones(1, 1)
+        return TensorDetections(box, one, one.long(), torch.tensor([1]))
+
+    image = torch.full((3, 100, 50), 255, dtype=torch.uint8)
+    white = [(1 - mean) / std for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
+    for size, shape in (((None, None), (2, 3, 128, 64)), ((64, 96), (2, 3, 64, 96))):
+        [found] = as_detector(run, partial(graph.leave_to_file, batch_size=2, size=size))([image])
+        assert found["boxes"][0].tolist() == pytest.approx([0.0, 0.0, 50.0, 100.0])
+        assert (given[-1].shape, given[-1].dtype) == (shape, torch.float32)
+        assert given[-1][1, :, 5, 5].tolist() == pytest.approx(white)
+
+
+def test_new_sizes__follow_the_smallest_side(module: DeformableDETRModule) -> None:
+    graph, side = ExportGraph(module.detector), torch.tensor([10.0, 160.0], dtype=torch.float64)
+    assert graph.new_sizes(side)[1].tolist() == [1, 10]  # of 16 pixels
+    graph.transform.smallest_side = 64  # as of DINO with stride 64
+    assert graph.new_sizes(side)[1].tolist() == [4, 10]
+
+
+def test_write_card__holds_names_of_any_characters(tmp_path: Path) -> None:
+    names = ['a, "b"', "two\nlines", "\u732b", "caf\udce9"]
+    write_card({"class_names": names}, tmp_path / "metadata.json")
+    assert read_card(tmp_path)["class_names"] == names
+    assert "\u732b" in (tmp_path / "metadata.json").read_text(encoding="utf-8")
+
+
+def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> None:
+    for i in range(5):
+        Image.fromarray(np.full((8, 8), 200 * i, np.uint16)).save(tmp_path / f"{i}.png")
+    images = _ImageFiles(str(tmp_path), 2, SimpleNamespace(in_chans=1, grey_range=(0, 1000, True)))
+    assert [(tuple(image.shape), int(image[0, 0, 0])) for image in images] == [((1, 8, 8), 0), ((1, 8, 8), 102)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--verify_images", "0"], "verify_images is 0; it must be at least 1"),
+        (["--triton", "."], "exists; choose another folder"),
+    ],
+)
+def test_command__refuses_before_it_begins(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    assert main(["export", "missing.ckpt", "a.onnx", *options]) == 2
+    assert message in capsys.readouterr().err
