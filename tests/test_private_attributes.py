@@ -78,6 +78,10 @@ PRIVATE = [
     Private("models/rcnn/matcher.py", lambda: torchvision.models.detection, "_utils"),
     Private("ops/dropout.py", lambda: torch, "_C"),
     Private("ops/dropout.py", lambda: torch._C, "_are_functorch_transforms_active"),
+    Private("ops/token_blocks.py", lambda: torch, "_C"),
+    Private("ops/token_blocks.py", lambda: torch._C, "_are_functorch_transforms_active"),
+    Private("ops/token_blocks.py", lambda: torch.nn.Identity(), "_forward_hooks"),
+    Private("ops/token_blocks.py", lambda: torch.nn.Identity(), "_forward_pre_hooks"),
     Private("planning/machine.py", lambda: torch.cpu, "_is_avx512_bf16_supported"),
     Private("planning/memory.py", lambda: torch.zeros(1).untyped_storage(), "_cdata"),
 ]

@@ -15,7 +15,7 @@ from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.errors import DataError
 from lightning_convnext_det.report.analysis import analyse
-from lightning_convnext_det.report.curves import read_learning_curves, write_learning_curves
+from lightning_convnext_det.report.curves import draw_learning_curves, read_learning_curves, write_learning_curves
 from lightning_convnext_det.report.drawings import crop_label_errors
 from lightning_convnext_det.report.evaluation import evaluate_predictions
 from lightning_convnext_det.report.training import metric_table
@@ -173,6 +173,22 @@ def test_write_learning_curves__draws_one_plot_for_losses_and_one_for_metrics(tm
         assert both.height == losses.height
     log.write_text("epoch,step,lr\n0,9,2.0\n")
     assert not write_learning_curves(log, tmp_path / "none.png")
+
+
+def test_write_learning_curves__leaves_room_for_a_long_legend(tmp_path: Path) -> None:
+    log, names = tmp_path / "metrics.csv", [f"train/loss_{i}" for i in range(40)]
+    log.write_text(
+        "\n".join(",".join(["epoch", "step", *row]) for row in [names, ["1.0"] * 40]).replace("epoch,step,1", "0,9,1")
+    )
+    assert write_learning_curves(
+        log, tmp_path / "many.png"
+    )  # matplotlib's warning of axes without room is an error here
+
+
+def test_write_learning_curves__has_the_last_decoder_layer_alone(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text("epoch,step,train/loss_box,train/loss_box_aux0,train/loss_box_denoising_aux4\n0,9,1.0,2.0,3.0\n")
+    assert list(draw_learning_curves(log)["Losses"].svg.partition("aux")[1:]) == ["", ""]
 
 
 def test_metric_table__has_the_best_epoch_and_the_last(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ _KEPT = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_check_interval", "trainer.check_val_every_n_epoch",
     "trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision", "time",
 )  # fmt: skip
-
-
+Plain = bool | int | float | str | list[int] | list[float] | None
 _INTERVALS = {"trainer.val_check_interval", "trainer.check_val_every_n_epoch"}
 
 
@@ -25,7 +24,7 @@ class KeptPlan(Callback):
         settings: by name, such as ``data.batch_size``.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Plain]) -> None:
         self.settings = dict(settings)
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,6 +68,6 @@ def _is_plain(name: str, value: object) -> bool:
     if name == "data.train_transforms":
         return value in get_args(Preset)
     if name == "trainer.precision":
-        return value in ("32-true", "bf16-mixed")
+        return value in ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
     numbers = value if isinstance(value, list | tuple) else [value]
     return all(isinstance(number, int | float) for number in numbers)

@@ -1,6 +1,7 @@
 """Learning curves of a run from the ``metrics.csv`` of Lightning's CSVLogger."""
 
 import csv
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,5 +46,6 @@ def write_learning_curves(log: Path, destination: Path) -> bool:
 
 def _groups(log: Path) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, tuple[list[float], list[float]]]]:
     curves = read_learning_curves(log)
-    losses = {name: curve for name, curve in curves.items() if "loss" in name}
+    # of the decoder layers of DETR the last one: the others, up to thirty more, have the same losses
+    losses = {name: curve for name, curve in curves.items() if "loss" in name and not re.search(r"_aux\d+$", name)}
     return losses, {name: curve for name, curve in curves.items() if name in _SCORES}

@@ -1,6 +1,7 @@
 """The plots of a report as SVG and PNG: distinguishable without colour, and readable at the width of a phone."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,12 +170,14 @@ def save_learning(groups: Mapping[str, Mapping[str, Curve]], destination: Path) 
     """Write plots of values against the epoch beside each other into a PNG file, one for each label of the y axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_SIZE[0] * len(groups), _SIZE[1]), layout="constrained")
+    rows = max(math.ceil(len(curves) / 2) for curves in groups.values())  # of the legend
+    height = _SIZE[1] + 0.15 * max(0, rows - 3)
+    figure = Figure(figsize=(_SIZE[0] * len(groups), height), layout="constrained")
     for axes, (label, curves) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(True, color="#dddddd", linewidth=0.6)
         _draw_learning(axes, curves)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=7)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False, fontsize=7)
     figure.savefig(destination, dpi=110)
 
 
