@@ -6,7 +6,7 @@
     python benchmarks/detectors.py --only prediction --files     # also OpenVINO's, in fp32 and int8
 
 Both have the same weights. A training step is forward, backward and AdamW of a batch. "Plain layers" is this package
-with ``nn.Conv2d`` in place of `DepthwiseConv2d`; on a GPU the two are one, and "compiled" is ``compile=True``. There,
+with torch's and timm's layers in place of its own; on a GPU the two are one, and "compiled" is ``compile=True``. There,
 images per second and the share of the GPU's rate in matrix products that the step reaches are printed as well:
 floating-point operations of convolutions and products, counted by torch, without those of pooling and NMS.
 """
@@ -20,6 +20,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.mlp import GlobalResponseNormMlp, Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection
@@ -29,6 +31,8 @@ from lightning_convnext_det.inference.export.graph import ExportGraph, record
 from lightning_convnext_det.inference.export.onnx_file import write_onnx
 from lightning_convnext_det.inference.export.openvino_folder import write_openvino
 from lightning_convnext_det.inference.export.runtimes import load_runner
+from lightning_convnext_det.models.mlp import BlockMlp, BlockResponseNormMlp
+from lightning_convnext_det.models.response_norm import ResponseNorm
 from lightning_convnext_det.modules.compiled import compile_parts
 from lightning_convnext_det.ops.depthwise_conv import DepthwiseConv2d
 from lightning_convnext_det.types import Target
@@ -37,12 +41,19 @@ from side_by_side import Contestants, compare, create_parser, print_header
 CLASSES = 80
 
 
+PLAIN = {
+    DepthwiseConv2d: nn.Conv2d,
+    BlockMlp: Mlp,
+    BlockResponseNormMlp: GlobalResponseNormMlp,
+    ResponseNorm: GlobalResponseNorm,
+}
+
+
 def with_plain_layers(net: nn.Module) -> nn.Module:
-    """A copy with torch's own convolutions."""
+    """A copy with torch's and timm's own layers."""
     plain = copy.deepcopy(net)
     for layer in plain.modules():
-        if isinstance(layer, DepthwiseConv2d):
-            layer.__class__ = nn.Conv2d
+        layer.__class__ = PLAIN.get(type(layer), type(layer))
     return plain
 
 
