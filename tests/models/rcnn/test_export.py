@@ -109,7 +109,9 @@ def test_forward__is_the_tensor_core_and_the_way_back() -> None:
 def test_export__batch_height_and_width_are_free(
     kind: type[FasterRCNN], convention: str, head: str, tmp_path: Path
 ) -> None:
-    core = Core(build(kind, convention=convention, box_head=head)).eval()
+    # of the means of three stages' softmax over four classes, none is above 0.3
+    threshold = 0.25 if kind is CascadeRCNN and convention == "torchvision" else 0.3
+    core = Core(build(kind, convention=convention, box_head=head, score_threshold=threshold)).eval()
     batch = torch.export.Dim("batch", max=16)
     rows, columns = (32 * torch.export.Dim(name, min=3, max=60) for name in ("rows", "columns"))
     program = torch.export.export(
