@@ -19,7 +19,7 @@ import torch
 import torch.distributed.distributed_c10d
 import torchvision.models.detection
 from fsspec import AbstractFileSystem
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torchvision.transforms import v2
 
@@ -57,8 +57,11 @@ PRIVATE = [
     ),
     Private("callbacks/exact_resume.py", lambda: _trainer().fit_loop, "_load_combined_loader_states"),
     Private("callbacks/exact_resume.py", _schedule, "_last_lr"),
+    Private("callbacks/progress_bar.py", RichProgressBar, "_get_train_description"),
     Private("callbacks/run_guard.py", lambda: torch.distributed.distributed_c10d, "_get_default_store"),
+    Private("callbacks/progress_bar.py", RichProgressBar, "_get_train_description"),
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop, "_data_fetcher"),
+    Private("callbacks/progress_bar.py", RichProgressBar, "_get_train_description"),
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop.epoch_loop, "_should_check_val_fx"),
     Private("callbacks/slurm.py", _trainer, "_accelerator_connector"),
     *(Private("callbacks/weight_averaging.py", lambda: torch, name) for name in ("_foreach_copy_", "_foreach_lerp_")),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from lightning_convnext_det.cli import planning
 from lightning_convnext_det.cli.given import names_in_file, names_on_command_line, parse_duration
@@ -225,3 +226,16 @@ def test_names__on_command_lines_and_in_files_are_the_same() -> None:
     assert names_on_command_line(flags) == {"model.lr", "model.optimizer", "trainer.callbacks", "config"}
     content = {"model": {"class_path": "A", "init_args": {"lr": 1}}, "trainer": {"max_steps": 2}, "data": "B"}
     assert names_in_file(content) == {"model.lr", "trainer.max_steps"}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("lightning_convnext_det.DetectionDataModule", True),
+        ("lightning_convnext_det.data.datamodule.DetectionDataModule", True),
+        ("mine.DetectionDataModule", False),
+        ("lightning_convnext_det.ImageFolderDataModule", False),
+    ],
+)
+def test_has_own_data__not_a_users_class_of_the_same_name(path: str, expected: bool) -> None:
+    assert planning.has_own_data(Namespace(data=Namespace(class_path=path))) is expected

@@ -114,8 +114,9 @@ _KINDS = {DeformableDETRModule: "detr", DINOModule: "dino"}
 
 
 def has_own_data(config: jsonargparse.Namespace) -> bool:
-    """Whether the data module of a fit is this package's, by whichever of its import paths."""
-    return str(config["data"]["class_path"]).endswith(f".{DetectionDataModule.__name__}")
+    """Whether the data module of a fit is this package's, by any of its import paths, not a user's of the same name."""
+    package, _, name = str(config["data"]["class_path"]).partition(".")
+    return package == __name__.partition(".")[0] and name.endswith(DetectionDataModule.__name__)
 
 
 # arguments of a module that are of its training, not of its network

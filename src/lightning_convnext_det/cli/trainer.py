@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -20,6 +20,7 @@ from lightning_convnext_det import __version__
 from lightning_convnext_det.callbacks.best_checkpoint import BestCheckpoint
 from lightning_convnext_det.callbacks.classification_writer import ClassificationWriter
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+from lightning_convnext_det.callbacks.progress_bar import StepProgressBar
 from lightning_convnext_det.callbacks.run_overview import RunOverview
 from lightning_convnext_det.callbacks.stage_unfreezing import StageUnfreezing
 from lightning_convnext_det.callbacks.weight_averaging import EMAWithWarmup
@@ -255,7 +256,7 @@ class DetectionCLI(LightningCLI):
             own = [ClassificationWriter(c.folder) if isinstance(c, PredictionWriter) else c for c in own]
         given = config.get("callbacks") or []
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
-            own.append(RichProgressBar())
+            own.append(StepProgressBar())
         if config.get("fast_dev_run") or config.get("enable_checkpointing") is False:
             own = [c for c in own if not isinstance(c, ModelCheckpoint)]
         if config.get("logger") in (None, True):
