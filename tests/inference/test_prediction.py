@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.inference.images import PixelFormat
 from lightning_convnext_det.inference.prediction import DetectedObject, Prediction
 from lightning_convnext_det.inference.predictor import Predictor
 from lightning_convnext_det.modules import FasterRCNNModule
@@ -67,6 +68,8 @@ def test_prediction__fields_by_name(found: Prediction) -> None:
         pytest.param(torch.tensor([2, 0]), ["wide load", "dog"], id="numbers"),
         pytest.param(np.array([1]), ["cat"], id="array"),
         pytest.param([], [], id="none"),
+        pytest.param(slice(None, None, -1), ["wide load", "cat", "dog"], id="slice backwards"),
+        pytest.param(np.argsort([2, 1, 0])[::-1], ["dog", "cat", "wide load"], id="array backwards"),
     ],
 )
 def test_prediction__selections_know_image_and_classes(
@@ -137,6 +140,21 @@ def test_plot__reads_the_file_when_it_is_needed(found: Prediction, tmp_path: Pat
         found.plot()
     Image.new("RGB", (300, 250), (128, 128, 128)).save(tmp_path / "a.png")
     assert changed(found.plot())
+
+
+def test_plot__large_tiff_is_reduced_as_it_was_read_in_tiles(found: Prediction, tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    Image.new("RGB", (5000, 300)).save(tmp_path / "wide.tif")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_convnext_det.data.io.decode.MAX_PIXELS", 1000)
+        tiled = PixelFormat(tile=640)
+        one = Prediction(
+            found.boxes, found.labels, found.scores, NAMES, image=tmp_path / "wide.tif", pixel_format=tiled
+        )
+        assert one.image_size == (300, 5000)
+        assert one.plot().size == (4096, 246)
+        one.save(tmp_path / "drawn.png")
+        assert one._repr_png_() is not None
 
 
 def test_plot__without_image(found: Prediction) -> None:

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_convnext_det.data.io.pixels import Channels
 from lightning_convnext_det.errors import ArgumentError, DataError
+from lightning_convnext_det.inference.images import PixelFormat, read_source
 from lightning_convnext_det.inference.predictor import Predictor
 from lightning_convnext_det.inference.sources import LONG, list_sources, progress_bar
 from lightning_convnext_det.models.fused import FusedDetector
@@ -82,6 +84,23 @@ def test_stream__frames_of_a_video(predictor: Predictor, tmp_path: Path) -> None
     assert {one.image_size for one in found} == {(48, 64)}
     assert found[3].plot().size[0] >= 64  # reads the frame again
     assert predictor(f"{video}#000002").image_size == (48, 64)
+
+
+def test_stream__goes_on_after_damaged_frames(
+    predictor: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("av")
+    video = write_video(tmp_path / "clip.mp4", damaged=[1, 2])
+    assert [str(one.image)[-1] for one in predictor.stream(video)] == ["0", "3", "4"]
+    assert caplog.text.count("frames 1 to 2 are damaged") == 1
+    assert "2 of 5 images could not be read and were skipped" in caplog.text
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_read_source__frames_have_the_channels_of_the_detector(channels: Channels, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frame = f"{write_video(tmp_path / 'clip.mp4')}#000002"
+    assert read_source(frame, "it", pixel_format=PixelFormat(channels)).shape == (channels, 48, 64)
 
 
 @pytest.mark.parametrize("name", ["photos", "photos/*.png", "photos/none/*.jpg", "clip.mp4", "list.txt"])

@@ -110,7 +110,7 @@ def test_tiled_detector__boxes_of_the_reduced_image_are_scaled_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rasterio")
-    monkeypatch.setattr("lightning_convnext_det.models.tiling.WHOLE_SIDE", 58)
+    monkeypatch.setattr("lightning_convnext_det.data.io.regions._OVERVIEW_SIDE", 58)
     image = draw(88, 117, [(20, 10, 90, 80)])
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.tif")
     found = TiledDetector(ColorDetector(), tile=30)([open_regions(tmp_path / "a.tif", 30)])[0]

@@ -217,4 +217,4 @@ class ImageDataset(SeededDataset):
         if self.tile is not None:
             grey = GreyRange(*self.read.value_range, self.read.clip)
             regions = open_regions(file, self.tile, self.read.channels, grey)
-        return self.read(file) if regions is None else cast(Tensor, regions)
+        return self.read(file) if regions is None else cast(Tensor, regions.with_overview())  # finds damage now

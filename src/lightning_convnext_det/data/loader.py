@@ -135,11 +135,14 @@ class ImageLoader(EvaluationLoader):
         """
         counts = cast(ImageDataset, self.dataset).counts
         counts.update(read=0, failed=0)
+        said = ""
         for batch in self._packed():
             counts["read"] += len(batch.file_names)
             counts["failed"] += len(batch.unreadable)
             for image in batch.unreadable:
-                _logger.warning("skipped: %s", image.reason)
+                if image.reason != said:  # all frames of a damaged part of a video have one reason
+                    _logger.warning("skipped: %s", image.reason)
+                said = image.reason
             if batch.file_names:
                 yield unpack(batch)
         num_read, num_failed = counts["read"], counts["failed"]

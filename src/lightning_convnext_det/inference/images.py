@@ -54,7 +54,7 @@ def read_source(
     if isinstance(image, str | Path):
         frame = parse_frame_name(image)
         if frame is not None:
-            return (frames or FrameReader()).read(*frame)
+            return (frames or FrameReader()).read(*frame, channels)
         if tile is not None and (regions := open_regions(image, tile, channels, grey)) is not None:
             return regions
         if grey is None:

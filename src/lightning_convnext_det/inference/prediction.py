@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_convnext_det.arguments import Fraction, check_arguments
+from lightning_convnext_det.data.io.regions import RegionImage, reduce_for_drawing
 from lightning_convnext_det.data.writers.annotations import (
     COLUMNS,
     labelme_json,
@@ -117,7 +118,7 @@ class Prediction:
         Raises:
             ValueError: if the prediction has neither a size nor an image.
         """
-        height, width = self._pixels().shape[1:]
+        _, height, width = self._pixels().shape
         return height, width
 
     @property
@@ -158,8 +159,9 @@ class Prediction:
         if isinstance(index, int | np.integer):
             return self._object(int(index))
         if isinstance(index, slice):
-            return self._select(index)
-        chosen = torch.as_tensor(index)
+            index = list(range(len(self))[index])  # tensors have no steps below 0
+        # a copy: torch refuses arrays that run backwards, as of numpy.argsort(...)[::-1]
+        chosen = torch.as_tensor(index.copy() if isinstance(index, np.ndarray) else index).cpu()
         chosen = chosen[None] if chosen.dim() == 0 else chosen  # of scores.argmax()
         return self._select(chosen if chosen.numel() else torch.zeros(0, dtype=torch.int64))
 
@@ -195,7 +197,7 @@ class Prediction:
     # ---- drawings and files
 
     def plot(self, score_threshold: Fraction | None = None, font: str | None = None) -> Image.Image:
-        """Draw the objects on a copy of the image.
+        """Draw the objects on a copy of the image, or of a TIFF file that was read in tiles, reduced to 4096 pixels.
 
         Args:
             score_threshold: objects of a lower score are not drawn (default: the predictor's; if it has none, that of
@@ -282,21 +284,24 @@ class Prediction:
         }
         return texts[kind]()
 
-    def draw_on(self, pixels: Tensor, score_threshold: float | None = None, font: str | None = None) -> Image.Image:
+    def draw_on(
+        self, pixels: Tensor | RegionImage, score_threshold: float | None = None, font: str | None = None
+    ) -> Image.Image:
         """Draw the objects on a copy of an image, uint8 or float in 0..1 [1, 3 or 4, H, W]; arguments as in `plot`."""
         least = self.drawn_from if score_threshold is None else [score_threshold] * len(self.class_names)
         drawn = self._select(self.scores >= torch.tensor(least)[self.labels])
         colors = class_colors(self.class_names)
-        return draw_detections(pixels, drawn.boxes, drawn.names, drawn.scores, colors, font)
+        seen, boxes = reduce_for_drawing(pixels, drawn.boxes)
+        return draw_detections(seen, boxes, drawn.names, drawn.scores, colors, font)
 
-    def _pixels(self) -> Tensor:
+    def _pixels(self) -> Tensor | RegionImage:
         if self.image is None:
             raise ArgumentError("this prediction does not know its image; a Predictor's does")
-        return cast(Tensor, read_source(self.image, "the image", pixel_format=self.pixel_format._replace(tile=None)))
+        return read_source(self.image, "the image", pixel_format=self.pixel_format)
 
     # ---- helpers
 
-    def _select(self, index: slice | Tensor) -> "Prediction":
+    def _select(self, index: Tensor) -> "Prediction":
         chosen = Prediction(
             self.boxes[index],
             self.labels[index],

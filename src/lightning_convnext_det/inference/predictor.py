@@ -253,7 +253,7 @@ class Predictor:
         """
         found = self(image) if prediction is None else prediction
         own = None if self.score_threshold == "best" else self.score_threshold
-        pixels = cast(Tensor, read_source(image, "the image", pixel_format=self.pixel_format._replace(tile=None)))
+        pixels = read_source(image, "the image", pixel_format=self.pixel_format)
         return found.draw_on(pixels, own if score_threshold is None else score_threshold, font)
 
     def _augmented(self) -> nn.Module:

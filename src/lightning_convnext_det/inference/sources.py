@@ -79,15 +79,20 @@ def read_batches(sources: Iterable[Source], batch_size: int, pixel_format: Pixel
     """
     frames, remaining = FrameReader(), iter(sources)
     num_read = num_failed = 0
+    said = ""
     while wanted := list(islice(remaining, batch_size)):
         batch = []
         for source in wanted:
             try:
-                batch.append(SourceImage(source.image, read_source(source.image, source.name, frames, pixel_format)))
+                pixels = read_source(source.image, source.name, frames, pixel_format)
+                pixels = pixels.with_overview() if isinstance(pixels, RegionImage) else pixels  # finds damage now
+                batch.append(SourceImage(source.image, pixels))
             except DataError as error:
                 if source.is_given:
                     raise
-                _logger.warning("skipped: %s", error)
+                if str(error) != said:  # all frames of a damaged part of a video have one reason
+                    _logger.warning("skipped: %s", error)
+                said = str(error)
         num_read, num_failed = num_read + len(batch), num_failed + len(wanted) - len(batch)
         if batch:
             yield batch

@@ -13,7 +13,6 @@ from lightning_convnext_det.ops.window_merging import TileMerge, merge_windows
 from lightning_convnext_det.ops.windows import Window, tile_windows
 from lightning_convnext_det.types import Detection
 
-WHOLE_SIDE = 2048  # pixels of the longer side; detectors resize to less
 Overlap = Annotated[float, Range(0, 1, below=True)]
 """From 0 to below 1, as the share of a window that the next one covers."""
 
@@ -107,10 +106,10 @@ class TiledDetector(nn.Module):
         if isinstance(image, Tensor):
             found: Detection = self.detector([image])[0]
             return found
-        _, height, width = image.shape
-        reduced = image.read(0, 0, width, height, WHOLE_SIDE)
+        reduced = image.with_overview().overview
+        assert reduced is not None
         found = self.detector([reduced])[0]
-        boxes = scale_boxes(found["boxes"], (reduced.shape[-2], reduced.shape[-1]), (height, width))
+        boxes = scale_boxes(found["boxes"], (reduced.shape[-2], reduced.shape[-1]), (image.height, image.width))
         return Detection(boxes=boxes, labels=found["labels"], scores=found["scores"])
 
 

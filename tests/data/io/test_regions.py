@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_convnext_det.data.batch import UnreadableImage
+from lightning_convnext_det.data.dataset import ImageDataset
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.pixels import Channels, GreyRange
-from lightning_convnext_det.data.io.regions import open_regions
+from lightning_convnext_det.data.io.regions import open_regions, reduce_for_drawing
 from lightning_convnext_det.errors import DataError
 
 rasterio = pytest.importorskip("rasterio")
@@ -97,6 +100,40 @@ def test_region_image__damaged(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"LCD-I002.*a\.tif.*damaged"):
         image.read(0, 0, WIDTH, HEIGHT)
+    with pytest.raises(DataError, match=r"LCD-I002.*a\.tif.*damaged"):
+        image.with_overview()
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_image_dataset__damaged_tiff_is_left_out(tile: int | None, tmp_path: Path) -> None:
+    path = write(tmp_path / "cut.tif", "RGB", compression="tiff_lzw", strip_size=1000)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2 - 2000) + content[-2000:])
+    assert isinstance(ImageDataset([path], tile=tile)[0], UnreadableImage)
+
+
+def test_open_regions__reduced_images_and_masks_in_the_file(tmp_path: Path) -> None:
+    path = write_tiled(tmp_path / "a.tif", 100, 150)
+    whole = read_image(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no georeference
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+            file.write_mask(np.full((100, 150), 255, np.uint8))
+            file.build_overviews([2, 4])
+    image = open_regions(path, 64)
+    assert image is not None
+    assert torch.equal(image.read(30, 15, 95, 80), whole[:, 15:80, 30:95])
+
+
+def test_reduce_for_drawing__boxes_follow(tmp_path: Path) -> None:
+    image = open_regions(write(tmp_path / "a.tif", "RGB"), 64)
+    assert image is not None
+    boxes = torch.tensor([[13.0, 9.0, 26.0, 90.0]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_convnext_det.data.io.regions._DRAWN_SIDE", 13)
+        pixels, reduced = reduce_for_drawing(image, boxes)
+    assert pixels.shape == (3, 9, 13)
+    assert torch.allclose(reduced, boxes / 10)
 
 
 _PEAK = """

@@ -1,4 +1,5 @@
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,24 @@ av = pytest.importorskip("av")
 COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (20, 20, 20)]
 
 
-def write_video(path: Path, width: int = 64, height: int = 48, rotation: int = 0) -> Path:
-    """Frames of one colour each, with a white upper half."""
-    with av.open(str(path), "w") as container:
+def write_video(path: Path, width: int = 64, height: int = 48, damaged: Sequence[int] = (), cut: float = 1) -> Path:
+    """Frames of one colour each, with a white upper half; some damaged, and the file cut to a share of its length."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = 1  # no frame depends on another
         for color in COLORS:
             pixels = np.empty((height, width, 3), np.uint8)
             pixels[:] = color
             pixels[: height // 2] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    for position, size in (packets[i] for i in damaged):
+        content[position : position + size] = b"\xa5" * size
+    path.write_bytes(content[: int(cut * len(content))])
     return path
 
 
@@ -80,6 +88,23 @@ def test_frame_reader__bad_files(video: Path, content: bytes | None, index: int,
         FrameReader().read(path, index)
 
 
+@pytest.mark.parametrize(
+    ("damaged", "part"),
+    [([2], "frame 2 is"), ([0, 1], "frames 0 to 1 are"), ([3], "frame 3 is"), ([3, 4], "frames 3 to 4 are")],
+)
+def test_frame_reader__goes_on_after_damaged_frames(damaged: list[int], part: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", damaged=damaged)
+    reader = FrameReader()
+    for index in [0, 1, 2, 3, 4, 1, 3]:
+        if index not in damaged:
+            assert color_of(reader.read(path, index)) == index
+            continue
+        with pytest.raises(DataError, match=rf"LCD-I040.*clip.mp4: {part} damaged and cannot be decoded"):
+            reader.read(path, index)
+    with pytest.raises(DataError, match=r"LCD-I041.*has no frame 5; it ends after 5"):
+        reader.read(path, 5)
+
+
 def test_frame_reader__too_many_pixels(video: Path) -> None:
     with pytest.raises(DataError, match=r"LCD-I023.*64x48 is more than max_pixels = 100"):
         FrameReader().read(video, 0, max_pixels=100)
@@ -108,6 +133,24 @@ def test_parse_frame_name__reads_what_frame_name_writes(name: str, expected: tup
 
 
 # ---- find_images
+
+
+def test_find_images__names_videos_that_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = write_video(tmp_path / "cut.mp4", cut=0.8)
+    (tmp_path / "script.ts").write_text("let a = 1")
+    (tmp_path / "photo.jpg").touch()
+    found = find_images([tmp_path], videos=True)
+    assert 1 < len(found) < 6
+    assert tmp_path / "photo.jpg" in found
+    assert f"{cut}: cut short, it holds {len(found) - 1} of its 5 frames" in caplog.text
+    assert f"skipped: [LCD-I040] {tmp_path / 'script.ts'}: not a video" in caplog.text
+    with pytest.raises(DataError, match=r"script\.ts: not a video"):
+        find_images([tmp_path / "script.ts"], videos=True)
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    assert find_images([tmp_path], videos=True) == [tmp_path / "photo.jpg"]
+    assert "skipped: [LCD-P004] reading videos needs PyAV" in caplog.text
 
 
 def test_find_images__frames_of_videos(video: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.listing import is_image_name, list_names, walk_images
 from lightning_convnext_det.data.io.video import count_frames, frame_name, is_video_name, parse_frame_name
 from lightning_convnext_det.errors import DataError
@@ -28,13 +29,15 @@ def find_images(sources: Sequence[str | Path], recursive: bool = False, videos: 
         recursive: also take what is below the folders.
         videos: replace each video by its frames, ``clip.mp4#000000`` ...; otherwise videos are passed over.
 
-    Other files that may be images, such as HEIC without pillow-heif, are counted and named in a warning.
+    Other files that may be images, such as HEIC without pillow-heif, are counted and named in a warning; videos that
+    cannot be read are named in one each.
 
     Raises:
         DataError: if a source yields none.
     """
     found: dict[Path, None] = {}
     skipped: list[str] = []
+    unread: list[DataError] = []
     for source in _expand_lists(map(Path, sources)):
         files, others = _candidates(source, recursive, videos)
         if not files:
@@ -44,8 +47,15 @@ def find_images(sources: Sequence[str | Path], recursive: bool = False, videos: 
             what = f"holds no image that can be read, only {_listed(others)}" if others else what
             raise DataError(f"[LCD-P001] {source} {what}")
         for file in files:
-            found.update(dict.fromkeys(_frames(file) if videos and is_video_name(file.name) else [file]))
+            try:
+                found.update(dict.fromkeys(_frames(file) if videos and is_video_name(file.name) else [file]))
+            except DataError as error:
+                unread.append(error)
         skipped += others
+    if unread and not found:
+        raise unread[0]
+    for message in dict.fromkeys(map(str, unread)):
+        _warn("skipped: %s", message)
     if skipped:
         _warn(
             "[LCD-P003] %d files are skipped, as their names are not those of images: %s",
@@ -107,7 +117,10 @@ def _in_folder(folder: Path, name: str) -> Path:
 
 
 def _frames(video: Path) -> list[Path]:
-    return [Path(frame_name(video, index)) for index in range(count_frames(video))]
+    count = count_frames(video)
+    if count == 0:
+        raise UnreadableError.of("LCD-I040", video, "holds no frames")
+    return [Path(frame_name(video, index)) for index in range(count)]
 
 
 def _may_be_an_image(file: Path) -> bool:

@@ -5,8 +5,9 @@ and 16-bit grey by its range of values. Other files (palettes, an orientation ot
 for this reader.
 """
 
+import itertools
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 
 _MODES = ("L", "RGB", "RGBA", "I;16", "I;16B")
 _COLORS = (1, 2)  # photometric interpretation: grey from black, RGB; YCbCr and palettes are left to Pillow
+_SUBFILE = 254  # tag of TIFF 6.0: bit 0 for the same image with fewer pixels, bit 2 for a mask
 _PHOTOMETRIC, _ORIENTATION, _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 262, 274, 278, 322, 323  # tags of TIFF 6.0
 _CACHE_BYTES = 64 << 20  # of decoded blocks, which neighbouring regions share; GDAL's default is 5 % of the memory
 _ALL_GREY = GreyRange(*WHOLE_RANGE, clip=True)
+_OVERVIEW_SIDE = 2048  # pixels of the longer side; detectors resize to less
+_DRAWN_SIDE = 4096  # pixels of the longer side of a drawing
 SUFFIXES = (".tif", ".tiff")
 
 
@@ -35,7 +39,7 @@ SUFFIXES = (".tif", ".tiff")
 class RegionImage:
     """An image [channels, H, W] whose regions are read from its file when they are needed.
 
-    It holds no pixels and can be sent to other processes. Regions are uint8 [channels, h, w].
+    It holds no pixels but those of an overview, and can be sent to other processes. Regions are uint8 [channels, h, w].
 
     Attributes:
         path: of the file.
@@ -44,6 +48,7 @@ class RegionImage:
         channels: 1 for grey, 3 for RGB, 4 for RGBA.
         grey: values of 16-bit grey that become 0 and 255.
         device: of the regions; None for the CPU.
+        overview: the whole image, reduced to 2048 pixels on the longer side; None if it has not been read.
     """
 
     path: str
@@ -52,6 +57,7 @@ class RegionImage:
     channels: Channels = 3
     grey: GreyRange = _ALL_GREY
     device: "str | torch.device | None" = None
+    overview: "Tensor | None" = field(default=None, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -60,7 +66,18 @@ class RegionImage:
 
     def to(self, device: "str | torch.device") -> "RegionImage":
         """The same image, whose regions are put on a device."""
-        return replace(self, device=device)
+        return replace(self, device=device, overview=None if self.overview is None else self.overview.to(device))
+
+    def with_overview(self) -> "RegionImage":
+        """The same image with its overview, for which the whole file is read: damage is found.
+
+        Raises:
+            UnreadableError: a DataError, if the file is damaged.
+        """
+        return self if self.overview is not None else replace(self, overview=self._read_whole(_OVERVIEW_SIDE))
+
+    def _read_whole(self, longer_side: int) -> "Tensor":
+        return self.read(0, 0, self.width, self.height, longer_side)
 
     def read(self, left: int, top: int, right: int, bottom: int, longer_side: int | None = None) -> "Tensor":
         """Read a region; right and bottom are the first column and row outside.
@@ -122,12 +139,35 @@ def open_regions(
         return None
     try:
         with TiffImageFile(str(path)) as image:  # the header; Image.open would refuse the size
-            (width, height), mode, tags, frames = image.size, image.mode, image.tag_v2, image.n_frames
+            (width, height), mode, tags, is_single = image.size, image.mode, dict(image.tag_v2), _is_single(image)
     except Exception:  # the reader of whole images says what is wrong
         return None
     block = tags.get(_TILE_WIDTH, width) * tags.get(_TILE_LENGTH, tags.get(_ROWS_PER_STRIP, height))
-    readable = mode in _MODES and tags.get(_PHOTOMETRIC) in _COLORS and tags.get(_ORIENTATION, 1) == 1 and frames == 1
+    readable = mode in _MODES and tags.get(_PHOTOMETRIC) in _COLORS and tags.get(_ORIENTATION, 1) == 1 and is_single
     shorter, longer = sorted((height, width))
     if not readable or longer <= longest or block > MAX_PIXELS or shorter < max(MIN_SIDE, longer / MAX_ASPECT):
         return None
     return RegionImage(str(path), height, width, channels, grey or _ALL_GREY)
+
+
+def _is_single(image: TiffImageFile) -> bool:
+    """Whether a file holds one image; reduced ones and masks of it, as in cloud-optimised files, do not count."""
+    for frame in itertools.count(1):
+        try:
+            image.seek(frame)
+        except EOFError:
+            break
+        except SyntaxError:  # masks have modes that Pillow does not know; their tags have been read
+            pass
+        if not image.tag_v2.get(_SUBFILE, 0) & 0b101:
+            return False
+    return True
+
+
+def reduce_for_drawing(image: "Tensor | RegionImage", boxes: "Tensor") -> "tuple[Tensor, Tensor]":
+    """The pixels to draw on, those of a `RegionImage` reduced to 4096 on the longer side, and the boxes in them."""
+    if not isinstance(image, RegionImage):
+        return image, boxes
+    pixels = image._read_whole(_DRAWN_SIDE)
+    factors = boxes.new_tensor([pixels.shape[-1] / image.width, pixels.shape[-2] / image.height])
+    return pixels, boxes * factors.repeat(2)

@@ -1,11 +1,15 @@
 """Frames of videos, decoded one after the other by PyAV; a frame has a name such as ``clip.mp4#000123``."""
 
 import importlib
+import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.decode import MAX_PIXELS
@@ -15,6 +19,7 @@ from lightning_convnext_det.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor  # imported where pixels become tensors
 
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"))
 _FORMATS: dict[Channels, str] = {1: "gray", 3: "rgb24", 4: "rgba"}
 _FRAME = re.compile(r"(.+)#(\d{6,})")
@@ -47,33 +52,33 @@ def parse_frame_name(name: str | Path) -> tuple[str, int] | None:
 
 
 def count_frames(path: str | Path) -> int:
-    """Count the frames of a video without decoding them.
+    """Count the frames of a video without decoding them; a warning says so if it is cut short.
 
     Raises:
         UnreadableError: a DataError, if the file is no video that can be read.
         DataError: if PyAV is not installed.
     """
-    with _open(path) as container:
-        try:
-            return sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
-        except _av().error.FFmpegError as error:
-            raise UnreadableError.of("LCD-I040", path, f"the video is damaged or cut short ({error})") from error
+    times, num_declared = _scan(path)
+    if len(times) < num_declared:
+        _warn("[LCD-I040] %s: cut short, it holds %d of its %d frames", path, len(times), num_declared)
+    return len(times)
 
 
 class FrameReader:
     """Reads frames of videos; those of one video in rising order are decoded once.
 
     A reader keeps the last video open: one frame at a time is in memory. It can be copied to a worker process, where
-    it begins anew.
+    it begins anew. Damaged frames are missing, and those after them keep their numbers.
     """
 
     def __init__(self) -> None:
         self._path: str | None = None
-        self._frames: Iterator[Any] | None = None  # PyAV's classes have no types
-        self._next = 0
+        self._frames: Iterator[tuple[int, Any]] = iter(())  # PyAV's classes have no types
+        self._last: tuple[int, Any] = -1, None  # the frame that was decoded last, and its number
+        self._gap = 0  # the first frame after the one before it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": None, "_frames": None, "_next": 0}
+        return vars(FrameReader())
 
     def read(self, path: str | Path, index: int, channels: Channels = 3, max_pixels: int = MAX_PIXELS) -> "Tensor":
         """Decode a frame, turned upright as players show it.
@@ -88,27 +93,85 @@ class FrameReader:
             uint8 [channels, H, W].
 
         Raises:
-            UnreadableError: a DataError, if the video cannot be read or has no such frame.
+            UnreadableError: a DataError, if the video cannot be read, has no such frame, or the frame is damaged; the
+                message is the same for all frames of a damaged part.
             DataError: if PyAV is not installed.
         """
-        if self._frames is None or self._path != str(path) or index < self._next:
-            self._path, self._frames, self._next = str(path), _decode(path), 0
-        for frame in self._frames:
-            self._next += 1
-            if self._next > index:
-                return _to_tensor(frame, path, channels, max_pixels)
-        self._frames = None
-        raise UnreadableError.of("LCD-I041", path, f"has no frame {index}; it ends after {self._next}")
+        if self._path != str(path) or index < self._gap:
+            self._path, self._frames = str(path), _decode(path)
+            self._last, self._gap = (-1, None), 0
+        while self._last[0] < index:
+            try:
+                following = next(self._frames, None)
+            except DataError:
+                self._path = None  # the next call tries again
+                raise
+            if following is None:
+                raise UnreadableError.of("LCD-I041", path, f"has no frame {index}; it ends after {self._last[0]}")
+            self._last, self._gap = following, self._last[0] + 1
+        number, frame = self._last
+        if number == index and frame is None:
+            raise UnreadableError.of("LCD-I041", path, f"has no frame {index}; it ends after {number}")
+        if number == index:
+            return _to_tensor(frame, path, channels, max_pixels)
+        part = f"frame {index} is" if self._gap == number - 1 else f"frames {self._gap} to {number - 1} are"
+        raise UnreadableError.of("LCD-I040", path, f"{part} damaged and cannot be decoded")
 
 
-def _decode(path: str | Path) -> Iterator[Any]:
+def _scan(path: str | Path) -> tuple[list[int | None], int]:
+    """The times of a video's frames in the order of the file, and how many frames it says that it has, 0 if it doesn't.
+
+    Damage ends the list.
+    """
+    times: list[int | None] = []
     with _open(path) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        with suppress(_av().error.FFmpegError):
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    times.append(packet.pts)
+        return times, int(stream.frames)
+
+
+def _decode(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield the frames of a video that can be decoded, each with its number; then the number of all, and None."""
+    done = -1
+    time: Any = None
+    for frame in _decode_with(path, "AUTO"):
+        if frame is None:
+            break
+        done, time = done + 1, frame.pts
+        yield done, frame
+    # Threads that decode several frames at once lose those beside a damaged one, and at the end say nothing of it: so
+    # the rest is decoded one by one, and numbered by the times of the packets, as frames are missing.
+    times, _ = _scan(path)
+    numbers = {time: number for number, time in enumerate(sorted(x for x in times if x is not None))}
+    numbers = numbers if len(numbers) == len(times) else {}  # some formats have no times
+    shift = done - numbers.get(time, done)  # of frames at the beginning that have never been decoded
+    number, end = -1, len(times) + shift
+    for frame in _decode_with(path, "SLICE") if done + 1 < end else ():
+        place = None if frame is None else numbers.get(frame.pts)
+        number = number + 1 if place is None else place + shift
+        if frame is not None and number > done:
+            yield number, frame
+            done = number
+    yield max(done + 1, end), None
+
+
+def _decode_with(path: str | Path, threads: str) -> Iterator[Any]:
+    """Yield the frames of a video, and None where a part cannot be decoded."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = threads
         try:
-            yield from container.decode(stream)
-        except _av().error.FFmpegError as error:
-            raise UnreadableError.of("LCD-I040", path, f"the video is damaged or cut short ({error})") from error
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except _av().error.InvalidDataError:
+                    frames = [None]
+                yield from frames
+        except _av().error.FFmpegError:
+            yield None
 
 
 # one of PyAV's containers

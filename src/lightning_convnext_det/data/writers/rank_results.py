@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_convnext_det.data.io.regions import RegionImage
+from lightning_convnext_det.data.io.regions import RegionImage, reduce_for_drawing
 from lightning_convnext_det.data.io.video import parse_frame_name
 from lightning_convnext_det.data.writers.annotations import labelme_json, path_from, printable, voc_xml, yolo_text
 from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, FileList, hidden
@@ -23,7 +23,6 @@ from lightning_convnext_det.visualization import class_colors, draw_detections, 
 Format = Literal["coco", "csv", "parquet", "yolo", "voc", "labelme", "crops"]
 TABLES = ("coco", "csv")  # merged of the lines of all ranks
 _SUFFIXES = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
-_DRAWN_SIDE = 4096  # pixels of the longer side of a drawing of an image that is read region by region
 _LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the noise of JPEG are drawn as PNG
 
 
@@ -102,7 +101,7 @@ class RankResults:
             self._crop(image, found, stem, suffix, image_id)
         if self.draw_limit is None or self.num_drawn < self.draw_limit:
             names = [self.class_names[label] for label in found["labels"].tolist()]
-            seen, boxes = _reduce(image, found["boxes"])
+            seen, boxes = reduce_for_drawing(image, found["boxes"])
             drawing = draw_detections(seen, boxes, names, found["scores"], self.colors, self.font)
             _save(drawing, self._list.reserve(self.folder, stem, suffix, image_id))
             self.num_drawn += 1
@@ -160,15 +159,6 @@ def _stem(file_name: str) -> str:
     """The name of an image's results; that of a frame has its number: ``clip-000123``."""
     frame = parse_frame_name(file_name)
     return Path(file_name).stem if frame is None else f"{Path(frame[0]).stem}-{frame[1]:06d}"
-
-
-def _reduce(image: Tensor | RegionImage, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels to draw on, and the boxes in them."""
-    if isinstance(image, Tensor):
-        return image, boxes
-    _, height, width = image.shape
-    pixels = image.read(0, 0, width, height, _DRAWN_SIDE)
-    return pixels, boxes * boxes.new_tensor([pixels.shape[-1] / width, pixels.shape[-2] / height]).repeat(2)
 
 
 def _save(image: Image.Image, path: Path) -> None:
