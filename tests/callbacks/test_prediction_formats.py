@@ -17,6 +17,7 @@ from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.data.writers.rank_results import name_folders
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.types import Detection
 from tests.callbacks.test_prediction_writer import Batch, Foretold, loader, predict, results, visible
@@ -208,6 +209,32 @@ def test_formats__odd_file_names(name: str, tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 2
     predict(PredictionWriter(tmp_path), loader("other.jpg"))
     assert not (tmp_path / "voc").exists()
+
+
+def test_formats__names_at_the_limit_of_the_file_system(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"{'x' * 251}.jpg", f"some/{'x' * 251}.jpg", f"{'写' * 83}.png"]  # of 255, 255 and 253 bytes
+    predict(PredictionWriter(tmp_path, formats="yolo,labelme,crops"), loader(*names))
+    assert visible(tmp_path / "labelme") == [f"{'x' * 248}-2.json", f"{'x' * 250}.json", f"{'写' * 83}.json"]
+    assert visible(tmp_path / "yolo") == ["classes.txt", f"{'x' * 249}-2.txt", f"{'x' * 251}.txt", f"{'写' * 83}.txt"]
+    assert len(visible(tmp_path / "crops" / "cat")) == 3
+    paths = [json.loads(file.read_text())["imagePath"] for file in (tmp_path / "labelme").iterdir()]
+    assert sorted(paths) == sorted(names)
+    assert caplog.text.count("cannot hold are shortened, first") == 1
+    folders = name_folders(["y" * 300, "y" * 301])
+    assert len(set(folders)) == 2
+    assert max(map(len, folders)) < 250
+
+
+def test_formats__your_own_list_of_classes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "yolo").mkdir()
+    (tmp_path / "yolo" / "classes.txt").write_text("cat\nbird\n")
+    predict(PredictionWriter(tmp_path, formats="yolo"), loader("a.jpg"))
+    assert (tmp_path / "yolo" / "classes.txt").read_text() == "cat\nbird\n"
+    assert "classes.txt' is your own and stays; the labels of the files beside it are: cat, dog" in caplog.text
+    caplog.clear()
+    (tmp_path / "yolo" / "classes.txt").write_text("cat\ndog\n")
+    predict(PredictionWriter(tmp_path, formats="yolo"), loader("a.jpg"))
+    assert "is your own" not in caplog.text
 
 
 def test_prediction_writer__unknown_format() -> None:

@@ -6,11 +6,15 @@ The lists are JSON in ASCII, which holds any file name.
 
 import itertools
 import json
+import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+_logger = logging.getLogger(__name__)
+_LONGEST_NAME = 255  # bytes, of the usual file systems
 OF_ALL_IMAGES = -1  # in place of an image's id
 _KEPT = "kept"  # in place of a rank, in the name of the list of what is kept
 
@@ -30,6 +34,7 @@ class FileList:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
+        self._said = False
         self._file: TextIO = open(hidden(folder, rank, "drawn"), "w")  # noqa: SIM115  # closed by close()
 
     def reserve(self, parent: Path, stem: str, suffix: str, image_id: int) -> Path:
@@ -37,12 +42,14 @@ class FileList:
 
         Args:
             parent: folder of the file, in the folder of results.
-            stem: of the image's name; where that is taken, the image id is added.
+            stem: of the image's name; where that is taken, the image id is added; a name that is too long for the file
+                system is shortened, and a warning says so once.
             suffix: of the file.
             image_id: of the image.
         """
         parent.mkdir(parents=True, exist_ok=True)
-        for name in _names(stem, image_id):
+        room = _longest_name(parent) - len(suffix)
+        for name in _names(stem, image_id, room):
             path = parent / f"{name}{suffix}"
             try:
                 path.touch(exist_ok=False)
@@ -50,6 +57,9 @@ class FileList:
                 continue
             self._file.write(f"{json.dumps([path.relative_to(self.folder).as_posix(), image_id])}\n")
             self._file.flush()  # a rank that is killed has listed its files, too
+            if not (self._said or path.name.startswith(stem)):
+                self._said = True
+                _logger.warning("names of results that the file system cannot hold are shortened, first '%s'", path)
             return path
         raise AssertionError("names do not end")
 
@@ -110,7 +120,25 @@ def _remove_empty(folder: Path, root: Path) -> None:
             folder = folder.parent
 
 
-def _names(stem: str, image_id: int) -> Iterator[str]:
-    yield stem
-    yield f"{stem}-{image_id}"
-    yield from (f"{stem}-{image_id}-{i}" for i in itertools.count(2))
+def shorten(name: str, num_bytes: int) -> str:
+    """The beginning of a name that file systems can hold in so many bytes.
+
+    >>> shorten("photo", 9), shorten("写真写真", 9)
+    ('photo', '写真写')
+    """
+    while len(os.fsencode(name)) > num_bytes:
+        name = name[:-1]
+    return name
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes that a name in a folder may have."""
+    try:
+        return min(_LONGEST_NAME, os.pathconf(folder, "PC_NAME_MAX"))
+    except (AttributeError, OSError, ValueError):  # not on Windows, not of all file systems
+        return _LONGEST_NAME
+
+
+def _names(stem: str, image_id: int, room: int) -> Iterator[str]:
+    endings = itertools.chain(["", f"-{image_id}"], (f"-{image_id}-{i}" for i in itertools.count(2)))
+    return (shorten(stem, room - len(ending)) + ending for ending in endings)

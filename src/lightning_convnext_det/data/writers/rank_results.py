@@ -1,5 +1,6 @@
 """Everything that one rank writes about its images: tables, annotation files, drawings and crops."""
 
+import logging
 import re
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -13,16 +14,18 @@ from torch import Tensor
 from lightning_convnext_det.data.io.regions import RegionImage, reduce_for_drawing
 from lightning_convnext_det.data.io.video import parse_frame_name
 from lightning_convnext_det.data.writers.annotations import labelme_json, path_from, printable, voc_xml, yolo_text
-from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, FileList, hidden
+from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, FileList, hidden, shorten
 from lightning_convnext_det.data.writers.parquet import ParquetWriter
 from lightning_convnext_det.data.writers.tables import write_line
 from lightning_convnext_det.metrics.coco_results import check_finite, coco_results
 from lightning_convnext_det.types import Detection
 from lightning_convnext_det.visualization import class_colors, draw_detections, to_pil
 
+_logger = logging.getLogger(__name__)
 Format = Literal["coco", "csv", "parquet", "yolo", "voc", "labelme", "crops"]
 TABLES = ("coco", "csv")  # merged of the lines of all ranks
 _SUFFIXES = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
+_LONGEST_FOLDER = 200  # bytes of a class's name; file systems hold 255, and labels may be added
 _LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # images without the noise of JPEG are drawn as PNG
 
 
@@ -65,9 +68,8 @@ class RankResults:
             self._list = FileList(folder, rank)
             files.callback(self._list.close)
             self._files = files.pop_all()
-        if rank == 0 and "yolo" in formats and not (folder / "yolo" / "classes.txt").exists():
-            path = self._list.reserve(folder / "yolo", "classes", ".txt", OF_ALL_IMAGES)
-            path.write_text("".join(f"{printable(name)}\n" for name in class_names), encoding="utf-8")
+        if rank == 0 and "yolo" in formats:
+            self._write_classes(folder / "yolo" / "classes.txt")
 
     def write(self, image: Tensor | RegionImage, detection: Detection, image_id: int, file_name: str) -> None:
         """Write the results of an image.
@@ -121,6 +123,15 @@ class RankResults:
         """Close the files."""
         self._files.close()
 
+    def _write_classes(self, path: Path) -> None:
+        """Write the names of the classes; a file that is there stays: the user's, or that of a prediction continued."""
+        text = "".join(f"{printable(name)}\n" for name in self.class_names)
+        if not path.exists():
+            self._list.reserve(path.parent, path.stem, path.suffix, OF_ALL_IMAGES).write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_bytes() != text.encode():
+            names = ", ".join(map(printable, self.class_names))
+            _logger.warning("'%s' is your own and stays; the labels of the files beside it are: %s", path, names)
+
     def _annotation(self, name: str, found: Detection, size: tuple[int, int], file_name: str, folder: Path) -> str:
         if name == "yolo":
             return yolo_text(found, size)
@@ -148,6 +159,7 @@ def name_folders(class_names: Sequence[str]) -> list[str]:
     taken: set[str] = set()  # whatever the case: some file systems do not tell it
     for label, class_name in enumerate(class_names):
         name = re.sub(r"[^\w .-]+", "_", printable(class_name)).strip(" .") or str(label)
+        name = shorten(name, _LONGEST_FOLDER)
         while name.casefold() in taken:
             name = f"{name}-{label}"
         taken.add(name.casefold())
