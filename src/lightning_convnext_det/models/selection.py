@@ -9,17 +9,17 @@ from torch import Tensor
 from lightning_convnext_det.arguments import Count, Fraction, Positive, check_arguments
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.ops.batch_nms import batch_nms, fill_rows
-from lightning_convnext_det.ops.nms import NMSMethod, Separation, apply_nms
+from lightning_convnext_det.ops.nms import NMSMethod, Separation
 from lightning_convnext_det.ops.soft_nms import batched_soft_nms
 from lightning_convnext_det.ops.tracing import is_recording
-from lightning_convnext_det.types import Detection, TensorDetections
+from lightning_convnext_det.types import TensorDetections
 
 T = TypeVar("T")
 
 
 @dataclass
 class Selection:
-    """Chooses the detections of an image; each value can be changed at any time.
+    """Chooses the detections of images; each value can be changed at any time.
 
     >>> selection = Selection(score_threshold=0.5)
     >>> selection.nms_threshold = 5
@@ -47,27 +47,6 @@ class Selection:
     def __setattr__(self, name: str, value: Any) -> None:  # checked here, by name
         check_arguments(Selection.__init__, {name: value})
         super().__setattr__(name, value)
-
-    def __call__(
-        self, boxes: Tensor, scores: Tensor, labels: Tensor, separation: Separation = "torchvision"
-    ) -> Detection:
-        """Choose from the boxes of one image.
-
-        Args:
-            boxes: corners (x1, y1, x2, y2) in pixels, float [N, 4].
-            scores: confidences, float [N].
-            labels: classes, int64 [N].
-            separation: how hard NMS keeps classes apart, see `grouped_nms`.
-
-        Returns:
-            What is left, by descending score.
-        """
-        boxes, scores, labels = apply_nms(
-            boxes, scores, labels, self.nms, self.nms_threshold, self.soft_nms_sigma, separation
-        )
-        high = scores > self.score_threshold  # soft NMS lowers scores
-        boxes, scores, labels = (values[high][: self.detections_per_image] for values in (boxes, scores, labels))
-        return Detection(boxes=boxes, labels=labels, scores=scores)
 
     def select(
         self,

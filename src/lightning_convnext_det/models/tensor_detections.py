@@ -3,14 +3,11 @@
 Rows beyond the number of detections are made zero by multiplication: what is not finite stays so, for the check.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_convnext_det.errors import DivergenceError
-from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.types import Detection, TensorDetections
 
 
@@ -34,21 +31,6 @@ def split_detections(found: TensorDetections) -> list[Detection]:
         Detection(boxes=found.boxes[i, :n], labels=found.labels[i, :n], scores=found.scores[i, :n])
         for i, n in enumerate(counts)
     ]
-
-
-def join_detections(detections: Sequence[Detection], rows: int) -> TensorDetections:
-    """Join the detections of several images into tensors of ``rows`` rows per image.
-
-    >>> found = Detection(boxes=torch.ones(1, 4), labels=torch.tensor([2]), scores=torch.tensor([0.5]))
-    >>> join_detections([found], 3).scores
-    tensor([[0.5000, 0.0000, 0.0000]])
-    """
-    missing = [rows - d["scores"].shape[0] for d in detections]
-    boxes = [F.pad(d["boxes"], (0, 0, 0, n)) for d, n in zip(detections, missing, strict=True)]
-    scores = [F.pad(d["scores"], (0, n)) for d, n in zip(detections, missing, strict=True)]
-    labels = [F.pad(d["labels"], (0, n)) for d, n in zip(detections, missing, strict=True)]
-    count = send([d["scores"].shape[0] for d in detections], scores[0].device)
-    return TensorDetections(torch.stack(boxes), torch.stack(scores), torch.stack(labels), count)
 
 
 def keep_first(boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor, rows: int) -> TensorDetections:

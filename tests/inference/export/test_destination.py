@@ -1,9 +1,11 @@
 """What an export refuses before it begins, what it leaves alone, and what it says and knows of its file."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -134,6 +136,15 @@ def test_write_card__holds_names_of_any_characters(tmp_path: Path) -> None:
     write_card({"class_names": names}, tmp_path / "metadata.json")
     assert read_card(tmp_path)["class_names"] == names
     assert "\u732b" in (tmp_path / "metadata.json").read_text(encoding="utf-8")
+
+
+def test_read_card__of_a_compiled_package(tmp_path: Path) -> None:
+    # as AOTInductor of torch 2.14 packs it: all values are text, and some entries are its own
+    own = {"images": "[2, 3, 64, 96]", "class_names": '["\\u732b"]', "AOTI_DEVICE_KEY": "cpu"}
+    with ZipFile(tmp_path / "a.pt2", "w") as file:
+        file.writestr("a/archive_format", "pt2")
+        file.writestr("a/data/aotinductor/model/c5g7.wrapper_metadata.json", json.dumps(own))
+    assert read_card(tmp_path / "a.pt2") == {"images": [2, 3, 64, 96], "class_names": ["\u732b"]}
 
 
 def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> None:

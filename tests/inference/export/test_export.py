@@ -77,6 +77,7 @@ def test_export__compiled_runs_without_this_package(module: DeformableDETRModule
     assert report.differences is not None  # within the tolerance
     assert report.differences.detections > 100
     check_torch_file(report.path, module, "compiled")
+    assert verify_file(module, report.path).differences.shapes[0] == "2x61x87"
 
 
 def check_torch_file(path: Path, module: DetectionModule, kind: str) -> None:

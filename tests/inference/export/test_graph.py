@@ -5,7 +5,7 @@ from timm.models import swin_transformer
 from lightning_convnext_det import DINO, CascadeRCNN, DeformableDETR, FasterRCNN
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.export.backbones import roll, window_reverse
-from lightning_convnext_det.inference.export.graph import ExportGraph
+from lightning_convnext_det.inference.export.graph import ExportGraph, record
 from lightning_convnext_det.models.tensor_detections import split_detections
 from lightning_convnext_det.ops.resize import resize_like_opencv
 from lightning_convnext_det.types import TensorDetections
@@ -63,6 +63,34 @@ def test_new_sizes__round_as_the_transform() -> None:
             new, tiles = graph.new_sizes(torch.tensor([height, width], dtype=torch.float64))
             assert tuple(new.tolist()) == graph.transform.new_size(height, width)
             assert tiles.tolist() == [-(-n // 32) for n in new.tolist()]
+
+
+@pytest.mark.heavy
+def test_record__detr_with_nms_of_any_batch() -> None:
+    torch.manual_seed(0)
+    options = {**DETR, "strides": (16,), "extra_levels": 0, "min_size": 64, "max_size": 64}
+    detector = DeformableDETR(2, "test_convnext", nms="hard", nms_threshold=0.01, score_threshold=0.0, **options).eval()
+    spread_scores(detector)
+    example = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    run = record(ExportGraph(detector), example, ["batch"]).module()
+    for count in (1, 3):
+        images = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8)
+        with torch.no_grad():
+            found, expected = split_detections(TensorDetections(*run(images))), detector(list(images))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert 0 < len(theirs["scores"]) < 20  # of 10 queries and 2 classes
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_record__a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Refused(ExportGraph):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images if images[images > 0].numel() == 0 else images + 1
+
+    graph = Refused(FasterRCNN(2, "test_convnext", **RCNN))
+    with pytest.raises(ArgumentError, match=r"\[LCD-X002\] the detector cannot be exported with batch free"):
+        record(graph, torch.zeros(2, 3, 64, 64), ["batch"])
+    assert capsys.readouterr().err == ""
 
 
 def test_export_graph__soft_nms_is_refused() -> None:

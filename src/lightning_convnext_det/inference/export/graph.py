@@ -7,6 +7,8 @@ so that they are rounded alike; ``item`` turns them into numbers that the export
 import copy
 import warnings
 from collections.abc import Collection
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Literal
 
 import torch
@@ -173,6 +175,7 @@ def record(
     try:
         with (
             warnings.catch_warnings(), torch.no_grad(), record_attention(attention), recordable_backbones(),
+            redirect_stderr(StringIO()),  # where torch prints the whole graph before it raises an error
         ):  # fmt: skip
             warnings.simplefilter("ignore", FutureWarning)  # torchvision's NMS asks torch in a way that is deprecated
             return torch.export.export(graph, (example,), dynamic_shapes=(axes or None,), strict=False)

@@ -92,7 +92,7 @@ def write_card(card: Mapping[str, Any], path: Path) -> None:
 
 
 def read_card(path: Path) -> dict[str, Any]:  # what JSON holds
-    """Read the description of an exported file; empty where it has none, as packages of AOTInductor."""
+    """Read the description of an exported file; empty where it has none."""
     if path.is_dir():
         card = path / "metadata.json"
         entries: dict[str, Any] = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
@@ -102,10 +102,15 @@ def read_card(path: Path) -> dict[str, Any]:  # what JSON holds
         return {entry.key: _from_text(entry.value) for entry in model.metadata_props}
     if not zipfile.is_zipfile(path):
         return {}
-    with zipfile.ZipFile(path) as file:  # of torch.export
-        name = next((name for name in file.namelist() if name.endswith("extra/metadata.json")), None)
-        entries = {} if name is None else json.loads(file.read(name))
-    return entries
+    with zipfile.ZipFile(path) as file:
+        for name in file.namelist():
+            if name.endswith("extra/metadata.json"):  # of torch.export
+                entries = json.loads(file.read(name))
+                return entries
+            if name.endswith("wrapper_metadata.json"):  # of AOTInductor, which adds entries of its own
+                texts: dict[str, str] = json.loads(file.read(name))
+                return {key: _from_text(text) for key, text in texts.items() if not key.startswith("AOTI_")}
+    return {}
 
 
 def _from_text(text: str) -> Any:  # what JSON holds

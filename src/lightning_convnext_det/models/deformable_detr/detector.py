@@ -13,7 +13,7 @@ from lightning_convnext_det.models.deformable_detr.levels import Frames, Levels,
 from lightning_convnext_det.models.image_transform import ImageTransform, check_tensors
 from lightning_convnext_det.models.selection import SelectsDetections
 from lightning_convnext_det.models.target_check import prepare_targets
-from lightning_convnext_det.models.tensor_detections import join_detections, keep_first, split_detections
+from lightning_convnext_det.models.tensor_detections import keep_first, split_detections
 from lightning_convnext_det.ops.host_numbers import send
 from lightning_convnext_det.ops.precision import weight_precision
 from lightning_convnext_det.types import Detection, Target, TensorDetections
@@ -153,8 +153,12 @@ class QueryDetector(SelectsDetections, nn.Module):
         if self.nms == "none":  # by descending score, those above the threshold come first
             unwanted = (scores <= self.score_threshold) | (scores < 0)
             return keep_first(boxes, scores, labels, (~unwanted).sum(1), rows)
-        each = zip(boxes.nan_to_num(), scores.nan_to_num(), labels, scores >= 0, strict=True)
-        found = join_detections([self.selection(b[u], s[u], x[u]) for b, s, x, u in each], rows)
+        count = boxes.shape[0]
+        images = torch.arange(count, device=boxes.device)[:, None].expand_as(labels)
+        found = self.selection.select(
+            boxes.nan_to_num().flatten(0, 1), scores.nan_to_num().flatten(), labels.flatten(), images.flatten(), count,
+            self.num_classes, used=(scores >= 0).flatten(),
+        )  # fmt: skip
         # what is not finite reaches the result, where `forward` checks it, also if it was not selected
         broken_scores, broken_boxes = 0 * scores.sum(1, keepdim=True), 0 * boxes.sum((1, 2), keepdim=True)
         return found._replace(boxes=found.boxes + broken_boxes, scores=found.scores + broken_scores)
