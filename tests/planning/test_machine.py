@@ -12,6 +12,7 @@ def test_measure_rates__times_both_precisions_and_leaves_the_random_numbers_alon
     assert min(rates) > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert Rates(100.0, 50.0).gain == 0.5
+    assert measure_rates("cpu", seconds=0.001) is rates
 
 
 @pytest.mark.parametrize(

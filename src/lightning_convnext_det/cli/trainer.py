@@ -63,6 +63,7 @@ class DetectionCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str], only_plan: bool = False) -> None:
+        self._command = arguments[0] if arguments else ""
         self._planner = TrainingPlanner(only_plan)
         self._kept: dict[str, Any] = {}  # of the plan, in checkpoints
         self._start: str | None = None
@@ -83,6 +84,11 @@ class DetectionCLI(LightningCLI):
         )
 
     # ---- arguments
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, which asks self
+        """The command that is given, so that its parser alone is built; all where a configuration file names it."""
+        known = LightningCLI.subcommands()
+        return {self._command: known[self._command]} if self._command in known else known
 
     def add_arguments_to_parser(self, parser: Parser) -> None:  # type: ignore[override]  # see parser_class
         """Add checkpointing and output, and link the classes of the data to the model."""

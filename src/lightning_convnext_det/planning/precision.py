@@ -6,6 +6,7 @@ speed of float32 (84 against 157 GFLOP/s), on another at twice the speed.
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class _Block(nn.Module):
         return loss
 
 
+@cache  # a notebook's second training has the same machine
 def measure_rates(device: str, seconds: float = _SECONDS) -> Rates:
     """Time forward and backward passes in float32 and under bfloat16 autocast, in turns, each for some seconds.
 
