@@ -321,6 +321,11 @@ def test_prediction_writer__begins_anew_for_another_prediction(photos: Path, tmp
     folder = tmp_path / "out"
     assert seen(create(folder), Seen(), data_of(photos)) == 8
     assert seen(create(folder), Seen(), data_of(photos)) == 0
+    others: list[dict[str, object]] = [{"score_thresholds": [0.5, 0.5]}, {"class_names": ["cat", "cow"]}, {}]
+    for changes in others:  # stored by convnext-det thresholds, renamed, as before
+        module = Seen()
+        vars(module).update(changes)
+        assert seen(create(folder), module, data_of(photos)) == 8
     assert seen(create(folder, formats="parquet,csv", draw=False), Seen(), data_of(photos)) == 8  # other files
     assert not (folder / "voc").exists()
     other = Seen()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_convnext_det import FasterRCNN
 from lightning_convnext_det.cli.main import main
+from lightning_convnext_det.data.io import regions
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.reader import ImageReader
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
-from lightning_convnext_det.data.writers import rank_results
 from lightning_convnext_det.models.fused import FusedDetector, augment_detector
 from lightning_convnext_det.models.tiling import TiledDetector
 from lightning_convnext_det.modules import load_module
@@ -84,7 +84,7 @@ def test_predict__windows_of_a_tiff_are_read_from_the_file(
     checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rasterio")
-    monkeypatch.setattr(rank_results, "_DRAWN_SIDE", 400)
+    monkeypatch.setattr(regions, "_DRAWN_SIDE", 400)
     pixels = torch.randint(0, 256, (17, 20, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     image = Image.fromarray(pixels.numpy()).resize((600, 510))
     options = ["--tiles=400", "--output.draw=true", "--output.formats=coco,crops", "--output.score_threshold=0.0"]

@@ -66,6 +66,8 @@ def test_thresholds__are_printed_and_stored(checkpoint: Path, capsys: pytest.Cap
 def test_thresholds__precision_and_recall_are_one_wish(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["thresholds", "a.ckpt", "--data.root=x", "--precision=0.9", "--recall=0.9"]) == 2
     assert "give --precision or --recall, not both" in capsys.readouterr().err
+    assert main(["thresholds", "a.ckpt", "--data.root=x", "--precision=95"]) == 2
+    assert "--precision is 95; it must be above 0 and at most 1" in capsys.readouterr().err
 
 
 def test_thresholds__no_such_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,10 @@ def test_prediction__filter(found: Prediction) -> None:
     assert found.filter(score=0.5, classes=["wide load"]).names == []
     with pytest.raises(ArgumentError, match="no class 'dgo'; did you mean 'dog'"):
         found.filter(classes=["dgo"])
+    for wrong in (17, [17]):
+        with pytest.raises(ArgumentError, match=r"classes holds 17; give names .* found\.category_ids == 17"):
+            found.filter(classes=wrong)
+    assert found[found.category_ids == 17].names == ["cat"]
     with pytest.raises(ArgumentError, match="score is 60"):
         found.filter(score=60)
 

@@ -322,6 +322,8 @@ def test_predictor__files_that_cannot_be_read_are_named(predictor: Predictor, tm
         pytest.param({"batch_size": 0}, "batch_size is 0", id="batch size"),
         pytest.param({"precision": "bf16"}, "precision is 'bf16'; choose 32-true or bf16-mixed", id="precision"),
         pytest.param({"classes": ["dgo"]}, "no class 'dgo'; did you mean 'dog'", id="class"),
+        pytest.param({"classes": "dgo"}, "no class 'dgo'; did you mean 'dog'", id="one class"),
+        pytest.param({"value_range": (5, 5)}, r"value_range is \[5, 5\]; give the lower", id="value range"),
         pytest.param({"nms": "sfot"}, "nms is 'sfot'; choose hard, soft or none", id="nms"),
         pytest.param({"device": "gpu"}, "device 'gpu' cannot be used .*'auto' takes what there is", id="device"),
     ],
@@ -395,6 +397,8 @@ def test_from_checkpoint__nms_is_the_checkpoints_unless_chosen(checkpoint: Path)
 def test_from_checkpoint__missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\[LCD-K001\] .*none.ckpt: no such checkpoint file"):
         Predictor.from_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match="there is no path"):
+        Predictor.from_checkpoint([])
 
 
 # ---- drawing

@@ -103,6 +103,13 @@ def test_read_source__frames_have_the_channels_of_the_detector(channels: Channel
     assert read_source(frame, "it", pixel_format=PixelFormat(channels)).shape == (channels, 48, 64)
 
 
+def test_stream__any_iterable(predictor: Predictor) -> None:
+    images = {i: torch.zeros(3, 20, 20, dtype=torch.uint8) for i in range(3)}
+    assert [len(found) for found in predictor.stream(images.values())] == [0, 0, 0]
+    with pytest.raises(TypeError, match="the image is of type bytes"):
+        list(predictor.stream(b"photo.jpg"))
+
+
 @pytest.mark.parametrize("name", ["photos", "photos/*.png", "photos/none/*.jpg", "clip.mp4", "list.txt"])
 def test_predictor__a_single_path_of_several_images_is_refused(
     name: str, folder: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch

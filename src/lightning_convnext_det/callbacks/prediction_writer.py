@@ -240,7 +240,7 @@ class PredictionWriter(Callback):
         """The ids of the images that finished parts hold; what does not belong to them is removed. Collective."""
         answer: tuple[str, frozenset[int], int] | None = None
         if trainer.is_global_zero:
-            fingerprint = _fingerprint(pl_module, self._options(trainer))
+            fingerprint = _fingerprint(pl_module, self._options(trainer, pl_module))
             parts = clear_parts(self.folder / FOLDER, fingerprint, images)
             finished = frozenset(image_id for part in parts for image_id, _ in part.images)
             answer = fingerprint, finished, self._keep(parts, finished, pl_module)
@@ -281,13 +281,15 @@ class PredictionWriter(Callback):
             path.unlink()
         return len(found)
 
-    def _options(self, trainer: pl.Trainer) -> dict[str, object]:
-        """What the files of the images depend on, beside the module."""
+    def _options(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, object]:
+        """What the files of the images depend on, beside the weights and settings of the module."""
         data = getattr(trainer, "datamodule", None)
+        names, ids = _classes_of(pl_module)
         return {
+            "classes": [names, ids, self._thresholds(pl_module, len(names))],
             "pixels": [str(getattr(data, name, None)) for name in ("value_range", "in_chans")],
             "formats": sorted(set(self.formats) - set(TABLES)),
-            "drawings": [self.score_threshold, self.draw, self.draw_limit, self.font],
+            "drawings": [self.draw, self.draw_limit, self.font],
             "precision": str(trainer.precision),
         }
 

@@ -35,6 +35,10 @@ def run_thresholds(arguments: Sequence[str]) -> int:
     options = _create_parser().parse_args(list(arguments))
     if options.precision is not None and options.recall is not None:
         raise ArgumentError("give --precision or --recall, not both")
+    for name in ("precision", "recall"):
+        wanted = options[name]
+        if wanted is not None and not 0 < wanted <= 1:
+            raise ArgumentError(f"--{name} is {wanted:g}; it must be above 0 and at most 1")
     module = load_module(options.checkpoint)
     data = DetectionDataModule(**options.data.as_dict())
     add_to_inference(module, options.as_dict(), data, "validate")

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -178,7 +178,7 @@ class Prediction:
         check_arguments(Prediction.filter, locals())
         kept = torch.ones(len(self), dtype=torch.bool)
         if classes is not None:
-            chosen = [classes] if isinstance(classes, str) else classes
+            chosen = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else classes
             kept &= torch.isin(self.labels, torch.tensor([self._label(name) for name in chosen], dtype=torch.int64))
         if score is None:
             return self._select(kept)
@@ -328,6 +328,10 @@ class Prediction:
         return str(self.image) if isinstance(self.image, str | Path) else str(image_id)
 
     def _label(self, name: str) -> int:
+        if not isinstance(name, str):
+            raise ArgumentError(
+                f"classes holds {name}; give names of classes, or select by found.category_ids == {name}"
+            )
         if name not in self.class_names:
             raise ArgumentError(f"there is no class '{name}'; {suggest(name, self.class_names)}")
         return self.class_names.index(name)

@@ -110,13 +110,15 @@ class Predictor:
         self.nms = nms
         self.score_threshold = score_threshold
         self.score_thresholds = _best_thresholds(score_threshold, score_thresholds, self.class_names)
-        self.classes = list(self.class_names if classes is None else classes)
+        self.classes = [classes] if isinstance(classes, str) else list(self.class_names if classes is None else classes)
         self._kept = torch.tensor([self._label(name) for name in self.classes], dtype=torch.int64)
         self.batch_size = batch_size
         self.precision = precision
         self.tiles, self.tile_overlap, self.tile_merge, self.tta = tiles, tile_overlap, tile_merge, tta
         self.progress = progress
         channels = next((part.in_chans for part in detector.modules() if isinstance(part, TimmPyramid)), 3)
+        if value_range is not None and value_range[0] >= value_range[1]:
+            raise ArgumentError(f"value_range is {list(value_range)}; give the lower value first")
         grey = None if value_range is None else GreyRange(*value_range, clip=True)
         self.pixel_format = PixelFormat(cast(Channels, channels), grey, tiles)
         self._augmented()  # refuses views that cannot be read
@@ -162,7 +164,10 @@ class Predictor:
             ValueError: if another argument cannot be used.
             DivergenceError: if a weight is not finite.
         """
-        first, *others = [path] if isinstance(path, str | Path) else path
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise ArgumentError("there is no path; give that of a checkpoint, or several for an ensemble")
+        first, *others = paths
         module, place = load_module(first), _device(device)
         members = load_members(others, module.class_names)
         detector = FusedDetector([module.detector, *members]) if members else module.detector

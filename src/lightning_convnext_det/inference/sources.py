@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -19,6 +20,7 @@ from lightning_convnext_det.errors import ArgumentError, DataError
 from lightning_convnext_det.inference.images import ImageSource, PixelFormat, read_source
 
 _logger = logging.getLogger(__name__)
+_ONE = (str, bytes, Path, Tensor, np.ndarray)  # they can be iterated over, too
 LONG = 20  # images from which on a progress bar is shown
 
 
@@ -41,7 +43,7 @@ class SourceImage(NamedTuple):
 
 
 def list_sources(images: object, recursive: bool = False) -> Iterable[Source]:
-    """Name the images of what a user gives; a list with a length, unless images come from an iterator.
+    """Name the images of what a user gives; a list with a length, if that has one.
 
     Args:
         images: an `ImageSource`, a list of them, or an iterable; paths may name folders, patterns, ``.txt`` lists and
@@ -51,11 +53,10 @@ def list_sources(images: object, recursive: bool = False) -> Iterable[Source]:
     Raises:
         DataError: if a path names nothing.
     """
-    if isinstance(images, Sequence) and not isinstance(images, str):
-        return [source for i, image in enumerate(images) for source in _expand(image, f"images[{i}]", recursive)]
-    if isinstance(images, Iterator):
-        return (source for i, image in enumerate(images) for source in _expand(image, f"images[{i}]", recursive))
-    return _expand(images, "the image", recursive)
+    if isinstance(images, _ONE) or not isinstance(images, Iterable):
+        return _expand(images, "the image", recursive)
+    every = (source for i, image in enumerate(images) for source in _expand(image, f"images[{i}]", recursive))
+    return list(every) if isinstance(images, Sequence) else every
 
 
 def check_is_one(image: object) -> None:
