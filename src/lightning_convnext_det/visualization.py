@@ -1,6 +1,6 @@
 """Draw detections on images, and arrange images on a contact sheet.
 
-Sizes follow the image; colours follow the class. Pillow draws everything, with the font that it carries.
+Sizes follow the image; colours follow the class. Pillow draws everything, with the font that it carries if it can.
 """
 
 import functools
@@ -9,8 +9,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+
+from lightning_convnext_det.fonts import font_for, load_font
 
 Color = tuple[int, int, int]
 """Red, green and blue, 0 ... 255."""
@@ -46,7 +48,8 @@ def draw_detections(
         scores: confidences [N]; None draws names alone, the last box on top.
         colors: of the names, e.g. from `class_colors`; a name that is not in it has a colour of its own making, the
             same in every image but perhaps close to another's.
-        font: TrueType file for names that Pillow's own font (Aileron: Latin script) cannot write.
+        font: TrueType file for the names (default: Pillow's own, Aileron; where that lacks a character, one of those
+            that are installed).
 
     Returns:
         A new RGB image of the same size; one of less than 240x240 pixels is enlarged by a whole factor, for labels of
@@ -62,7 +65,7 @@ def draw_detections(
     outlines = [_outline(corners[i] * scale, canvas.size) for i in order]
     paints = [(colors or {}).get(names[i]) or _color_of(names[i]) for i in order]
     labels = [(names[i], "" if scores is None else f" {float(scores[i]):.2f}") for i in order]
-    style = _Style(canvas.size, font).for_labels(labels)
+    style = _Style(canvas.size, font or font_for(names)).for_labels(labels)
     texts = [style.fit(name, ending) for name, ending in labels]
     draw = ImageDraw.Draw(canvas)
     for box, paint in zip(outlines, paints, strict=True):
@@ -110,7 +113,7 @@ def contact_sheet(
         raise ValueError("a contact sheet needs at least one image")
     if captions is not None and len(captions) != len(tiles):
         raise ValueError(f"there are {len(captions)} captions for {len(tiles)} images")
-    style = _Style((tile_size, tile_size), None)
+    style = _Style((tile_size, tile_size), font_for(captions or ()))
     gap, caption_height = max(2, tile_size // 50), style.height if captions is not None else 0
     rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
     heights = [max(tiles[i].height for i in row) + caption_height for row in rows]
@@ -145,7 +148,7 @@ class _Style:
         side = min(math.prod(size) ** 0.5, 4.0 * min(size))
         self.line_width = max(1, round(1 + side / 400))
         font_size = max(_MIN_FONT_SIZE, round((5 + side / 55) * shrink))
-        self.font = _load_font(font, font_size)
+        self.font = load_font(font, font_size)
         self.margin = max(1, font_size // 6)
         ascent, descent = self.font.getmetrics()
         self.ascent, self.height = ascent, ascent + descent
@@ -170,18 +173,6 @@ class _Style:
     def plate(self, text: str) -> tuple[int, int]:
         """Return width and height of the plate behind a text, in pixels."""
         return math.ceil(self.font.getlength(text)) + 2 * self.margin, self.height
-
-
-@functools.cache
-def _load_font(path: str | None, size: int) -> ImageFont.FreeTypeFont:
-    try:
-        font = ImageFont.truetype(path, size) if path is not None else ImageFont.load_default(size)
-    except OSError as error:
-        raise ValueError(
-            f"font '{path}' cannot be used ({error}); give the path of a TrueType or OpenType file"
-        ) from None
-    assert isinstance(font, ImageFont.FreeTypeFont)  # all wheels of Pillow have FreeType
-    return font
 
 
 def _canvas(image: Image.Image | Tensor) -> tuple[Image.Image, int]:

@@ -73,7 +73,7 @@ class PredictionWriter(Callback):
             augmentation, whose scores are others.
         draw: write images with boxes, names and scores.
         draw_limit: draw no more than this many images; all if not given.
-        font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
+        font: TrueType file for class names (default: Pillow's own, or an installed one that can write them).
         formats: ``coco``, ``csv``, ``parquet``, ``yolo``, ``voc``, ``labelme`` and ``crops``, separated by commas.
         images_per_part: images of a Parquet file; the batch that fills it goes in whole.
     """

@@ -202,7 +202,7 @@ class Prediction:
         Args:
             score_threshold: objects of a lower score are not drawn (default: the predictor's; if it has none, that of
                 their class in the checkpoint, or 0.3).
-            font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
+            font: TrueType file for class names (default: Pillow's own, or an installed one that can write them).
 
         Raises:
             ValueError: if the prediction has no image.

@@ -252,7 +252,7 @@ class Predictor:
         Args:
             image: the image, as in a call.
             prediction: its detections (default: found now).
-            font: TrueType file for class names that Pillow's own font (Latin script) cannot write.
+            font: TrueType file for class names (default: Pillow's own, or an installed one that can write them).
             score_threshold: boxes with a lower score are not drawn (default: the predictor's own; if it has none, the
                 best of their class, or 0.3 where that is not known).
         """
