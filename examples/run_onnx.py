@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 
 def detect(session, image, least_score):
     """Return (name, score, box) of each object; boxes are x1, y1, x2, y2 in pixels of the upright image."""
-    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # [H, W, 3]
-    batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])  # uint8 [1, 3, H, W]
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[session.get_inputs()[0].shape[1]]  # channels of the detector
+    pixels = np.atleast_3d(ImageOps.exif_transpose(image).convert(mode))  # [H, W, C]
+    batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])  # uint8 [1, C, H, W]
     boxes, scores, labels, count = (x[0] for x in session.run(None, {"images": batch}))
     names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
     return [(names[labels[i]], float(scores[i]), boxes[i]) for i in range(count) if scores[i] >= least_score]

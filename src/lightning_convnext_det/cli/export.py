@@ -29,12 +29,15 @@ def export(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int
     for name in ("verify_images", "calibration_images"):
         if getattr(options, name) < 1:
             raise ArgumentError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    if options.calibration and options.precision != "int8":
+        raise ArgumentError("calibration is for int8; give --precision int8 with it")
     if options.triton and not options.verify_only:
         triton_folder(Path(options.destination), Path(options.triton))  # before the export, which may take minutes
     module = load_module(options.checkpoint)
     images = list(_ImageFiles(options.verify, options.verify_images, module)) if options.verify else []
     if options.verify_only:
-        sys.stdout.write(f"{verify_file(module, options.destination, images).differences}\n")
+        compared = verify_file(module, options.destination, images).differences
+        sys.stdout.write(f"{compared or 'the weights are those of the checkpoint'}\n")
         return 0
     calibration: Sequence[Tensor] = []
     annotated = None

@@ -1,6 +1,8 @@
 """What an export refuses before it begins, what it leaves alone, and what it says and knows of its file."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,17 +12,20 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_convnext_det import DeformableDETRModule, TiledDetector
+from lightning_convnext_det.checkpoints.file import write_checkpoint_file
 from lightning_convnext_det.cli.export import _ImageFiles
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export.accuracy import as_detector
 from lightning_convnext_det.inference.export.export import _replacing, export, verify_file
 from lightning_convnext_det.inference.export.graph import ExportGraph
-from lightning_convnext_det.inference.export.metadata import read_card, write_card
+from lightning_convnext_det.inference.export.metadata import describe, read_card, write_card
 from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.types import TensorDetections
 
@@ -33,6 +38,11 @@ from lightning_convnext_det.types import TensorDetections
         ("a_openvino", {"precision": "int8"}, "int8 needs images to calibrate on"),
         ("a.ckpt", {"format": "weights"}, "must end in .safetensors"),
         ("a.onnx", {"dynamic": ["heigth"]}, "dynamic: 'heigth' is none of batch, height, width"),
+        ("a.onnx", {"dynamic": "batch,height"}, "dynamic: 'batch,height' is none of batch, height, width"),
+        ("a.onnx", {"image_size": (64,)}, r"image_size is \(64,\); expected \(height, width\)"),
+        ("a.onnx", {"class_names": "ab"}, "class_names is 'ab'; give a list of names"),
+        ("a.onnx", {"class_names": ["a", "a"]}, "class_names has 'a' for labels 0 and 1"),
+        ("a.onnx", {"images": [torch.zeros(3, 8, 8)]}, "images holds torch.float32"),
         ("a.onnx", {"include": ["normalize"]}, "include: 'normalize' is none of resize, normalise"),
     ],
 )
@@ -50,6 +60,41 @@ def test_export__refuses_what_is_around_a_detector(
 ) -> None:
     with pytest.raises(ArgumentError, match=r"LCD-X002\] (Fused|Tiled)Detector cannot be exported"):
         export(around(module.detector), tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "missing", "message"),
+    [
+        ("a.onnx", {}, "onnxscript", r"onnxscript is not installed; pip install 'lightning-convnext-det\[export\]'"),
+        ("a.onnx", {}, "onnxruntime", r"onnxruntime is not installed.*\[export\]"),
+        ("a_openvino", {}, "openvino", r"openvino is not installed.*\[openvino\]"),
+        ("a_openvino", {"precision": "int8", "calibration": [torch.zeros(3, 8, 8, dtype=torch.uint8)]}, "nncf",
+         r"nncf is not installed.*\[openvino\]"),
+    ],
+)  # fmt: skip
+def test_export__names_a_missing_package_before_it_begins(
+    path: str, options: dict[str, object], missing: str, message: str, module: DeformableDETRModule, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("lightning_convnext_det.inference.export.export.record", lambda *_: pytest.fail("recorded"))
+    with pytest.raises(ArgumentError, match=rf"LCD-X003\] {message}"):
+        export(module, tmp_path / path, **options)
+
+
+@pytest.mark.heavy
+def test_export__weights_of_a_compiled_module_and_numbers_of_numpy(
+    module: DeformableDETRModule, tmp_path: Path
+) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9.ckpt")  # in Latin-1
+    source.write_bytes(b"")
+    compiled = torch.compile(module.detector)
+    export(compiled, tmp_path / "w.safetensors", category_ids=np.array([1, 90]), source=source)
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert set(file.keys()) == set(module.detector.state_dict())
+        assert (file.metadata()["detector"], file.metadata()["category_ids"]) == ("DeformableDETR", "[1, 90]")
+        assert file.metadata()["source"] == r"caf\udce9.ckpt"
+    assert json.loads((tmp_path / "w.json").read_text())["source"] == "caf\udce9.ckpt"
 
 
 def test_export__leaves_what_is_there_alone(module: DeformableDETRModule, tmp_path: Path) -> None:
@@ -147,6 +192,14 @@ def test_read_card__of_a_compiled_package(tmp_path: Path) -> None:
     assert read_card(tmp_path / "a.pt2") == {"images": [2, 3, 64, 96], "class_names": ["\u732b"]}
 
 
+def test_describe__has_the_metrics_of_the_checkpoint(module: DeformableDETRModule, tmp_path: Path) -> None:
+    best = ModelCheckpoint(monitor="val/map")
+    best.current_score = torch.tensor(0.25)
+    states = {"a": best.state_dict(), "b": {"monitor": "val/loss", "current_score": None}, "c": {"monitor": None}}
+    write_checkpoint_file({"callbacks": states}, tmp_path / "a.ckpt")
+    assert describe(module.detector, ["a", "b"], [1, 2], tmp_path / "a.ckpt")["metrics"] == {"val/map": 0.25}
+
+
 def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> None:
     for i in range(5):
         Image.fromarray(np.full((8, 8), 200 * i, np.uint16)).save(tmp_path / f"{i}.png")
@@ -159,6 +212,7 @@ def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> Non
     [
         (["--verify_images", "0"], "verify_images is 0; it must be at least 1"),
         (["--triton", "."], "exists; choose another folder"),
+        (["--calibration", "photos"], "calibration is for int8; give --precision int8 with it"),
     ],
 )
 def test_command__refuses_before_it_begins(

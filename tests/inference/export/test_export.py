@@ -1,6 +1,4 @@
-import importlib.metadata
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from lightning_convnext_det import DeformableDETRModule, DetectionModule, DINOModule, Predictor
+from lightning_convnext_det import DeformableDETRModule, DetectionModule, DINOModule
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export import onnx_file
@@ -23,8 +21,6 @@ from lightning_convnext_det.inference.export.openvino_folder import find_exact_l
 from lightning_convnext_det.inference.export.runtimes import load_runner
 from lightning_convnext_det.inference.export.triton import write_triton
 from tests.inference.export.conftest import spread_scores
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "run_onnx.py"
 
 
 def damage(path: Path, to: Path) -> Path:
@@ -249,62 +245,6 @@ def test_triton__repository(exported: ExportReport, tmp_path: Path) -> None:
         write_triton(exported.path, tmp_path / "models")
 
 
-IN_OWN_ENVIRONMENT = """
-import importlib.util, json, runpy, sys
-
-packages, example, found, *sys.argv[1:] = sys.argv[1:]
-sys.path.insert(0, packages)
-for name in ("torch", "torchvision", "timm", "lightning", "lightning_convnext_det", "onnx"):
-    assert importlib.util.find_spec(name) is None, name
-sys.argv[0] = example
-parts = runpy.run_path(example, run_name="__main__")
-with parts["Image"].open(sys.argv[2]) as image:
-    objects = parts["detect"](parts["runtime"], image, 0.0)
-with open(found, "w") as file:
-    json.dump([(name, score, box.tolist()) for name, score, box in objects], file)
-"""
-
-
-@pytest.mark.heavy
-def test_example__in_an_environment_without_torch_and_this_package(
-    exported: ExportReport, module: DeformableDETRModule, tmp_path: Path
-) -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 40
-    photo, packages = tmp_path / "photo.png", tmp_path / "packages"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 87, 3), np.uint8)).save(photo)
-    packages.mkdir()
-    for name in find_files_of("numpy", "pillow", "onnxruntime"):
-        (packages / name.name).symlink_to(name)
-    # without the folders of site-packages (-S) and variables such as PYTHONPATH (-I)
-    command = [sys.executable, "-I", "-S", "-c", IN_OWN_ENVIRONMENT, packages, EXAMPLE, tmp_path / "found.json"]
-    lines = subprocess.run(
-        [*command, exported.path, photo, "0"], check=True, capture_output=True, text=True, cwd=tmp_path
-    ).stdout.splitlines()
-    found = json.loads((tmp_path / "found.json").read_text())
-    expected = Predictor(module.detector, ["cat", "dog"], score_threshold=0.0)(photo)
-    assert len(lines) == len(found) == len(expected) == 15
-    assert [name for name, _, _ in found] == expected.names == [line.split()[0] for line in lines]
-    np.testing.assert_allclose([score for _, score, _ in found], expected.scores, atol=1e-5)
-    np.testing.assert_allclose([box for _, _, box in found], expected.boxes, atol=1e-2)
-    printed = [[float(x) for x in line.split()[3:]] for line in lines]
-    np.testing.assert_allclose(printed, expected.boxes, atol=0.07)  # one decimal
-
-
-def find_files_of(*packages: str) -> set[Path]:
-    """The folders and modules in site-packages of distributions and of what they need, also their shared libraries."""
-    found: set[Path] = set()
-    left, seen = list(packages), set()
-    while left:
-        name = left.pop()
-        distribution = importlib.metadata.distribution(name)
-        seen.add(name)
-        tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
-        found |= {Path(str(distribution.locate_file(top))) for top in tops}
-        needed = [requirement for requirement in distribution.requires or () if "extra ==" not in requirement]
-        left += [n for n in (re.split(r"[^\w.-]", requirement)[0] for requirement in needed) if n not in seen]
-    return found
-
-
 def test_export__weights_and_card(checkpoint: Path, module: DeformableDETRModule, tmp_path: Path) -> None:
     assert main(["export", str(checkpoint), str(tmp_path / "w.safetensors")]) == 0
     with safe_open(tmp_path / "w.safetensors", "pt") as file:
@@ -315,6 +255,23 @@ def test_export__weights_and_card(checkpoint: Path, module: DeformableDETRModule
     assert card["normalise"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert card["backbone"] == "test_convnext"
     assert len(card["source_sha256"]) == 64
+    assert card["metrics"] == {}  # nothing was validated
+
+
+def test_verify__weights_are_compared_bit_for_bit(
+    checkpoint: Path, module: DeformableDETRModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = export(module, tmp_path / "w.safetensors").path
+    assert main(["export", str(checkpoint), str(path), "--verify_only"]) == 0
+    assert capsys.readouterr().out == "the weights are those of the checkpoint\n"
+    tensors = load_file(path)
+    tensors["levels.embedding"][0, 0] += 1e-6
+    save_file(tensors, path)
+    assert main(["export", str(checkpoint), str(path), "--verify_only"]) == 7
+    assert "holds other weights than the detector, e.g. levels.embedding" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ExportError, match=r"w\.safetensors cannot be loaded"):
+        verify_file(module, path)
 
 
 @pytest.mark.parametrize(

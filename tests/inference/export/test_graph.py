@@ -65,6 +65,33 @@ def test_new_sizes__round_as_the_transform() -> None:
             assert tiles.tolist() == [-(-n // 32) for n in new.tolist()]
 
 
+@pytest.mark.parametrize("kind", [DINO, DeformableDETR])
+def test_export_graph__images_of_fewer_tokens_than_queries(
+    kind: type[DeformableDETR], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    options = {
+        **DETR,
+        "num_queries": 100,
+        "strides": (8, 16),
+        "min_size": 64,
+        "max_size": 64,
+        "detections_per_image": 400,
+    }
+    if kind is DeformableDETR:
+        options["two_stage"] = True
+    detector = kind(2, backbone="test_convnext", score_threshold=0.0, **options).eval()
+    spread_scores(detector)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = detector(list(images))
+        monkeypatch.setattr("torch.compiler.is_exporting", lambda: True)
+        found = split_detections(TensorDetections(*ExportGraph(detector)(images)))
+    assert 100 < len(expected[0]["scores"]) < 2 * 100  # 2 classes of 80 or 84 tokens
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
 @pytest.mark.heavy
 def test_record__detr_with_nms_of_any_batch() -> None:
     torch.manual_seed(0)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from lightning_convnext_det import FasterRCNN
-from lightning_convnext_det.errors import ExportError
+from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.verify import Differences, Tolerance, compare, create_batches, verify
 from lightning_convnext_det.types import Detection, TensorDetections
 
@@ -74,8 +75,62 @@ def test_verify__images_that_float32_resizes_otherwise_have_their_own_limits() -
     assert differences.resized_otherwise.shapes == ["1x61x87"]
     assert differences.resized_otherwise.scores == pytest.approx(1e-3, abs=1e-6)
     assert "resized otherwise" in str(differences)
+    with pytest.raises(ExportError, match=r"in 1 batches .1x61x87.*one pixel off; include=normalise leaves that"):
+        verify(run, detector, batches[:1], resized_otherwise=Tolerance())
     with pytest.raises(ExportError, match=r"in 1 batches .1x61x87"):
         verify(run, detector, batches[:1])  # for runtimes that compute in float64
+
+
+class RoundedRCNN(FasterRCNN):
+    """A detector whose boxes are elsewhere in float64, as weights do whose rounding decides."""
+
+    shift = 0.5
+
+    def forward_tensors(self, images: torch.Tensor, sizes: torch.Tensor | None = None) -> TensorDetections:
+        found = super().forward_tensors(images, sizes)
+        is_exact = self.rpn.head.cls_logits.weight.dtype == torch.float64
+        return found._replace(boxes=found.boxes + self.shift * is_exact * (found.scores > 0)[..., None])
+
+
+def test_verify__tells_where_rounding_decides() -> None:
+    torch.manual_seed(0)
+    options = {"min_size": 64, "max_size": 160, "fpn_channels": 8, "box_head_features": 8, "score_threshold": 0.0}
+    detector = RoundedRCNN(2, backbone="test_convnext", **options).eval()
+    graph = ExportGraph(detector)
+
+    def run(images: torch.Tensor) -> TensorDetections:  # boxes that are off by half a pixel of the resized image
+        with torch.no_grad():
+            found = TensorDetections(*graph(images))
+        return found._replace(boxes=found.boxes + 0.5 * (found.scores > 0)[..., None])
+
+    batches = [torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)]
+    explanation = r"PyTorch's own float32 differs from its float64 as well.* by 0\.75 px.*train it further$"
+    with pytest.raises(ExportError, match=explanation):
+        verify(run, detector, batches)
+    detector.shift = 0.0  # the file is wrong, and not by rounding
+    with pytest.raises(ExportError, match=r"allowed are 0\.01 px and 0\.0001$"):
+        verify(run, detector, batches)
+
+
+def test_verify__says_if_nothing_was_compared() -> None:
+    detector = FasterRCNN(2, backbone="test_convnext", min_size=64, max_size=160, score_threshold=1.0).eval()
+    graph = ExportGraph(detector)
+    found = verify(lambda x: TensorDetections(*graph(x)), detector, [torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])
+    assert "0 detections in 1 batches" in str(found)
+    assert "compare on images with objects (--verify IMAGES)" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (torch.zeros(3, 8, 8), r"torch\.float32 \[3, 8, 8\]"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), r"torch\.uint8 \[1, 8, 8\]"),
+        (np.zeros((8, 8, 3), np.uint8), "ndarray"),
+    ],
+)
+def test_create_batches__refuses_other_images(image: object, what: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"images holds {what}; give uint8 tensors \[3, height, width\]"):
+        list(create_batches([image]))  # type: ignore[list-item]  # on purpose
 
 
 def test_create_batches__sizes_batches_and_fixed_sizes() -> None:

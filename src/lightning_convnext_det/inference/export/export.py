@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.arguments import Count, check_arguments
+from lightning_convnext_det.arguments import Count, check_arguments, check_class_names
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.export.accuracy import Accuracy, measure_map
 from lightning_convnext_det.inference.export.graph import Axis, ExportGraph, Part, record
@@ -26,9 +26,18 @@ from lightning_convnext_det.inference.export.metadata import (
 )
 from lightning_convnext_det.inference.export.onnx_file import write_onnx
 from lightning_convnext_det.inference.export.openvino_folder import write_openvino
+from lightning_convnext_det.inference.export.optional import check_installed
 from lightning_convnext_det.inference.export.runtimes import load_runner
 from lightning_convnext_det.inference.export.torch_file import write_compiled, write_torch
-from lightning_convnext_det.inference.export.verify import TOLERANCES, Differences, Tolerance, create_batches, verify
+from lightning_convnext_det.inference.export.verify import (
+    TOLERANCES,
+    Differences,
+    Tolerance,
+    check_image,
+    create_batches,
+    verify,
+    verify_weights,
+)
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.deformable_detr.detector import QueryDetector
 from lightning_convnext_det.models.fused import FusedDetector
@@ -63,6 +72,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # whose tensors cannot be recorded
 def export(
     detector: nn.Module,
     path: str | Path,
@@ -127,6 +137,8 @@ def export(
     kind = _choose_format(path, format, precision)
     if precision == "int8" and not len(calibration):
         raise ArgumentError("int8 needs images to calibrate on; give some hundred as calibration")
+    if len(image_size) != 2:
+        raise ArgumentError(f"image_size is {image_size}; expected (height, width)")
     network, names, ids = _unpack(detector, class_names, category_ids)
     order, axes = _choose("include", include, get_args(Part)), _choose("dynamic", dynamic, get_args(Axis))
     lengths = [None if axis in axes else n for axis, n in zip(get_args(Axis), (batch_size, *image_size), strict=True)]
@@ -142,10 +154,13 @@ def export(
         with _replacing(path, kind) as written:
             write_weights(network.state_dict(), card, written)
         return report
+    check_installed(kind, precision)
+    for what, given in (("images", images), ("calibration", calibration)):
+        if len(given):
+            check_image(given[0], channels, what)
     graph = ExportGraph(network, order)
-    example = next(
-        create_batches([torch.zeros(channels, *image_size, dtype=torch.uint8)], [3 if len(counts) > 1 else batch_size])
-    )
+    blank = torch.zeros(channels, *image_size, dtype=torch.uint8)
+    example = next(create_batches([blank], [3 if len(counts) > 1 else batch_size], in_chans=channels))
     say = progress or (lambda line: None)
     say("recording the detector: about a minute, with a large backbone some minutes")
     prepare = partial(graph.leave_to_file, batch_size=lengths[0] or 1, size=fixed)
@@ -172,13 +187,17 @@ def export(
 def verify_file(
     detector: nn.Module, path: str | Path, images: Sequence[Tensor] = (), tolerance: Tolerance | None = None
 ) -> ExportReport:
-    """Compare an existing exported file with a detector; the file stays.
+    """Compare an existing exported file with a detector; the file stays. Weights are compared bit for bit.
 
     Raises:
         ExportError: if it differs by more than the tolerance, or cannot be loaded.
     """
     path = Path(path)
     network, _, _ = _unpack(detector, None, None)
+    if path.suffix == ".safetensors" and path.is_file():
+        verify_weights(path, network.state_dict())
+        return ExportReport(path, "weights")
+    path = path.parent if path.name == "model.xml" else path
     run = load_runner(path)
     card = read_card(path)
     report = ExportReport(path, "openvino" if path.is_dir() else _choose_format(path, None, "fp32"))
@@ -288,7 +307,9 @@ def _unpack(
     detector: nn.Module, class_names: Sequence[str] | None, category_ids: Sequence[int] | None
 ) -> tuple[nn.Module, list[str], list[int]]:
     """The network of a module with the names and ids of its classes."""
+    detector = _without_compiler(detector)
     network = detector if hasattr(detector, "forward_tensors") else getattr(detector, "detector", None)
+    network = _without_compiler(network)
     around = isinstance(detector, FusedDetector | TiledDetector)
     if around or not isinstance(network, nn.Module) or not hasattr(network, "forward_tensors"):
         raise ArgumentError(
@@ -296,12 +317,22 @@ def _unpack(
             "without windows, further views or other detectors around it"
         )
     count: int = network.num_classes  # type: ignore[assignment]  # every detector has it
-    names = list(class_names or getattr(detector, "class_names", None) or [str(i) for i in range(count)])
-    ids = list(category_ids or getattr(detector, "category_ids", None) or range(count))
+    if isinstance(class_names, str):
+        raise ArgumentError(f"class_names is '{class_names}'; give a list of names")
+    default_names = getattr(detector, "class_names", None) or range(count)
+    default_ids = getattr(detector, "category_ids", None) or range(count)
+    names = [str(name) for name in (default_names if class_names is None else class_names)]
+    ids = [int(number) for number in (default_ids if category_ids is None else category_ids)]
+    check_class_names(names)
     for what, values in (("class_names", names), ("category_ids", ids)):
         if len(values) != count:
             raise ArgumentError(f"{what} has {len(values)} entries, but the detector has {count} classes")
     return network, names, ids
+
+
+def _without_compiler(detector: Any) -> Any:
+    """The module that ``torch.compile`` has wrapped, if it has: its weights have other names."""
+    return getattr(detector, "_orig_mod", detector)
 
 
 def _channels(network: nn.Module) -> int:
@@ -309,7 +340,8 @@ def _channels(network: nn.Module) -> int:
 
 
 def _choose(name: str, given: Collection[str], known: Sequence[Any]) -> list[Any]:  # of the known words
-    for word in given:
+    words = [given] if isinstance(given, str) else list(given)
+    for word in words:
         if word not in known:
             raise ArgumentError(f"{name}: '{word}' is none of {', '.join(known)}")
-    return [word for word in known if word in given]
+    return [word for word in known if word in words]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_convnext_det.checkpoints.file import read_checkpoint_file
+from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.inference.export.optional import import_optional
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.image_transform import ImageTransform
@@ -38,7 +41,7 @@ def describe(
         detector: any detector of this package.
         class_names: in order of label.
         category_ids: the dataset's own ids, in order of label.
-        source: the checkpoint, whose SHA-256 is kept.
+        source: the checkpoint, whose SHA-256 and last metrics are kept.
         export: further entries, e.g. ``precision``.
     """
     transform = detector.transform
@@ -64,6 +67,7 @@ def describe(
         "nms": getattr(detector, "nms", None),
         "nms_threshold": getattr(detector, "nms_threshold", None),
         "detections_per_image": getattr(detector, "detections_per_image", None),
+        "metrics": {} if source is None else _read_metrics(Path(source)),
         "source": None if source is None else Path(source).name,
         "source_sha256": None if source is None else _sha256(Path(source)),
         "versions": _versions(),
@@ -73,7 +77,11 @@ def describe(
 
 def as_text(card: Mapping[str, Any]) -> dict[str, str]:
     """The entries of a description as text, as ONNX files keep them: JSON, but for text itself."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in card.items()}
+    # file names that are not UTF-8 have halves of surrogate pairs, which UTF-8 cannot hold
+    return {
+        key: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else json.dumps(value)
+        for key, value in card.items()
+    }
 
 
 def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, Any], path: Path) -> Path:
@@ -123,6 +131,23 @@ def _from_text(text: str) -> Any:  # what JSON holds
 def _license(backbone: str | None) -> str | None:
     config = timm.get_pretrained_cfg(backbone, allow_unregistered=True) if backbone else None
     return getattr(config, "license", None)
+
+
+def _read_metrics(checkpoint: Path) -> dict[str, float]:
+    """The metrics that a checkpoint was chosen by, e.g. val/map, as last measured before it was written."""
+    if not checkpoint.is_file():  # an address
+        return {}
+    try:
+        content = read_checkpoint_file(checkpoint)
+    except CheckpointError:  # another kind of file
+        return {}
+    states = content.get("callbacks", {}).values() if isinstance(content, dict) else ()
+    found = [(s.get("monitor"), s.get("current_score")) for s in states if isinstance(s, dict)]
+    return {
+        name: float(score)
+        for name, score in found
+        if isinstance(name, str) and isinstance(score, torch.Tensor | float) and math.isfinite(score)
+    }
 
 
 def _sha256(path: Path) -> str | None:

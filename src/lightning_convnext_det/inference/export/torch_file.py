@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,10 +27,8 @@ def write_compiled(program: torch.export.ExportedProgram, path: Path, metadata: 
     """Compile a recorded graph for this machine's processor; ``torch._inductor.aoti_load_package`` runs it.
 
     Raises:
-        ArgumentError: if there is no C++ compiler, or the graph cannot be compiled.
+        ArgumentError: if the graph cannot be compiled.
     """
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise ArgumentError("[LCD-X003] AOTInductor needs a C++ compiler such as g++, which is not installed")
     try:
         torch._inductor.aoti_compile_and_package(
             program,

@@ -43,7 +43,7 @@ def write_triton(onnx_file: Path, repository: Path, name: str | None = None) -> 
     for kind, values in (("input", graph.input), ("output", graph.output)):
         lines += [f"{kind} [", ",\n".join(_describe(value) for value in values), "]"]
     lines.append("instance_group [{ count: 1 }]")
-    (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")
+    (folder / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 

@@ -1,14 +1,18 @@
 """Comparison of an exported file with the detector in PyTorch, image by image and box by box."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_convnext_det.errors import ExportError
+from lightning_convnext_det.errors import ArgumentError, ExportError, first_line
 from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.runtimes import Runner
 from lightning_convnext_det.models.tensor_detections import split_detections
@@ -55,7 +59,11 @@ class Differences:
             f"{self.detections} detections in {len(self.shapes)} batches ({' '.join(self.shapes)}): boxes differ by "
             f"at most {self.boxes:.2g} px, scores by {self.scores:.2g}, {len(self.unmatched)} without a counterpart"
         )
-        return f"{text}; resized otherwise: {self.resized_otherwise}" if self.resized_otherwise else text
+        if self.resized_otherwise:
+            text = f"{text}; resized otherwise: {self.resized_otherwise}"
+        elif not self.detections and self.shapes:
+            text = f"{text}; that says little of the file: compare on images with objects (--verify IMAGES)"
+        return text
 
     def exceed(self, tolerance: Tolerance) -> bool:
         """Whether a difference is above the tolerance."""
@@ -88,6 +96,7 @@ def verify(
         ExportError: if a difference is above the tolerance; it names the greatest.
     """
     differences, others = Differences(), Differences()
+    first_wrong: Tensor | None = None
     graph = ExportGraph(detector, include)  # type: ignore[arg-type]  # checked there
     for images in batches:
         is_other = resized_otherwise is not None and not _rounds_alike(graph, images.shape[-2], images.shape[-1])
@@ -103,15 +112,54 @@ def verify(
         rows = int(getattr(detector, "detections_per_image", 100))
         for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             compare(ours, theirs, limit, into, f"{into.shapes[-1]}[{i}]", threshold, rows)
-    for part, limit in ((differences, tolerance), (others, resized_otherwise or tolerance)):
+        if first_wrong is None and into.exceed(limit):
+            first_wrong = given
+    remedy = ". The runtime resizes these images to a side one pixel off; include=normalise leaves that to you"
+    for part, limit, hint in ((differences, tolerance, ""), (others, resized_otherwise or tolerance, remedy)):
         if part.exceed(limit):
             example = f", e.g. {part.unmatched[0]}" if part.unmatched else ""
             raise ExportError(
                 f"[LCD-X001] {name} finds other objects than the detector: {part}{example}; allowed are "
-                f"{limit.boxes} px and {limit.scores}"
+                f"{limit.boxes} px and {limit.scores}{hint or _explain_rounding(graph, first_wrong, limit)}"
             )
     differences.resized_otherwise = others if others.shapes else None
     return differences
+
+
+def verify_weights(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of a safetensors file with those of a detector, bit for bit.
+
+    Raises:
+        ExportError: naming the first that differs, or if the file cannot be read.
+    """
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"[LCD-X001] {path} cannot be loaded: {first_line(error)}") from error
+    for name in sorted({*found, *expected}):
+        ours, theirs = found.get(name), expected.get(name)
+        if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs.cpu()):
+            raise ExportError(f"[LCD-X001] {path} holds other weights than the detector, e.g. {name}")
+
+
+def _explain_rounding(graph: ExportGraph, images: Tensor | None, limit: Tolerance) -> str:
+    """Say if PyTorch itself finds other objects when it rounds otherwise, as no runtime can then do better."""
+    if images is None:
+        return ""
+    exact = copy.deepcopy(graph)
+    exact.detector.double()
+    differences = Differences()
+    with torch.no_grad():
+        pairs = zip(*(split_detections(TensorDetections(*run(images))) for run in (exact, graph)), strict=True)
+        for ours, theirs in pairs:
+            compare(ours, theirs, limit, differences)
+    if not differences.exceed(limit):
+        return ""
+    return (
+        f". PyTorch's own float32 differs from its float64 as well, in the first such batch by {differences.boxes:.2g} "
+        f"px with {len(differences.unmatched)} detections without a counterpart: rounding decides which of nearly "
+        "equal boxes these weights keep, as those of a detector that has hardly been trained; train it further"
+    )
 
 
 def _rounds_alike(graph: ExportGraph, height: int, width: int) -> bool:
@@ -185,16 +233,34 @@ def create_batches(
         images: uint8 [C, H, W].
         batch_sizes: the first two images also make batches of these sizes, of the image and its reflections.
         size: (height, width) that the file is fixed to.
-        in_chans: channels of synthetic images.
+        in_chans: channels of the images.
+
+    Raises:
+        ArgumentError: if an image is another.
     """
     chosen = list(images) or _draw_images(in_chans)
     for i, image in enumerate(chosen):
+        check_image(image, in_chans, "images")
         height, width = size[0] or image.shape[1], size[1] or image.shape[2]
         if (height, width) != image.shape[1:]:
             image = F.interpolate(image[None].float(), (height, width), mode="bilinear")[0].round().to(torch.uint8)
         variants = [image, image.flip(-1), image.flip(-2), image.flip(-1, -2), 255 - image]
         for count in batch_sizes if i < 2 else batch_sizes[:1]:
             yield torch.stack([variants[k % len(variants)] for k in range(count)])
+
+
+def check_image(image: object, channels: int, name: str) -> None:
+    """Refuse what is not a uint8 image [channels, height, width].
+
+    Raises:
+        ArgumentError: naming the argument and what it holds.
+    """
+    what = type(image).__name__
+    if isinstance(image, Tensor):
+        if image.dtype == torch.uint8 and image.dim() == 3 and image.shape[0] == channels:
+            return
+        what = f"{image.dtype} {list(image.shape)}"
+    raise ArgumentError(f"{name} holds {what}; give uint8 tensors [{channels}, height, width], 0..255")
 
 
 def _draw_images(in_chans: int) -> list[Tensor]:

@@ -46,11 +46,18 @@ class TokenProposals(nn.Module):
 
     def choose(self, scores: Tensor, valid: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
         """Choose the tokens of highest scores [B, S]: their indices [B, Q], descending, and which are valid [B, Q]."""
-        scores = scores.masked_fill(~valid, -float("inf"))
-        # an exporter cannot record the smaller of both: its images need as many tokens as there are queries
-        count = num_queries if is_recording() else min(num_queries, scores.shape[1])
+        scores, count = scores.masked_fill(~valid, -float("inf")), num_queries
+        valid = valid.expand(scores.shape)
+        if not is_recording():
+            chosen = scores.topk(min(count, scores.shape[1]), 1).indices
+            return chosen, valid.gather(1, chosen)
+        # an exporter cannot record the smaller of both: as many invalid tokens follow, which stand for the first
+        scores = torch.cat([scores, scores.new_full((scores.shape[0], count), -float("inf"))], 1)
         chosen = scores.topk(count, 1).indices
-        return chosen, valid.expand(scores.shape).gather(1, chosen)
+        token = torch.arange(valid.shape[1], device=scores.device)
+        token = torch.cat([token, token.new_zeros(count)])
+        valid = torch.cat([valid, valid.new_zeros(valid.shape[0], count)], 1)
+        return token[chosen], valid.gather(1, chosen)
 
 
 class Proposer(TokenProposals):
