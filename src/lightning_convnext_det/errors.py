@@ -115,7 +115,7 @@ CODES: dict[str, str] = {
     "LCD-K018": "tensors of a checkpoint are missing or left over",
     "LCD-K019": "a checkpoint would hold an object that cannot be read again",
     "LCD-K020": "only the detector of a subclass's checkpoint is read",
-    "LCD-K022": "a checkpoint of an ensemble has other classes than the others",
+    "LCD-K022": "a checkpoint of an ensemble has other classes or channels than the others",
     "LCD-S010": "a checkpoint's path is an address",
     "LCD-S011": "a checkpoint would be read unsafely",
     "LCD-W001": "pretrained weights are not in the cache and cannot be fetched",

@@ -16,9 +16,10 @@ import torch
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.io.decode import read_image
+from lightning_convnext_det.data.io.inputs import find_images
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.data.writers.rank_results import name_folders
-from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.errors import ArgumentError, DataError
 from lightning_convnext_det.types import Detection
 from tests.callbacks.test_prediction_writer import Batch, Foretold, loader, predict, results, visible
 
@@ -97,6 +98,8 @@ def test_formats__annotation_files_hold_what_reaches_the_threshold(written: Path
     assert (width, height) == pytest.approx((40.6, 57.75), abs=1e-4)
     root = ElementTree.parse(written / "voc" / "b.xml").getroot()
     assert [root.findtext("object/name"), root.findtext("object/bndbox/xmin")] == ["cat", "3.1"]
+    root = ElementTree.parse(written / "voc" / "a.xml").getroot()
+    assert [root.findtext("filename"), root.findtext("path")] == ["a.jpg", "some/a.jpg"]
     [shape] = json.loads((written / "labelme" / "b.json").read_text())["shapes"]
     assert shape["points"] == [[2.1, 2.5], [42.7, 60.25]]
 
@@ -340,6 +343,24 @@ def test_prediction_writer__begins_anew_for_another_prediction(photos: Path, tmp
     last = Seen()
     last.weight = torch.nn.Parameter(torch.ones(1))
     assert seen(create(folder, formats="parquet", draw=False), last, data_of(photos)) == 1  # one image more
+
+
+def test_prediction_writer__its_drawings_are_no_images_to_predict_on(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for times, seen in enumerate([8, 0]):
+        module = Seen()
+        data = DetectionDataModule(predict=str(photos), predict_recursive=True, batch_size=2, num_workers=0)
+        predict_files(create(photos / "out", formats="parquet,crops", score_threshold=0.1), data, module)
+        assert len(module.seen) == seen
+        assert ("drawings and crops of earlier predictions are skipped" in caplog.text) == bool(times)
+    assert len(find_images([f"{photos}/**/*.jpg"])) == 9
+    with pytest.raises(DataError, match=r"LCD-P001.*out holds nothing but drawings and crops"):
+        find_images([photos / "out"])
+    crops = photos / "out" / "crops" / "cat"
+    assert find_images([crops]) == sorted(crops.iterdir())  # asked for
+    drawing = next((photos / "out").glob("*.jpg"))
+    assert find_images([drawing]) == [drawing]
 
 
 def test_prediction_writer__predicts_a_changed_image_again(photos: Path, tmp_path: Path) -> None:

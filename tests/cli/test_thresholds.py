@@ -9,7 +9,7 @@ import torch
 
 from lightning_convnext_det import DetectionDataModule
 from lightning_convnext_det.cli.main import main
-from lightning_convnext_det.cli.thresholds import format_table
+from lightning_convnext_det.cli.thresholds import format_table, store_thresholds
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
 from lightning_convnext_det.metrics.thresholds import ClassThreshold
 from lightning_convnext_det.modules import load_module
@@ -40,6 +40,14 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(DetectionModule, "_evaluate", evaluate)
     return tmp_path / "a.ckpt"
+
+
+def test_store_thresholds__in_the_file_that_a_link_leads_to(tmp_path: Path) -> None:
+    save_module(create_module(1, class_names=["cat"]), tmp_path / "a.ckpt")
+    (tmp_path / "link.ckpt").symlink_to("a.ckpt")
+    store_thresholds(tmp_path / "link.ckpt", [ClassThreshold(0.25, 1.0, 1.0, 1.0, 1)])
+    assert (tmp_path / "link.ckpt").is_symlink()
+    assert load_module(tmp_path / "a.ckpt").score_thresholds == [0.25]
 
 
 @pytest.mark.heavy

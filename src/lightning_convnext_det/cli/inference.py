@@ -62,7 +62,7 @@ def add_to_inference(
         raise ArgumentError(f"--{asked[-1]} is for validate, test and predict; fit validates what it trains")
     detector = model.detector
     if paths:
-        detector = FusedDetector([detector, *load_members(paths, model.class_names)])
+        detector = FusedDetector([detector, *load_members(paths, model)])
     batch_size = getattr(data, "batch_size", 8)
     model.use_for_inference(
         augment_detector(

@@ -1,5 +1,6 @@
 """The command ``thresholds``: choose the score thresholds of a checkpoint's classes on a split, and store them."""
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from lightning_convnext_det.checkpoints.file import read_checkpoint_file, write_checkpoint_file
 from lightning_convnext_det.checkpoints.format import FORMAT
+from lightning_convnext_det.checkpoints.remote import is_address
 from lightning_convnext_det.cli.arguments import Parser
 from lightning_convnext_det.cli.commands import TOOLS
 from lightning_convnext_det.cli.inference import add_inference_arguments, add_to_inference
@@ -62,7 +64,8 @@ def store_thresholds(checkpoint: str | Path, chosen: Sequence[ClassThreshold]) -
     """Write thresholds into a checkpoint; the file is the whole new one or the old one."""
     content = read_checkpoint_file(checkpoint)
     content[FORMAT]["score_thresholds"] = [one.threshold for one in chosen]
-    write_checkpoint_file(content, checkpoint)
+    target = checkpoint if is_address(checkpoint) else os.path.realpath(checkpoint)  # a link stays one
+    write_checkpoint_file(content, target)
 
 
 def format_table(names: Sequence[str], chosen: Sequence[ClassThreshold]) -> str:

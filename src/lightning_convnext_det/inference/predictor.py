@@ -169,7 +169,7 @@ class Predictor:
             raise ArgumentError("there is no path; give that of a checkpoint, or several for an ensemble")
         first, *others = paths
         module, place = load_module(first), _device(device)
-        members = load_members(others, module.class_names)
+        members = load_members(others, module)
         detector = FusedDetector([module.detector, *members]) if members else module.detector
         predictor = cls(
             detector.to(place),

@@ -52,23 +52,27 @@ def load_module(path: str | Path, **options: Any) -> DetectionModule:
     return module
 
 
-def load_members(paths: Sequence[str | Path], class_names: Sequence[str]) -> list[nn.Module]:
+def load_members(paths: Sequence[str | Path], first: DetectionModule) -> list[nn.Module]:
     """Load the detectors of an ensemble, in evaluation mode.
 
     Args:
         paths: checkpoints of this package.
-        class_names: of the ensemble, in order of label.
+        first: the module that they follow.
 
     Raises:
-        CheckpointError: if a file cannot be loaded, or its detector has other classes.
+        CheckpointError: if a file cannot be loaded, or its detector has other classes or channels.
     """
     detectors: list[nn.Module] = []
     for path in paths:
         module = load_module(path)
-        if module.class_names != list(class_names):
+        if module.class_names != first.class_names:
             raise CheckpointError(
                 f"[LCD-K022] {path} has the classes {', '.join(module.class_names)}, the ensemble has "
-                f"{', '.join(class_names)}; fuse detectors of the same classes in the same order"
+                f"{', '.join(first.class_names)}; fuse detectors of the same classes in the same order"
+            )
+        if module.in_chans != first.in_chans:
+            raise CheckpointError(
+                f"[LCD-K022] {path} takes images of {module.in_chans} channels, the ensemble of {first.in_chans}"
             )
         detectors.append(module.detector)
     return detectors

@@ -1,5 +1,6 @@
 """Images to predict on, from what a user names: files, folders, patterns, lists in text files, and videos."""
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_convnext_det.data.annotations import UnreadableError
 from lightning_convnext_det.data.io.listing import is_image_name, list_names, walk_images
 from lightning_convnext_det.data.io.video import count_frames, frame_name, is_video_name, parse_frame_name
+from lightning_convnext_det.data.writers.files import written_files
 from lightning_convnext_det.errors import DataError
 
 _warn = rank_zero_only(logging.getLogger(__name__).warning)
@@ -29,8 +31,9 @@ def find_images(sources: Sequence[str | Path], recursive: bool = False, videos: 
         recursive: also take what is below the folders.
         videos: replace each video by its frames, ``clip.mp4#000000`` ...; otherwise videos are passed over.
 
-    Other files that may be images, such as HEIC without pillow-heif, are counted and named in a warning; videos that
-    cannot be read are named in one each.
+    Drawings and crops that a prediction has written into a folder are left out, with a warning, unless they are given
+    themselves. Other files that may be images, such as HEIC without pillow-heif, are counted and named in a warning;
+    videos that cannot be read are named in one each.
 
     Raises:
         DataError: if a source yields none.
@@ -40,6 +43,8 @@ def find_images(sources: Sequence[str | Path], recursive: bool = False, videos: 
     unread: list[DataError] = []
     for source in _expand_lists(map(Path, sources)):
         files, others = _candidates(source, recursive, videos)
+        if files and not (files := _without_results(source, files)):
+            raise DataError(f"[LCD-P001] {source} holds nothing but drawings and crops of earlier predictions")
         if not files:
             below = "give recursive, or end it in /**/*, for those below it"
             what = f"holds no images itself; {below}" if source.is_dir() and not recursive else "holds no images"
@@ -89,6 +94,20 @@ def _candidates(source: Path, recursive: bool, videos: bool) -> tuple[list[Path]
     taken = [file for file in every if is_image_name(file.name) or (videos and is_video_name(file.name))]
     rest = set(every) - set(taken)
     return taken, [str(file) for file in every if file in rest and _may_be_an_image(file)]
+
+
+def _without_results(source: Path, files: list[Path]) -> list[Path]:
+    """The files without those that predictions have written into the folders of a folder or pattern."""
+    if files == [source]:
+        return files
+    plain = list(itertools.takewhile(lambda part: not any(sign in part for sign in _SIGNS), source.parts))
+    depth = len(source.parts if source.is_dir() else plain)
+    folders = {parent for file in files for parent in file.parents if len(parent.parts) >= depth}
+    results = {path for folder in folders for path in written_files(folder)}
+    kept = [file for file in files if file not in results]
+    if len(kept) < len(files):
+        _warn("[LCD-P003] %d drawings and crops of earlier predictions are skipped", len(files) - len(kept))
+    return kept
 
 
 def _expand_lists(sources: Sequence[Path] | map) -> list[Path]:  # type: ignore[type-arg]  # of paths

@@ -57,7 +57,9 @@ def yolo_text(detection: Detection, size: tuple[int, int]) -> str:
 
 
 def voc_xml(detection: Detection, size: tuple[int, int], file_name: str, class_names: Sequence[str]) -> str:
-    """Pascal VOC's annotation file; pixels count from 1, so that a box from 0 begins at 1. ``score`` is an addition.
+    """Pascal VOC's annotation file; pixels count from 1, so that a box from 0 begins at 1.
+
+    ``path`` is an addition of LabelImg, ``score`` one of ours.
 
     Args:
         detection: on the CPU, boxes in pixels of the image.
@@ -66,7 +68,8 @@ def voc_xml(detection: Detection, size: tuple[int, int], file_name: str, class_n
         class_names: in order of label.
     """
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = printable(file_name)
+    ElementTree.SubElement(root, "filename").text = printable(Path(file_name).name)
+    ElementTree.SubElement(root, "path").text = printable(file_name)
     sides = ElementTree.SubElement(root, "size")
     for name, side in (("width", size[1]), ("height", size[0]), ("depth", 3)):
         ElementTree.SubElement(sides, name).text = str(side)

@@ -96,6 +96,13 @@ def remove_files(folder: Path, keep: Collection[int] = ()) -> tuple[int, int]:
     return removed, sum("/" not in name for name, _ in stay)
 
 
+def written_files(folder: Path) -> list[Path]:
+    """The files that predictions have written into a folder for their images."""
+    if not any(hidden(folder, rank, "drawn").exists() for rank in (0, _KEPT)):  # a folder may have a million files
+        return []
+    return [folder / name for path in folder.glob(".predictions-*.drawn") for name, _ in _listed(path)]
+
+
 def _listed(path: Path) -> Iterator[tuple[str, int]]:
     """The names and image ids in a list; a line that a crash has truncated is skipped."""
     for line in path.read_text(errors="replace").splitlines():
