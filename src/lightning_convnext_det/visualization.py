@@ -4,8 +4,10 @@ Sizes follow the image; colours follow the class. Pillow draws everything, with 
 """
 
 import functools
+import itertools
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -248,17 +250,28 @@ def _draw_box(draw: ImageDraw.ImageDraw, box: _Box, color: Color, line_width: in
 def _place(plates: Sequence[tuple[int, int]], boxes: Sequence[_Box], size: tuple[int, int]) -> list[_Box]:
     """Place each label at its box, inside the image, without overlap where possible; the last is placed first."""
     placed: list[_Box] = []
+    side = max((4 * height for _, height in plates), default=1)  # of squares that tell which labels are near
+    near: dict[tuple[int, int], list[int]] = defaultdict(list)
     for plate, box in zip(reversed(plates), reversed(boxes), strict=True):
         best, least = _inside(box[0], box[1], *plate, size), math.inf
         for x, y in _places(*plate, box):
             place = _inside(x, y, *plate, size)
-            hidden = sum(_overlap(place, other) for other in placed)
+            others = {i for square in _squares(place, side) for i in near.get(square, ())}
+            hidden = sum(_overlap(place, placed[i]) for i in others)
             if hidden < least:
                 best, least = place, hidden
             if hidden == 0:
                 break
+        for square in _squares(best, side):
+            near[square].append(len(placed))
         placed.append(best)
     return placed[::-1]
+
+
+def _squares(box: _Box, side: int) -> Iterator[tuple[int, int]]:
+    """Yield the squares of a grid that a box touches."""
+    columns, rows = range(box[0] // side, box[2] // side + 1), range(box[1] // side, box[3] // side + 1)
+    return itertools.product(columns, rows)
 
 
 def _places(width: int, height: int, box: _Box) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ from lightning_convnext_det.data.datamodule import DetectionDataModule
 from lightning_convnext_det.data.io.decode import read_image
 from lightning_convnext_det.data.io.inputs import find_images
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from lightning_convnext_det.data.writers.files import FileList
 from lightning_convnext_det.data.writers.rank_results import name_folders
 from lightning_convnext_det.errors import ArgumentError, DataError
 from lightning_convnext_det.types import Detection
@@ -226,6 +227,16 @@ def test_formats__names_at_the_limit_of_the_file_system(tmp_path: Path, caplog: 
     folders = name_folders(["y" * 300, "y" * 301])
     assert len(set(folders)) == 2
     assert max(map(len, folders)) < 250
+
+
+def test_file_list__names_of_many_crops_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a-7-3.jpg").touch()
+    files, touch, tried = FileList(tmp_path, 0), Path.touch, []
+    monkeypatch.setattr(Path, "touch", lambda self, **options: (tried.append(self.name), touch(self, **options))[1])
+    names = [files.reserve(tmp_path, "a", ".jpg", image_id).name for image_id in (7, 7, 7, 7, 9, 7)]
+    assert names == ["a.jpg", "a-7.jpg", "a-7-2.jpg", "a-7-4.jpg", "a-9.jpg", "a-7-5.jpg"]
+    assert tried[:5] == ["a.jpg", "a-7.jpg", "a-7-2.jpg", "a-7-3.jpg", "a-7-4.jpg"]
+    files.close()
 
 
 def test_formats__your_own_list_of_classes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -35,6 +35,8 @@ class FileList:
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
         self._said = False
+        self._image_id: int | None = None
+        self._tried: dict[tuple[Path, str, str], int] = {}  # names of files of the last image
         self._file: TextIO = open(hidden(folder, rank, "drawn"), "w")  # noqa: SIM115  # closed by close()
 
     def reserve(self, parent: Path, stem: str, suffix: str, image_id: int) -> Path:
@@ -49,8 +51,13 @@ class FileList:
         """
         parent.mkdir(parents=True, exist_ok=True)
         room = _longest_name(parent) - len(suffix)
-        for name in _names(stem, image_id, room):
-            path = parent / f"{name}{suffix}"
+        if image_id != self._image_id:
+            self._image_id, self._tried = image_id, {}
+        key = parent, stem, suffix
+        start = self._tried.get(key, 0)  # an image may have thousands of crops of one class
+        for number in itertools.count(start):
+            path = parent / f"{_name(stem, image_id, number, room)}{suffix}"
+            self._tried[key] = number + 1
             try:
                 path.touch(exist_ok=False)
             except FileExistsError:
@@ -146,6 +153,6 @@ def _longest_name(folder: Path) -> int:
         return _LONGEST_NAME
 
 
-def _names(stem: str, image_id: int, room: int) -> Iterator[str]:
-    endings = itertools.chain(["", f"-{image_id}"], (f"-{image_id}-{i}" for i in itertools.count(2)))
-    return (shorten(stem, room - len(ending)) + ending for ending in endings)
+def _name(stem: str, image_id: int, number: int, room: int) -> str:
+    ending = ("", f"-{image_id}")[number] if number < 2 else f"-{image_id}-{number}"
+    return shorten(stem, room - len(ending)) + ending
