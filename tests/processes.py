@@ -1,21 +1,127 @@
-"""Runs several processes as one training would, for tests: forked from a script that has imported everything once."""
+"""Scripts and ranks in processes of their own, for tests: forked from one that has imported everything once."""
 
+import atexit
+import importlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from subprocess import PIPE, CompletedProcess
+from types import ModuleType
+from typing import Any
 
 TESTS = Path(__file__).parent
+_ENVIRONMENT = {"PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+_IMPORTED = ("lightning_convnext_det.cli.trainer",)  # and with it torch, Lightning, timm and nearly all of the package
 
 
-def run_script(text: str, *arguments: object, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
-    """Run a script that can import this package and the tests."""
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", text, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+def run_script(text: str, *arguments: object, timeout: float = 600.0, **variables: str) -> CompletedProcess[str]:
+    """Run a script in a process of its own, which can import this package and the tests.
+
+    It is forked from a process that has imported torch, Lightning and the package and has done nothing else, so that
+    only the first script waits for these imports.
+
+    Args:
+        text: the script.
+        arguments: its ``sys.argv[1:]``.
+        timeout: seconds after which it is killed.
+        variables: of its environment, beside this process's own.
+    """
+    server = _start_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder, name) for name in ("stdout", "stderr")]
+        request = {
+            "text": text,
+            "arguments": [str(argument) for argument in arguments],
+            "timeout": timeout,
+            "environment": {**os.environ, **_ENVIRONMENT, **variables},
+            "folder": os.getcwd(),
+            "printed": [str(path) for path in printed],
+        }
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return CompletedProcess(["python", "-c", text], status, *(path.read_text() for path in printed))
+
+
+@cache
+def _start_server() -> subprocess.Popen[str]:
+    script = "from tests.processes import serve; serve()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, **_ENVIRONMENT}, stdin=PIPE, stdout=PIPE, text=True
+    )
+    atexit.register(_stop, server, os.getpid())
+    return server
+
+
+def _stop(server: subprocess.Popen[str], owner: int) -> None:
+    if os.getpid() == owner:  # not in what it has forked
+        server.terminate()
+        server.communicate()
+
+
+def serve() -> None:
+    """Fork a process for each script that a line of stdin asks for; answer with its exit status."""
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            answers.close()
+            _become_script(request)
+            return  # the interpreter ends, as after a script
+        signal.signal(signal.SIGALRM, lambda *_, child=child: os.kill(child, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(f"{status}\n")
+        answers.flush()
+
+
+def _become_script(request: dict[str, Any]) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    files = [os.devnull, *request["printed"]]
+    for descriptor, path in enumerate(files):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if descriptor else os.O_RDONLY)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = ["-c", *request["arguments"]]
+    sys.modules["__main__"] = ModuleType("__main__")  # where pickle looks for what the script defines
+    exec(compile(request["text"], "<script>", "exec"), sys.modules["__main__"].__dict__)
+
+
+_ON_TWO_RANKS = """
+import sys
+from importlib import import_module
+from pathlib import Path
+from tests.processes import launch
+
+module, function, log, *arguments = sys.argv[1:]
+call = getattr(import_module(module), function)
+sys.exit(any(launch(lambda rank, world_size: call(*arguments), 2, Path(log))))
+"""
+
+
+def run_on_two_ranks(function: Callable[..., object], log: Path, *arguments: object) -> str:
+    """Call a function of a test module with texts on two ranks, as torchrun does it; return what they print."""
+    run = run_script(_ON_TWO_RANKS, function.__module__, function.__name__, log, *arguments)
+    printed = "".join(log.with_name(f"{log.name}.{rank}").read_text() for rank in (0, 1))
+    assert run.returncode == 0, run.stderr + printed
+    return printed
 
 
 def free_port() -> int:

@@ -2,9 +2,6 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import traceback
 import warnings
 from collections import Counter
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.modules import CascadeRCNNModule, DeformableDETRModule, DINOModule, FasterRCNNModule
 from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.types import Target
+from tests.processes import run_script
 from tests.synchronisations import move_module, pretended_device, to_device
 
 SIZES = {"backbone": "test_convnext", "min_size": 64, "max_size": 96}
@@ -133,8 +131,7 @@ CALLS = {
 def pretended_counts() -> dict[str, dict[str, list[str]]]:
     """In a process of its own: gradients do not work any more in one that has pretended a device."""
     script = "from tests.test_synchronisations import print_counts; print_counts()"
-    environment = {**os.environ, "DISABLE_CUSTOM_KERNELS": "1"}  # Triton's need the device
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    done = run_script(script, DISABLE_CUSTOM_KERNELS="1")  # Triton's need the device
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
     return found

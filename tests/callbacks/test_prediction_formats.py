@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +21,8 @@ from lightning_convnext_det.data.writers.rank_results import name_folders
 from lightning_convnext_det.errors import ArgumentError, DataError
 from lightning_convnext_det.types import Detection
 from tests.callbacks.test_prediction_writer import Batch, Foretold, loader, predict, results, visible
+from tests.processes import run_on_two_ranks, run_script
+from tests.training import create_trainer
 
 polars = pytest.importorskip("polars")
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
@@ -405,18 +405,11 @@ def test_prediction_writer__foreign_parquet_files_stay(photos: Path, tmp_path: P
     assert {"mine.parquet", "part-mine.parquet"} <= {path.name for path in folder.iterdir()}
 
 
-TWO_RANKS = """
-import sys
-from pathlib import Path
-import lightning.pytorch as pl
-from tests.callbacks.test_prediction_formats import Seen, create, data_of
-
-folder = Path(sys.argv[1])
-for name in ("two", "continued"):
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
-                         callbacks=[create(folder / name)], enable_checkpointing=False, enable_model_summary=False)
-    trainer.predict(Seen(), datamodule=data_of(folder / "data" / "train"), return_predictions=False)
-"""
+def predict_on_a_rank(folder: str) -> None:
+    for name in ("two", "continued"):
+        writer = create(Path(folder, name))
+        trainer = create_trainer(folder, devices=2, strategy="ddp", callbacks=[writer], enable_checkpointing=False)
+        trainer.predict(Seen(), datamodule=data_of(Path(folder, "data", "train")), return_predictions=False)
 
 
 @pytest.mark.heavy
@@ -426,7 +419,7 @@ def test_prediction_writer__two_ranks_equal_one(photos: Path, tmp_path: Path) ->
     broken.fail_at = 2
     with pytest.raises(RuntimeError, match="power"):
         predict_files(create(tmp_path / "continued"), data_of(photos), broken)
-    run_script(TWO_RANKS, tmp_path)
+    run_on_two_ranks(predict_on_a_rank, tmp_path / "log", tmp_path)
     for name in ("two", "continued"):
         assert content(tmp_path / name) == content(tmp_path / "one")
         assert rows(tmp_path / name) == rows(tmp_path / "one")
@@ -471,17 +464,9 @@ for i, shares in enumerate(kills):
 """
 
 
-def run_script(text: str, folder: Path, *arguments: str) -> None:
-    script, tests = folder / "script.py", Path(__file__).parents[1]
-    script.write_text(text)
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent / 'src'}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(folder), *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert run.returncode == 0, run.stderr
-
-
 def check_kills(kills: list[list[float]], folder: Path) -> None:
-    run_script(KILLS, folder, json.dumps(kills))
+    run = run_script(KILLS, folder, json.dumps(kills), timeout=1800)
+    assert run.returncode == 0, run.stderr
     for i in range(len(kills)):
         killed = folder / f"killed{i}"
         assert content(killed) == content(folder / "undisturbed"), kills[i]

@@ -15,8 +15,7 @@ from lightning_convnext_det.checkpoints.file import (
     write_checkpoint_file,
 )
 from lightning_convnext_det.errors import CheckpointError
-
-SOURCE = Path(__file__).parents[2] / "src"
+from tests.processes import run_script
 
 
 def content(value: float = 1.0, size: int = 1000) -> dict[str, object]:
@@ -122,9 +121,7 @@ except CheckpointError as error:
     print(error)
 """
     path = tmp_path / "a.ckpt"
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, env=environment(), check=False
-    )
+    run = run_script(script, path)
     assert f"[LCD-K002] no space for {path}: it needs 7 MB, " in run.stdout, run.stderr
     assert torch.equal(read_checkpoint_file(path)["a"], torch.ones(1000))
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
@@ -178,19 +175,12 @@ print(kill, half, values, round(lasts, 3))
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **more}
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_write_checkpoint_file__killed_at_random_instants(tmp_path: Path, kills: int) -> None:
     other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path  # TMPDIR on another file system
     size = 1_000_000 if kills < 20 else 10_000_000
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "last.ckpt"), str(kills), str(size), str(kills)]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment(TMPDIR=str(other)), timeout=300, check=False
-    )
+    run = run_script(KILLED, tmp_path / "last.ckpt", kills, size, kills, timeout=300, TMPDIR=str(other))
     assert run.returncode == 0, run.stderr
     done, half, _, _ = run.stdout.split()
     assert int(done) >= kills

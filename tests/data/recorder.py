@@ -1,7 +1,6 @@
-"""A LightningModule that records the images it is given; run as a script by each of two ranks."""
+"""A LightningModule that records the images it is given, and a run of it on two ranks."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -75,7 +74,3 @@ def main(root: str, out: str) -> None:
     few = Recorder()
     make_trainer(Path(out), overfit_batches=2, **options).fit(few, datamodule=data)
     Path(out, f"{trainer.global_rank}.json").write_text(json.dumps([model.seen, few.seen]))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

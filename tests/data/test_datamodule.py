@@ -1,9 +1,6 @@
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from lightning_convnext_det.data.synthetic import CLASS_NAMES, write_synthetic_c
 from lightning_convnext_det.errors import DataError
 from tests.data import recorder
 from tests.data.recorder import Recorder, SaveAndStop, Seen, make_trainer
+from tests.processes import run_on_two_ranks
 
 
 @pytest.fixture(scope="session")
@@ -434,10 +432,7 @@ def test_train_dataloader__little_shared_memory_is_said(
 
 @pytest.mark.heavy
 def test_two_ranks__each_image_once(coco: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = [sys.executable, recorder.__file__, str(coco), str(tmp_path)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(recorder.main, tmp_path / "log", coco, tmp_path)
     (first, few), (second, few_second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for key, count in [("train0", 11), ("train1", 11), ("val0", 5), ("val1", 5), ("test2", 3), ("predict2", 5)]:
         assert sorted(ids(first, key) + ids(second, key)) == list(range(1, count + 1)), key

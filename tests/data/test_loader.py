@@ -1,7 +1,4 @@
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from lightning_convnext_det.data.transforms import create_transforms
 from lightning_convnext_det.errors import DataError
 from tests.data import unreadable
 from tests.data.builders import Box, TinyImage, make_annotations
+from tests.processes import run_on_two_ranks
 
 IMAGES = [TinyImage(20, 30, (Box((1, 2, 11, 12)),)), TinyImage(30, 20)] * 5
 
@@ -188,11 +186,8 @@ def test_predict__two_ranks_end_alike(readable: int, ended: str, tmp_path: Path)
         (images / f"{i}.png").write_bytes(b"no image")
     if readable:
         Image.new("RGB", (30, 20)).save(images / "0.png")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = [sys.executable, unreadable.__file__, str(images), str(tmp_path)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "none of the 2 images of this rank can be read" in done.stderr
+    said = run_on_two_ranks(unreadable.main, tmp_path / "log", images, tmp_path)
+    assert "none of the 2 images of this rank can be read" in said
     assert all((tmp_path / f"{rank}.txt").read_text().startswith(ended) for rank in (0, 1))
     if readable:
-        assert done.stderr.count("3 of 4 images could not be read and were skipped") == 1
+        assert said.count("3 of 4 images could not be read and were skipped") == 1

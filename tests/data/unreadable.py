@@ -1,6 +1,5 @@
-"""Predicts on unreadable images; run as a script by each of two ranks."""
+"""Predicts on unreadable images, on two ranks."""
 
-import sys
 from pathlib import Path
 
 from lightning_convnext_det.data.datamodule import DetectionDataModule
@@ -18,7 +17,3 @@ def main(root: str, out: str) -> None:
     except DataError as error:
         ended = str(error)
     Path(out, f"{trainer.global_rank}.txt").write_text(ended)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from lightning_convnext_det.data.formats.cache import (
 )
 from lightning_convnext_det.data.formats.discovery import find_splits, read_split
 from lightning_convnext_det.data.synthetic import write_synthetic_coco
+from tests.processes import run_script
 
 
 @pytest.fixture
@@ -189,8 +188,8 @@ cache.read_cached_split(find_splits(sys.argv[1])["train"], Path(sys.argv[2]))
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_read_cached_split__killed_while_it_writes(split: Split, tmp_path: Path, call: str) -> None:
     """The next start is right, whatever the last one left."""
-    command = [sys.executable, "-c", _KILLED.format(call=call, count=1), str(split.root), str(tmp_path / "cache")]
-    assert subprocess.run(command, check=False, timeout=300).returncode == -signal.SIGKILL
+    killed = run_script(_KILLED.format(call=call, count=1), split.root, tmp_path / "cache")
+    assert killed.returncode == -signal.SIGKILL
     assert [path.suffix for path in files_of(tmp_path / "cache")] == [".part"]
     first = read_cached_split(split, tmp_path / "cache")
     assert_same(first, read_split(split))
