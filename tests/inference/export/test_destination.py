@@ -26,6 +26,7 @@ from lightning_convnext_det.inference.export.accuracy import as_detector
 from lightning_convnext_det.inference.export.export import _replacing, export, verify_file
 from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.metadata import describe, read_card, write_card
+from lightning_convnext_det.inference.export.torch_file import write_torch
 from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.types import TensorDetections
 
@@ -198,6 +199,18 @@ def test_describe__has_the_metrics_of_the_checkpoint(module: DeformableDETRModul
     states = {"a": best.state_dict(), "b": {"monitor": "val/loss", "current_score": None}, "c": {"monitor": None}}
     write_checkpoint_file({"callbacks": states}, tmp_path / "a.ckpt")
     assert describe(module.detector, ["a", "b"], [1, 2], tmp_path / "a.ckpt")["metrics"] == {"val/map": 0.25}
+
+
+def test_write_torch__keeps_no_paths_of_this_machine(tmp_path: Path) -> None:
+    class Shift(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images + 1
+
+    program = torch.export.export(Shift(), (torch.zeros(2, 3),))
+    write_torch(program, tmp_path / "a.pt2", {})
+    with ZipFile(tmp_path / "a.pt2") as file:
+        assert not [name for name in file.namelist() if __file__.encode() in file.read(name)]
+    assert torch.equal(torch.export.load(tmp_path / "a.pt2").module()(torch.zeros(2, 3)), torch.ones(2, 3))
 
 
 def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> None:

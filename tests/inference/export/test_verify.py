@@ -5,7 +5,14 @@ import torch
 from lightning_convnext_det import FasterRCNN
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export.graph import ExportGraph
-from lightning_convnext_det.inference.export.verify import Differences, Tolerance, compare, create_batches, verify
+from lightning_convnext_det.inference.export.verify import (
+    Differences,
+    Tolerance,
+    _explain_rounding,
+    compare,
+    create_batches,
+    verify,
+)
 from lightning_convnext_det.types import Detection, TensorDetections
 
 
@@ -104,9 +111,11 @@ def test_verify__tells_where_rounding_decides() -> None:
         return found._replace(boxes=found.boxes + 0.5 * (found.scores > 0)[..., None])
 
     batches = [torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)]
-    explanation = r"PyTorch's own float32 differs from its float64 as well.* by 0\.75 px.*train it further$"
+    explanation = r"PyTorch in float64 differs from its float32 as well.* by 0\.75 px.*train it further$"
     with pytest.raises(ExportError, match=explanation):
         verify(run, detector, batches)
+    for_fp16 = _explain_rounding(graph, batches[0], Tolerance(boxes=1e-6, unmatched=1e-6))
+    assert "PyTorch with weights rounded to float16 differs" in for_fp16
     detector.shift = 0.0  # the file is wrong, and not by rounding
     with pytest.raises(ExportError, match=r"allowed are 0\.01 px and 0\.0001$"):
         verify(run, detector, batches)

@@ -57,7 +57,8 @@ def write_onnx(
 
 
 def _translate(program: torch.export.ExportedProgram) -> Any:  # an onnx.ModelProto
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnx_ir", "onnxscript"):  # which warn of themselves
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         try:

@@ -18,6 +18,10 @@ def write_torch(program: torch.export.ExportedProgram, path: Path, metadata: Map
     An R-CNN needs ``import torchvision`` before, whose NMS and RoIAlign it calls. The description is the file's entry
     ``metadata.json``: ``extra_files = {"metadata.json": ""}; torch.export.load(path, extra_files=extra_files)``.
     """
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # paths of this machine
     with warnings.catch_warnings():  # some constants are parts of one tensor; the file is compared after writing
         warnings.filterwarnings("ignore", "No complete tensor found in the group")
         torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})

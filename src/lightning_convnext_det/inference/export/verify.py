@@ -146,19 +146,23 @@ def _explain_rounding(graph: ExportGraph, images: Tensor | None, limit: Toleranc
     """Say if PyTorch itself finds other objects when it rounds otherwise, as no runtime can then do better."""
     if images is None:
         return ""
-    exact = copy.deepcopy(graph)
-    exact.detector.double()
+    rounded = copy.deepcopy(graph)
+    if limit.unmatched:  # as for fp16
+        rounded.detector.half().float()
+    else:
+        rounded.detector.double()
     differences = Differences()
     with torch.no_grad():
-        pairs = zip(*(split_detections(TensorDetections(*run(images))) for run in (exact, graph)), strict=True)
+        pairs = zip(*(split_detections(TensorDetections(*run(images))) for run in (rounded, graph)), strict=True)
         for ours, theirs in pairs:
             compare(ours, theirs, limit, differences)
     if not differences.exceed(limit):
         return ""
     return (
-        f". PyTorch's own float32 differs from its float64 as well, in the first such batch by {differences.boxes:.2g} "
-        f"px with {len(differences.unmatched)} detections without a counterpart: rounding decides which of nearly "
-        "equal boxes these weights keep, as those of a detector that has hardly been trained; train it further"
+        f". PyTorch {'with weights rounded to float16' if limit.unmatched else 'in float64'} differs from its float32 "
+        f"as well, in the first such batch by {differences.boxes:.2g} px with {len(differences.unmatched)} detections "
+        "without a counterpart: rounding decides which of nearly equal boxes these weights keep, as those of a "
+        "detector that has hardly been trained; train it further"
     )
 
 
