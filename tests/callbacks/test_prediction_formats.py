@@ -327,7 +327,9 @@ def images_of(path: Path) -> list[int]:
 
 
 @pytest.mark.heavy
-def test_prediction_writer__begins_anew_for_another_prediction(photos: Path, tmp_path: Path) -> None:
+def test_prediction_writer__begins_anew_for_another_prediction(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def seen(writer: PredictionWriter, module: Seen, data: DetectionDataModule) -> int:
         predict_files(writer, data, module)
         return len(module.seen)
@@ -335,11 +337,14 @@ def test_prediction_writer__begins_anew_for_another_prediction(photos: Path, tmp
     folder = tmp_path / "out"
     assert seen(create(folder), Seen(), data_of(photos)) == 8
     assert seen(create(folder), Seen(), data_of(photos)) == 0
+    assert "are replaced" not in caplog.text
     others: list[dict[str, object]] = [{"score_thresholds": [0.5, 0.5]}, {"class_names": ["cat", "cow"]}, {}]
     for changes in others:  # stored by convnext-det thresholds, renamed, as before
+        caplog.clear()
         module = Seen()
         vars(module).update(changes)
         assert seen(create(folder), module, data_of(photos)) == 8
+        assert "4 parts of other weights, settings or images are replaced" in caplog.text
     assert seen(create(folder, formats="parquet,csv", draw=False), Seen(), data_of(photos)) == 8  # other files
     assert not (folder / "voc").exists()
     other = Seen()
@@ -402,7 +407,9 @@ def test_prediction_writer__foreign_parquet_files_stay(photos: Path, tmp_path: P
     polars.DataFrame({"mine": [1]}).write_parquet(folder / "mine.parquet")
     polars.DataFrame({"mine": [1]}).write_parquet(folder / "part-mine.parquet")
     predict_files(create(tmp_path / "out", formats="parquet", draw=False), data_of(photos))
-    assert {"mine.parquet", "part-mine.parquet"} <= {path.name for path in folder.iterdir()}
+    assert {"mine.parquet", "part-mine.parquet"} < {path.name for path in folder.iterdir()}
+    predict_files(create(tmp_path / "out", formats="coco", draw=False), data_of(photos))
+    assert {"mine.parquet", "part-mine.parquet"} == {path.name for path in folder.iterdir()}
 
 
 def predict_on_a_rank(folder: str) -> None:

@@ -241,7 +241,9 @@ class PredictionWriter(Callback):
         answer: tuple[str, frozenset[int], int] | None = None
         if trainer.is_global_zero:
             fingerprint = _fingerprint(pl_module, self._options(trainer, pl_module))
-            parts = clear_parts(self.folder / FOLDER, fingerprint, images)
+            parts, num_removed = clear_parts(self.folder / FOLDER, fingerprint, images)
+            if num_removed:
+                rank_zero_info(f"{num_removed} parts of other weights, settings or images are replaced")
             finished = frozenset(image_id for part in parts for image_id, _ in part.images)
             answer = fingerprint, finished, self._keep(parts, finished, pl_module)
             if finished:
@@ -269,10 +271,9 @@ class PredictionWriter(Callback):
 
     def _clear(self) -> bool:
         """Remove the results of an earlier prediction; tell whether there were any."""
-        parts = list((self.folder / FOLDER).glob("part-*.parquet"))
-        clear_parts(self.folder / FOLDER, None)
-        removed, _ = remove_files(self.folder)
-        return bool(self._remove_tables() + removed + len(parts))
+        _, num_parts = clear_parts(self.folder / FOLDER, None)
+        num_files, _ = remove_files(self.folder)
+        return bool(self._remove_tables() + num_files + num_parts)
 
     def _remove_tables(self) -> int:
         own = [self.folder / file for file, _ in _MERGED.values()] + list(self.folder.glob(".predictions-*.part"))

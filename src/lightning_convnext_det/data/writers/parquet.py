@@ -119,31 +119,35 @@ class ParquetWriter:
         return pa.table(columns, names=list(COLUMNS)).replace_schema_metadata({_METADATA: facts.encode("ascii")})
 
 
-def clear_parts(folder: Path, fingerprint: str | None, images: Sequence[ImageKey] = ()) -> list[FinishedPart]:
-    """Remove all parts but those that the same prediction of the same images, with unchanged files, would write.
+def clear_parts(
+    folder: Path, fingerprint: str | None, images: Sequence[ImageKey] = ()
+) -> tuple[list[FinishedPart], int]:
+    """Remove our parts but those that the same prediction of the same images, with unchanged files, would write.
 
     Args:
         folder: of the parts.
-        fingerprint: by what the images are predicted; None removes all parts.
+        fingerprint: by what the images are predicted; None removes all of ours.
         images: those that are to be predicted.
 
     Returns:
-        The parts that stay, by name.
+        The parts that stay, by name, and how many were removed.
     """
     stay: list[FinishedPart] = []
+    num_removed = 0
     known = set(images)
     for path in folder.glob(".part-*.tmp"):
         path.unlink()
     for path in sorted(folder.glob(_PATTERN)):
-        facts = {} if fingerprint is None else _facts(path)
+        facts = _facts(path)
         covered = [(int(image_id), str(name)) for image_id, name in facts.get("images", [])]
         same = fingerprint is not None and facts.get("fingerprint") == fingerprint and known.issuperset(covered)
         if same and facts.get("stamps") == [file_stamp(name) for _, name in covered]:
             stay.append(FinishedPart(path, covered))
             known.difference_update(covered)  # once
-        elif facts or fingerprint is None:
+        elif facts:
             path.unlink()
-    return stay
+            num_removed += 1
+    return stay, num_removed
 
 
 def file_stamp(file_name: str) -> list[int] | None:
@@ -176,7 +180,9 @@ def read_part(part: FinishedPart, category_ids: Sequence[int]) -> Iterator[tuple
 
 # the facts are JSON
 def _facts(path: Path) -> dict[str, Any]:
-    """What a part says of itself; nothing if it is not ours."""
+    """What a part says of itself; nothing if it is not ours, or pyarrow is not there to tell."""
+    if find_spec("pyarrow") is None:
+        return {}
     import pyarrow as pa
     import pyarrow.parquet as pq
 
