@@ -256,6 +256,13 @@ def test_prediction_writer__unknown_format() -> None:
         PredictionWriter(formats="coco,labelm")
 
 
+def test_prediction_writer__folders_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert PredictionWriter("~/found").folder == Path("/home/ann/found")
+    with pytest.raises(ArgumentError, match="folder is 's3://bucket/found'; results are written to folders"):
+        PredictionWriter("s3://bucket/found")
+
+
 def test_prediction_writer__parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_convnext_det.data.writers.parquet.find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"needs pyarrow: pip install 'lightning-convnext-det\[parquet\]'"):

@@ -2,7 +2,9 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -448,3 +450,18 @@ def test_transfer_batch_to_device__xla_gets_nothing_of_varying_size() -> None:
     (image,), (target,) = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert image.device.type == target["boxes"].device.type == "meta"
     assert data.transfer_batch_to_device(batch, torch.device("xla"), 0) is batch
+
+
+@pytest.mark.parametrize(("num_images", "message"), [(2, "LCD-P002.*none of 2 images"), (5, None)])
+def test_teardown__two_ranks_that_only_had_unreadable_images_left(
+    num_images: int, message: str | None, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(num_images)]
+    for file in files:
+        file.write_bytes(b"no image")
+    data = DetectionDataModule(predict=[str(file) for file in files], num_workers=0, batch_size=5)
+    data.predict_dataloader()  # of five, an earlier prediction has read three
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda counts, reduce_op: torch.tensor([0, 2]))
+    data.trainer = SimpleNamespace(world_size=2, strategy=strategy)  # type: ignore[assignment]
+    with pytest.raises(DataError, match=message) if message else nullcontext():
+        data.teardown("predict")

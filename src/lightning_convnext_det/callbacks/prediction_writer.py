@@ -89,7 +89,9 @@ class PredictionWriter(Callback):
         images_per_part: Count = 1000,
     ) -> None:
         check_arguments(PredictionWriter.__init__, locals())
-        self.folder = Path(folder)
+        if "://" in str(folder):
+            raise ArgumentError(f"folder is '{folder}'; results are written to folders of this machine")
+        self.folder = Path(folder).expanduser()  # shells leave --output.folder=~/found as it is
         self.score_threshold: float | Literal["best"] = score_threshold
         self.draw = draw
         self.draw_limit = draw_limit

@@ -189,6 +189,7 @@ class DetectionDataModule(LoadingDataModule):
         self.in_chans, self.value_range, self.max_pixels = in_chans, value_range, max_pixels
         self._range = RangeChoice(value_range)
         self._num_images = {"read": 0, "failed": 0}  # of this rank's prediction
+        self._num_files = 0  # of all ranks'
         self._transforms = create_transforms(
             train_transforms, sizes, max_size, crop_size, scale_range, vertical_flip, color_jitter
         )
@@ -312,6 +313,7 @@ class DetectionDataModule(LoadingDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         tile = getattr(getattr(module, "inference_detector", None), "tile", None)  # of a TiledDetector
         images = ImageDataset(files, self._image_reader(files), tile)
+        self._num_files = len(files)
         self._num_images = images.counts
         return self.evaluation_loader(ImageLoader, images)
 
@@ -325,7 +327,8 @@ class DetectionDataModule(LoadingDataModule):
             return  # one rank's loader has reported them
         counts = torch.tensor(list(self._num_images.values()), device=self.trainer.strategy.root_device)
         num_read, num_failed = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        report_unreadable(num_read, num_failed)
+        if num_read or num_failed == self._num_files:  # else an earlier prediction has read the others
+            report_unreadable(num_read, num_failed)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch to a device; the detector moves it to XLA, which would recompile for each image size."""
