@@ -138,6 +138,8 @@ def test_fit__trains_on_windows_and_validates_in_whole_images(
         "--model=lightning_convnext_det.FasterRCNNModule",
         "--model.backbone=test_convnext",
         "--model.pretrained_backbone=false",
+        "--model.fpn_channels=32",
+        "--model.box_head_features=64",
     ]
     network += ["--model.min_size=64", "--model.max_size=96", "--model.score_threshold=0.0", "--plan=false"]
     run = ["--data.train_transforms=tiles", "--trainer.max_epochs=1", "--data.batch_size=1", "--seed_everything=1"]

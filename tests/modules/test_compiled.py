@@ -12,7 +12,7 @@ SIZES = [(64, 80), (64, 112), (80, 64), (70, 90)]
 TARGET = Target(boxes=torch.tensor([[4.0, 4.0, 30.0, 40.0]]), labels=torch.tensor([1]))
 SMALL = {"num_queries": 8, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "dropout": 0.0}
 DETECTORS = {
-    "faster": lambda: FasterRCNN(2, "test_convnext", min_size=64, max_size=128),
+    "faster": lambda: FasterRCNN(2, "test_convnext", min_size=64, max_size=128, fpn_channels=32, box_head_features=32),
     "dino": lambda: DINO(2, "test_convnext", min_size=64, max_size=128, **SMALL),
 }
 

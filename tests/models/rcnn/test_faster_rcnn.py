@@ -35,24 +35,36 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     }
 
 
+@pytest.fixture(scope="module")
+def torchvisions(photos: list[Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Weights of torchvision's detector, and what it finds in the photos."""
+    torch.manual_seed(0)
+    reference = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=91, box_score_thresh=0.02, min_size=320, max_size=533
+    ).eval()
+    with torch.no_grad():
+        return reference.state_dict(), reference([photo / 255 for photo in photos])
+
+
 # with torchvision's own operators the boxes are the same bits; RoIAlign by the gather adds in another order, and moves
 # a corner at 600 px by about 1e-4 px, two roundings of float32
 @pytest.mark.heavy
 @pytest.mark.parametrize(("custom_kernels", "pixels"), [(False, 1e-4), (True, 1e-3)])
 def test_faster_rcnn__equals_torchvision_on_real_photos(
-    photos: list[Tensor], monkeypatch: pytest.MonkeyPatch, custom_kernels: bool, pixels: float
+    photos: list[Tensor],
+    torchvisions: tuple[dict[str, Tensor], list[dict[str, Tensor]]],
+    monkeypatch: pytest.MonkeyPatch,
+    custom_kernels: bool,
+    pixels: float,
 ) -> None:
     monkeypatch.setenv("DISABLE_CUSTOM_KERNELS", "0" if custom_kernels else "1")
-    reference = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=91, box_score_thresh=0.02, min_size=320, max_size=533
-    ).eval()
+    weights, expected = torchvisions
     detector = create_detector(
         "fasterrcnn_resnet50_fpn", 90, score_threshold=0.02, min_size=320, max_size=533, channels_last=False
     ).eval()
-    state = {k.replace("backbone.body.", "backbone.body.net."): v for k, v in reference.state_dict().items()}
+    state = {k.replace("backbone.body.", "backbone.body.net."): v for k, v in weights.items()}
     detector.load_state_dict({k: v for k, v in state.items() if "num_batches_tracked" not in k})
     with torch.no_grad():
-        expected = reference([p / 255 for p in photos])
         found = detector(photos)
     for ours, theirs in zip(found, expected, strict=True):
         assert len(ours["boxes"]) == 100
