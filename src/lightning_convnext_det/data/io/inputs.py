@@ -102,9 +102,9 @@ def _without_results(source: Path, files: list[Path]) -> list[Path]:
         return files
     plain = list(itertools.takewhile(lambda part: not any(sign in part for sign in _SIGNS), source.parts))
     depth = len(source.parts if source.is_dir() else plain)
-    folders = {parent for file in files for parent in file.parents if len(parent.parts) >= depth}
-    results = {path for folder in folders for path in written_files(folder)}
-    kept = [file for file in files if file not in results]
+    folders = {folder for parent in {file.parent for file in files} for folder in (parent, *parent.parents)}
+    results = {path for folder in folders if len(folder.parts) >= depth for path in written_files(folder)}
+    kept = [file for file in files if file not in results] if results else files
     if len(kept) < len(files):
         _warn("[LCD-P003] %d drawings and crops of earlier predictions are skipped", len(files) - len(kept))
     return kept
