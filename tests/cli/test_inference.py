@@ -59,9 +59,10 @@ def predict(checkpoint: Path, dataset: Path, folder: Path, *options: str) -> lis
 
 
 def test_predict__tiles_larger_than_the_images_change_nothing(
-    checkpoints: list[Path], dataset: Path, tmp_path: Path
+    checkpoints: list[Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = predict(checkpoints[0], dataset, tmp_path / "plain")
+    plain = predict(checkpoints[0], dataset, tmp_path / "plain", "--tile_merge=wbf")
+    assert "--tile_merge wbf has no effect without --tiles" in capsys.readouterr().err
     assert len(plain) > 10
     assert predict(checkpoints[0], dataset, tmp_path / "tiled", "--tiles=4000") == plain
 

@@ -177,6 +177,8 @@ def test_from_checkpoint__several_are_an_ensemble(tmp_path: Path) -> None:
     assert torch.equal(found.boxes, fused(image).boxes)
     with pytest.raises(ValueError, match=r"LCD-K022.*2\.ckpt has the classes cat, emu, the ensemble has cat, dog"):
         Predictor.from_checkpoint(paths)
+    with pytest.raises(ValueError, match="thresholds are not those of fused scores"):
+        Predictor.from_checkpoint(paths[:2], score_threshold="best")
     save_module(create_module(2, class_names=["cat", "dog"], in_chans=1), paths[2])
     with pytest.raises(ValueError, match=r"LCD-K022.*2\.ckpt takes images of 1 channels, the ensemble of 3"):
         Predictor.from_checkpoint(paths)

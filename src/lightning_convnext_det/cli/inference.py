@@ -1,5 +1,6 @@
 """Arguments of the trainer's commands for windows, test-time augmentation and ensembles."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,14 @@ from lightning_convnext_det.modules.detection import DetectionModule
 from lightning_convnext_det.modules.registry import load_members
 from lightning_convnext_det.ops.window_merging import TileMerge
 
+OVERLAP, MERGE = 0.2, "nmm"  # of windows by default
+
 
 def add_inference_arguments(parser: LightningArgumentParser) -> None:
     """Add ``--tiles``, ``--tile_overlap``, ``--tile_merge``, ``--tta`` and ``--ensemble``."""
     add_flag(parser, "tiles", int | None, None)
-    add_flag(parser, "tile_overlap", float, 0.2)
-    add_flag(parser, "tile_merge", TileMerge, "nmm")
+    add_flag(parser, "tile_overlap", float, OVERLAP)
+    add_flag(parser, "tile_merge", TileMerge, MERGE)
     add_flag(parser, "tta", str | None, None)
     add_flag(parser, "ensemble", str | list[str] | None, None)
 
@@ -54,6 +57,9 @@ def add_to_inference(
     members = config["ensemble"] or []
     paths = [path.strip() for path in members.split(",")] if isinstance(members, str) else list(members)
     asked = [name for name in ("tiles", "tta", "ensemble") if config[name] not in (None, "", [])]
+    for name, usual in (("tile_overlap", OVERLAP), ("tile_merge", MERGE)):
+        if "tiles" not in asked and config[name] != usual:
+            sys.stderr.write(f"--{name} {config[name]} has no effect without --tiles\n")
     if not asked:
         return
     if not isinstance(model, DetectionModule):

@@ -170,6 +170,11 @@ class Predictor:
         first, *others = paths
         module, place = load_module(first), _device(device)
         members = load_members(others, module)
+        if score_threshold == "best" and (members or tta):
+            raise ArgumentError(
+                "score_threshold is 'best', but a checkpoint's thresholds are not those of fused scores (tta, an "
+                "ensemble); give a number: convnext-det thresholds with --tta or --ensemble prints the best ones"
+            )
         detector = FusedDetector([module.detector, *members]) if members else module.detector
         predictor = cls(
             detector.to(place),
