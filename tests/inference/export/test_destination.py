@@ -26,6 +26,7 @@ from lightning_convnext_det.inference.export.accuracy import as_detector
 from lightning_convnext_det.inference.export.export import _replacing, export, verify_file
 from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.metadata import describe, read_card, write_card
+from lightning_convnext_det.inference.export.runtimes import load_runner
 from lightning_convnext_det.inference.export.torch_file import write_torch
 from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.types import TensorDetections
@@ -211,6 +212,31 @@ def test_write_torch__keeps_no_paths_of_this_machine(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "a.pt2") as file:
         assert not [name for name in file.namelist() if __file__.encode() in file.read(name)]
     assert torch.equal(torch.export.load(tmp_path / "a.pt2").module()(torch.zeros(2, 3)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.safetensors", r"missing\.safetensors is missing"),
+        ("folder", "folder must be a file .onnx or .pt2, or a folder with OpenVINO's model.xml"),
+        ("damaged.pt2", r"LCD-X001\].*damaged\.pt2 cannot be loaded: File is not a zip file"),
+    ],
+)
+def test_load_runner__says_what_is_wrong_in_one_line(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "damaged.pt2").write_bytes(b"PK" + bytes(500))
+    with pytest.raises((ArgumentError, ExportError), match=message):
+        load_runner(tmp_path / name)
+    assert capsys.readouterr().err == ""
+
+
+def test_load_runner__names_the_cause_of_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "model.xml").write_text("<net")
+    with pytest.raises(ExportError, match=r"cannot be loaded: (?!Exception from)."):
+        load_runner(tmp_path)
 
 
 def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> None:

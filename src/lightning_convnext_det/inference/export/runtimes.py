@@ -1,6 +1,7 @@
 """Exported files as functions from images to detections, by the runtime that users of the file have."""
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,27 +24,34 @@ def load_runner(path: str | Path) -> Runner:
         ExportError: if the runtime cannot load the file.
     """
     path = Path(path)
-    kinds: dict[str, Callable[[Path], Runner]] = {".onnx": _load_onnx, ".pt2": _load_torch}
-    load = _load_openvino if path.is_dir() or path.suffix == ".xml" else kinds.get(path.suffix)
-    if load is None:
-        raise ArgumentError(f"{path} must be a file .onnx or .pt2, or a folder with OpenVINO's model.xml")
     if not path.exists():
         raise ArgumentError(f"{path} is missing")
+    kinds: dict[str, Callable[[Path], Runner]] = {".onnx": _load_onnx, ".pt2": _load_torch, ".xml": _load_openvino}
+    is_openvino = path.is_dir() and (path / "model.xml").is_file()
+    load = _load_openvino if is_openvino else kinds.get(path.suffix)
+    if load is None:
+        raise ArgumentError(f"{path} must be a file .onnx or .pt2, or a folder with OpenVINO's model.xml")
     try:
         run = load(path)
     except ArgumentError:
         raise
     except Exception as error:  # each runtime has its own kinds
-        raise ExportError(f"[LCD-X001] {path} cannot be loaded: {first_line(error)}") from error
+        raise ExportError(f"[LCD-X001] {path} cannot be loaded: {_cause(error)}") from error
 
     def compute(images: Tensor) -> TensorDetections:
         try:
             return run(images)
         except Exception as error:
             what = f"{images.dtype} {list(images.shape)}".removeprefix("torch.")
-            raise ExportError(f"[LCD-X001] {path} cannot compute images {what}: {first_line(error)}") from error
+            raise ExportError(f"[LCD-X001] {path} cannot compute images {what}: {_cause(error)}") from error
 
     return compute
+
+
+def _cause(error: Exception) -> str:
+    """The message of an error on one line, without the places in OpenVINO's sources that come before it."""
+    lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]
+    return first_line(RuntimeError("\n".join(lines))) if any(lines) else first_line(error)
 
 
 def threads() -> int:
@@ -65,10 +73,9 @@ def _load_onnx(path: Path) -> Runner:
 
 
 def _load_torch(path: Path) -> Runner:
-    try:
-        program = torch.export.load(path).module()
-    except Exception:
-        program = torch._inductor.aoti_load_package(os.fspath(path))  # type: ignore[assignment]  # a package of AOTInductor
+    with zipfile.ZipFile(path) as file:
+        is_compiled = any("/data/aotinductor/" in name for name in file.namelist())
+    program = torch._inductor.aoti_load_package(os.fspath(path)) if is_compiled else torch.export.load(path).module()
 
     def run(images: Tensor) -> TensorDetections:
         with torch.no_grad():

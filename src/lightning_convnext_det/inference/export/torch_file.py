@@ -15,8 +15,9 @@ from lightning_convnext_det.errors import ArgumentError, first_line
 def write_torch(program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write a recorded graph, which ``torch.export.load(path).module()`` runs without this package.
 
-    An R-CNN needs ``import torchvision`` before, whose NMS and RoIAlign it calls. The description is the file's entry
-    ``metadata.json``: ``extra_files = {"metadata.json": ""}; torch.export.load(path, extra_files=extra_files)``.
+    A detector with NMS needs ``import torchvision`` before, whose NMS and RoIAlign it calls. The description is the
+    file's entry ``metadata.json``: ``extra_files = {"metadata.json": ""}; torch.export.load(path,
+    extra_files=extra_files)``.
     """
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
