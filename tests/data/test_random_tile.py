@@ -41,6 +41,15 @@ def test_random_tile__boxes_are_those_of_what_is_visible() -> None:
     assert numbers == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("width", [5, 10, 12.5, 33.3, 55])
+def test_random_tile__an_object_is_learned_from_40_percent_on(width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RandomTile, "_start", lambda self, side, center: 0)
+    shares = [0.39, 0.4, 0.41]
+    boxes = torch.tensor([[40 - share * width, 0, 40 + (1 - share) * width, 10] for share in shares])
+    _, found = RandomTile(40)(torch.zeros(3, 40, 100), Target(boxes=boxes, labels=torch.arange(3)))
+    assert found["iscrowd"].tolist() == [True, False, False]
+
+
 def test_random_tile__detectors_learn_from_what_is_visible_enough() -> None:
     samples = [sample(seed) for seed in range(8)]
     images, targets = unpack(pack(samples))

@@ -184,7 +184,8 @@ class RandomTile:
         visible = (cut[:, 2:] - cut[:, :2]).prod(1)
         share = visible / (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-6)
         kept = visible > 0
-        crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(boxes)))).bool() | (share < MIN_VISIBLE_SHARE)
+        hidden = share < MIN_VISIBLE_SHARE - 1e-6  # of decimals such as 33.3, 40 % may be rounded to less
+        crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(boxes)))).bool() | hidden
         changed = Target(**{**target, "boxes": as_corners((cut - low.repeat(2))[kept], window)})
         changed["labels"], changed["iscrowd"] = target["labels"][kept], crowd[kept]
         return tv_tensors.wrap(window, like=image) if isinstance(image, tv_tensors.Image) else window, changed

@@ -104,6 +104,12 @@ def test_region_image__damaged(tmp_path: Path) -> None:
         image.with_overview()
 
 
+def test_open_regions__says_which_range_16_bits_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_convnext_det.data.io.decode._warned", set())
+    with pytest.warns(UserWarning, match=r"LCD-I010.*a\.tif: 16-bit grey is scaled to 8 bits"):
+        assert open_regions(write(tmp_path / "a.tif", "I;16"), 64) is not None
+
+
 @pytest.mark.parametrize("tile", [None, 64])
 def test_image_dataset__damaged_tiff_is_left_out(tile: int | None, tmp_path: Path) -> None:
     path = write(tmp_path / "cut.tif", "RGB", compression="tiff_lzw", strip_size=1000)

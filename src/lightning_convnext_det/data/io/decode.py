@@ -58,6 +58,7 @@ if find_spec("pillow_heif"):  # optional; without it these files are counted and
     _SUFFIXES["HEIF"] = (".heic", ".heif", ".hif")
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 _TAIL = 1 << 16  # bytes at the end of a PNG that are searched for EXIF
+WHOLE_RANGE_USED = "16-bit grey is scaled to 8 bits by 1/257"
 _warned: set[str] = set()  # codes of warnings that this process has given
 
 # EXIF orientation -> (swap the sides, then flip these dimensions); EXIF 2.3, section 4.6.4, tag 0x0112
@@ -129,7 +130,7 @@ def read_image(
     """
     with _opened(path, max_pixels) as (image, header):
         if header.animated:
-            _warn_once("LCD-I014", path, "has several frames; the first is used")
+            warn_once("LCD-I014", path, "has several frames; the first is used")
         decoded = decode_jpeg(image) if channels == 3 else None
         if decoded is None:
             _load(image, path)
@@ -137,7 +138,7 @@ def read_image(
         else:
             pixels = as_tensor(decoded)
         if image.mode.startswith("I") and value_range is None:
-            _warn_once("LCD-I010", path, "16-bit grey is scaled to 8 bits by 1/257")
+            warn_once("LCD-I010", path, WHOLE_RANGE_USED)
     return _oriented(pixels, header.size.orientation if upright else 1)
 
 
@@ -336,7 +337,7 @@ def _may_have_late_exif(image: Image.Image, file: BinaryIO) -> bool:
     return found
 
 
-def _warn_once(code: str, name: str | Path, reason: str) -> None:
+def warn_once(code: str, name: str | Path, reason: str) -> None:
     """Warn once per process and code."""
     if code not in _warned:
         _warned.add(code)

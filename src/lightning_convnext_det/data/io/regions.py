@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from lightning_convnext_det.data.annotations import UnreadableError
-from lightning_convnext_det.data.io.decode import MAX_ASPECT, MAX_PIXELS, MIN_SIDE
+from lightning_convnext_det.data.io.decode import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, WHOLE_RANGE_USED, warn_once
 from lightning_convnext_det.data.io.pixels import WHOLE_RANGE, Channels, GreyRange, pixels_of
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def open_regions(
         path: the file.
         longest: images without a longer side are decoded as a whole.
         channels: 1 for grey, 3 for RGB, 4 for RGBA.
-        grey: values of 16-bit grey that become 0 and 255 (default: the whole range, 0 to 65535).
+        grey: values of 16-bit grey that become 0 and 255 (default: the whole range, 0 to 65535, with a warning).
     """
     if Path(path).suffix.lower() not in SUFFIXES or not find_spec("rasterio"):
         return None
@@ -147,6 +147,8 @@ def open_regions(
     shorter, longer = sorted((height, width))
     if not readable or longer <= longest or block > MAX_PIXELS or shorter < max(MIN_SIDE, longer / MAX_ASPECT):
         return None
+    if mode.startswith("I") and grey is None:
+        warn_once("LCD-I010", path, WHOLE_RANGE_USED)
     return RegionImage(str(path), height, width, channels, grey or _ALL_GREY)
 
 
