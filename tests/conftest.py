@@ -22,6 +22,11 @@ logging.getLogger("lightning.pytorch").propagate = True
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test: at the end, the other worker would wait for it."""
+    items.sort(key=lambda item: item.name != "test_notebooks__run_with_few_steps")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
