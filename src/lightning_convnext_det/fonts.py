@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from lightning_convnext_det.errors import ArgumentError
+
 _logger = logging.getLogger(__name__)
 _KNOWN = (  # of Linux, macOS and Windows; Pillow finds them by name
     "DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc",
@@ -27,7 +29,7 @@ def load_font(path: str | None, size: int) -> ImageFont.FreeTypeFont:
     try:
         font = ImageFont.truetype(path, size) if path is not None else ImageFont.load_default(size)
     except OSError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"font '{path}' cannot be used ({error}); give the path of a TrueType or OpenType file"
         ) from None
     assert isinstance(font, ImageFont.FreeTypeFont)  # all wheels of Pillow have FreeType

@@ -14,9 +14,11 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_convnext_det.callbacks import prediction_writer
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from lightning_convnext_det.data.io.decode import read_image
-from lightning_convnext_det.errors import DivergenceError
+from lightning_convnext_det.data.writers.files import FileList
+from lightning_convnext_det.errors import ArgumentError, DivergenceError
 from lightning_convnext_det.metrics.coco_results import coco_results
 from lightning_convnext_det.types import Detection, Target
 
@@ -224,8 +226,29 @@ def test_prediction_writer__wrong_arguments(arguments: dict, message: str) -> No
 
 def test_prediction_writer__folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "p").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write predictions to folder '.*p' .*; choose another"):
+    with pytest.raises(ValueError, match=r"cannot write predictions to folder '.*p' .*or choose another"):
         predict(PredictionWriter(tmp_path / "p"), loader("a.jpg"))
+
+
+@pytest.mark.parametrize("format", ["coco", "yolo", "parquet"])
+def test_prediction_writer__folder_that_becomes_full(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = PredictionWriter(tmp_path, formats=format, draw=False)
+    if format == "coco":
+        monkeypatch.setattr(prediction_writer, "_MERGED", {"coco": ("predictions.json", fail)})
+    else:
+        monkeypatch.setattr(*{"yolo": (FileList, "reserve"), "parquet": (os, "fsync")}[format], fail)
+    with pytest.raises(ArgumentError, match=r"cannot write predictions to folder .*No space left .* make room"):
+        predict(writer, loader("a.jpg"))
+
+
+def test_prediction_writer__font_is_refused_at_once() -> None:
+    with pytest.raises(ArgumentError, match=r"font 'none\.ttf' cannot be used"):
+        PredictionWriter(font="none.ttf")
 
 
 def test_prediction_writer__target_without_id(tmp_path: Path) -> None:
@@ -310,6 +333,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 import lightning.pytorch as pl
+from lightning_convnext_det.callbacks import prediction_writer
 from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
 from tests.callbacks.test_prediction_writer import Foretold, loader
 

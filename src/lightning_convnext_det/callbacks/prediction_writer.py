@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, Fraction, NonNegativeInt, check_arguments
 from lightning_convnext_det.data.base_datamodule import LoadingDataModule
 from lightning_convnext_det.data.batch import Batch, split_batch
-from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, hidden, remove_files
+from lightning_convnext_det.data.writers.files import OF_ALL_IMAGES, hidden, remove_files, writing_to
 from lightning_convnext_det.data.writers.parquet import (
     FOLDER,
     FinishedPart,
@@ -30,6 +30,7 @@ from lightning_convnext_det.data.writers.parquet import (
 from lightning_convnext_det.data.writers.rank_results import TABLES, Format, RankResults
 from lightning_convnext_det.data.writers.tables import merge_to_csv, merge_to_json, write_line
 from lightning_convnext_det.errors import ArgumentError
+from lightning_convnext_det.fonts import load_font
 from lightning_convnext_det.metrics.coco_results import coco_results
 from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.suggestions import suggest
@@ -96,6 +97,7 @@ class PredictionWriter(Callback):
         self.draw = draw
         self.draw_limit = draw_limit
         self.font = font
+        load_font(font, 12)  # refuses one that cannot be read now, not at the first drawing
         self.formats = _check_formats(formats)
         self.images_per_part = images_per_part
         self._results: RankResults | None = None
@@ -118,15 +120,11 @@ class PredictionWriter(Callback):
             data.find_finished = partial(self._find_finished, trainer, pl_module) if continues else None
         if not trainer.is_global_zero:
             return
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not continues and self._clear():
                 rank_zero_info(f"the earlier results in '{self.folder}' are replaced")
             hidden(self.folder, 0, "part").touch()
-        except OSError as error:
-            raise ArgumentError(
-                f"cannot write predictions to folder '{self.folder}' ({error}); choose another"
-            ) from error
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the files of this rank.
@@ -145,17 +143,18 @@ class PredictionWriter(Callback):
         if "parquet" in self.formats:
             parquet = ParquetWriter(self.folder / FOLDER, rank, self.images_per_part, self._fingerprint, names, ids)
         limit = 0 if not self.draw else None if self.draw_limit is None else max(0, self.draw_limit - self._num_drawn)
-        self._results = RankResults(
-            self.folder,
-            rank,
-            self.formats,
-            names,
-            ids,
-            self._thresholds(pl_module, len(names)),
-            None if limit is None else _share(limit, rank, trainer.world_size),
-            self.font,
-            parquet,
-        )
+        with writing_to(self.folder):
+            self._results = RankResults(
+                self.folder,
+                rank,
+                self.formats,
+                names,
+                ids,
+                self._thresholds(pl_module, len(names)),
+                None if limit is None else _share(limit, rank, trainer.world_size),
+                self.font,
+                parquet,
+            )
         self._num_images = 0
 
     def on_predict_batch_end(
@@ -177,22 +176,24 @@ class PredictionWriter(Callback):
         assert self._results is not None  # opened when the prediction began
         images, targets = split_batch(batch)
         names: Sequence[Mapping[str, object]] = targets or [{}] * len(images)
-        for image, target, detection in zip(images, names, outputs, strict=True):
-            image_id = image_id_of(target)
-            if image_id is None:
-                image_id = self._num_images * trainer.world_size + trainer.global_rank + 1
-            self._num_images += 1
-            file_name = str(target.get("file_name", image_id))
-            found = Detection(
-                boxes=detection["boxes"].cpu(), labels=detection["labels"].cpu(), scores=detection["scores"].cpu()
-            )
-            self._results.write(image, found, image_id, file_name)
-        self._results.end_batch()
+        with writing_to(self.folder):
+            for image, target, detection in zip(images, names, outputs, strict=True):
+                image_id = image_id_of(target)
+                if image_id is None:
+                    image_id = self._num_images * trainer.world_size + trainer.global_rank + 1
+                self._num_images += 1
+                file_name = str(target.get("file_name", image_id))
+                found = Detection(
+                    boxes=detection["boxes"].cpu(), labels=detection["labels"].cpu(), scores=detection["scores"].cpu()
+                )
+                self._results.write(image, found, image_id, file_name)
+            self._results.end_batch()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what is left of this rank's results."""
         if self._results is not None:
-            self._results.finish()
+            with writing_to(self.folder):
+                self._results.finish()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Merge the parts of all ranks into ``predictions.json`` and ``predictions.csv``."""
@@ -209,7 +210,8 @@ class PredictionWriter(Callback):
         parts = [path for rank in ranks if (path := hidden(self.folder, rank, "part")).exists()]
         for name, (file, merge) in _MERGED.items():
             if name in self.formats:
-                merge(parts, self.folder / file)
+                with writing_to(self.folder):
+                    merge(parts, self.folder / file)
                 rank_zero_info(f"predictions are in '{self.folder / file}'")
         for part in parts:
             part.unlink()
@@ -218,8 +220,9 @@ class PredictionWriter(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove this rank's part of the results, which will not be completed; drawings stay until the next run."""
-        self._close()
-        with suppress(OSError):  # the exception may be that the folder cannot be used
+        with suppress(OSError):  # the exception may be that the folder cannot be used, or is full
+            self._close()
+        with suppress(OSError):
             hidden(self.folder, trainer.global_rank, "part").unlink()
 
     def _close(self) -> None:

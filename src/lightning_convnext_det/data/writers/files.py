@@ -9,9 +9,11 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from lightning_convnext_det.errors import ArgumentError
 
 _logger = logging.getLogger(__name__)
 _LONGEST_NAME = 255  # bytes, of the usual file systems
@@ -22,6 +24,17 @@ _KEPT = "kept"  # in place of a rank, in the name of the list of what is kept
 def hidden(folder: Path, rank: int | str, ending: str) -> Path:
     """A hidden file of a rank's own in the folder of results."""
     return folder / f".predictions-{rank}.{ending}"
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Tell a user what he can do where a folder of results cannot be written to, or is full."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot write predictions to folder '{folder}' ({error}); make room in it, or choose another"
+        ) from error
 
 
 class FileList:

@@ -67,9 +67,9 @@ class RankResults:
             self._lines = files.enter_context(open(hidden(folder, rank, "part"), "w"))
             self._list = FileList(folder, rank)
             files.callback(self._list.close)
+            if rank == 0 and "yolo" in formats:
+                self._write_classes(folder / "yolo" / "classes.txt")
             self._files = files.pop_all()
-        if rank == 0 and "yolo" in formats:
-            self._write_classes(folder / "yolo" / "classes.txt")
 
     def write(self, image: Tensor | RegionImage, detection: Detection, image_id: int, file_name: str) -> None:
         """Write the results of an image.
