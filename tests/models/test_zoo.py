@@ -43,7 +43,9 @@ def test_create_detector__parameter_count(name: str, parameters: int) -> None:
 
 
 def train_one_step(name: str) -> None:
-    options = {"backbone": "test_convnext"} if name in WITHOUT_BACKBONE else {}
+    options: dict[str, object] = {"backbone": "test_convnext"} if name in WITHOUT_BACKBONE else {}
+    if "rcnn" in name:
+        options |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n": (100, 100)}
     detector = create_detector(name, 2, **options)
     detector.transform.min_sizes, detector.transform.max_size = [64], 96
     losses = detector(

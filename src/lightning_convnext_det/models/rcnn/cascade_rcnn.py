@@ -25,7 +25,7 @@ class CascadeRCNN(FasterRCNN):
     Images, targets and detections are those of `FasterRCNN`; the losses of the box heads are numbered by stage.
 
     >>> import torch
-    >>> detector = CascadeRCNN(3, backbone="test_convnext", min_size=64)
+    >>> detector = CascadeRCNN(3, backbone="test_convnext", min_size=64, fpn_channels=32)
     >>> target = {"boxes": torch.tensor([[4.0, 8.0, 30.0, 40.0]]), "labels": torch.tensor([2])}
     >>> losses = detector([torch.rand(3, 48, 64)], [target])
     >>> sorted(losses)  # doctest: +NORMALIZE_WHITESPACE

@@ -54,7 +54,9 @@ class FasterRCNN(SelectsDetections, nn.Module):
     the objective.
 
     >>> import torch
-    >>> detector = FasterRCNN(3, backbone="test_convnext", min_size=64, score_threshold=0.0).eval()
+    >>> detector = FasterRCNN(
+    ...     3, backbone="test_convnext", min_size=64, box_head_features=64, score_threshold=0.0
+    ... ).eval()
     >>> images = [torch.rand(3, 48, 64), torch.randint(256, (3, 50, 40), dtype=torch.uint8)]
     >>> with torch.no_grad():
     ...     first, second = detector(images)
@@ -255,7 +257,7 @@ class FasterRCNN(SelectsDetections, nn.Module):
         graph computes all ``rpn_post_nms_top_n`` proposals, used or not, and its order among equal scores may differ.
 
         >>> import torch
-        >>> detector = FasterRCNN(3, backbone="test_convnext", score_threshold=0.0).eval()
+        >>> detector = FasterRCNN(3, backbone="test_convnext", box_head_features=64, score_threshold=0.0).eval()
         >>> with torch.no_grad():
         ...     boxes, scores, labels, count = detector.forward_tensors(torch.randn(2, 3, 64, 96))
         >>> boxes.shape, scores.shape, labels.shape, count.shape
