@@ -117,7 +117,8 @@ class _ImageFiles(Sequence["Tensor"]):
         files = walk_images(files) if isinstance(place, str) and not files[0].is_file() else files
         if not files:
             raise DataError(f"[LCD-P001] {place}: there is no image")
-        self._files = files[:: max(1, len(files) // limit)][:limit]
+        count = min(limit, len(files))
+        self._files = [files[i * len(files) // count] for i in range(count)]
         self._channels, self._grey = cast("Channels", module.in_chans), module.grey_range
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """What an export refuses before it begins, what it leaves alone, and what it says and knows of its file."""
 
+import copy
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_convnext_det import DeformableDETRModule, TiledDetector
@@ -82,6 +84,14 @@ def test_export__names_a_missing_package_before_it_begins(
     monkeypatch.setattr("lightning_convnext_det.inference.export.export.record", lambda *_: pytest.fail("recorded"))
     with pytest.raises(ArgumentError, match=rf"LCD-X003\] {message}"):
         export(module, tmp_path / path, **options)
+
+
+def test_export__weights_are_float32(module: DeformableDETRModule, tmp_path: Path) -> None:
+    half = copy.deepcopy(module.detector).bfloat16()
+    path = export(half, tmp_path / "w.safetensors").path
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+    assert next(half.parameters()).dtype == torch.bfloat16
+    verify_file(half, path)
 
 
 @pytest.mark.heavy
@@ -244,6 +254,9 @@ def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> Non
         Image.fromarray(np.full((8, 8), 200 * i, np.uint16)).save(tmp_path / f"{i}.png")
     images = _ImageFiles(str(tmp_path), 2, SimpleNamespace(in_chans=1, grey_range=(0, 1000, True)))
     assert [(tuple(image.shape), int(image[0, 0, 0])) for image in images] == [((1, 8, 8), 0), ((1, 8, 8), 102)]
+    # evenly spread, also where less than half of them are left out
+    spread = _ImageFiles(str(tmp_path), 3, SimpleNamespace(in_chans=1, grey_range=(0, 1000, True)))
+    assert [int(image[0, 0, 0]) for image in spread] == [0, 51, 153]
 
 
 @pytest.mark.parametrize(

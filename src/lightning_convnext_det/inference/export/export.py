@@ -21,6 +21,7 @@ from lightning_convnext_det.inference.export.metadata import (
     as_text,
     describe,
     read_card,
+    weights_of,
     write_card,
     write_weights,
 )
@@ -152,7 +153,7 @@ def export(
     report = ExportReport(path, kind)
     if kind == "weights":
         with _replacing(path, kind) as written:
-            write_weights(network.state_dict(), card, written)
+            write_weights(weights_of(network), card, written)
         return report
     check_installed(kind, precision)
     for what, given in (("images", images), ("calibration", calibration)):
@@ -195,7 +196,7 @@ def verify_file(
     path = Path(path)
     network, _, _ = _unpack(detector, None, None)
     if path.suffix == ".safetensors" and path.is_file():
-        verify_weights(path, network.state_dict())
+        verify_weights(path, weights_of(network))
         return ExportReport(path, "weights")
     path = path.parent if path.name == "model.xml" else path
     run = load_runner(path)

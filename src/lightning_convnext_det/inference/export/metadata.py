@@ -84,10 +84,15 @@ def as_text(card: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def write_weights(module_state: Mapping[str, torch.Tensor], card: Mapping[str, Any], path: Path) -> Path:
+def weights_of(detector: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a detector on the CPU, floating point numbers as float32."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in detector.state_dict().items()}
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def write_weights(weights: Mapping[str, torch.Tensor], card: Mapping[str, Any], path: Path) -> Path:
     """Write weights as safetensors and the description beside them, as JSON of the same name; return its path."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module_state.items()}
-    save_file(tensors, path, metadata=as_text(card))
+    save_file(dict(weights), path, metadata=as_text(card))
     beside = path.with_suffix(".json")
     write_card(card, beside)
     return beside

@@ -138,7 +138,7 @@ def verify_weights(path: Path, expected: Mapping[str, Tensor]) -> None:
         raise ExportError(f"[LCD-X001] {path} cannot be loaded: {first_line(error)}") from error
     for name in sorted({*found, *expected}):
         ours, theirs = found.get(name), expected.get(name)
-        if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs.cpu()):
+        if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
             raise ExportError(f"[LCD-X001] {path} holds other weights than the detector, e.g. {name}")
 
 
