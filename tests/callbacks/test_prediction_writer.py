@@ -239,11 +239,25 @@ def test_prediction_writer__folder_that_becomes_full(
 
     writer = PredictionWriter(tmp_path, formats=format, draw=False)
     if format == "coco":
-        monkeypatch.setattr(prediction_writer, "_MERGED", {"coco": ("predictions.json", fail)})
+        monkeypatch.setattr(prediction_writer, "MERGED", {"coco": ("predictions.json", fail)})
     else:
         monkeypatch.setattr(*{"yolo": (FileList, "reserve"), "parquet": (os, "fsync")}[format], fail)
     with pytest.raises(ArgumentError, match=r"cannot write predictions to folder .*No space left .* make room"):
         predict(writer, loader("a.jpg"))
+
+
+def test_prediction_writer__your_own_tables_stay(tmp_path: Path) -> None:
+    (tmp_path / "predictions.csv").write_text("mine\n1\n")
+    for _ in range(2):
+        predict(PredictionWriter(tmp_path, draw=False), loader("a.jpg"))
+    assert visible(tmp_path) == ["predictions.csv", "predictions.json"]
+    with pytest.raises(ArgumentError, match=r"predictions\.csv' is not of an earlier prediction"):
+        predict(PredictionWriter(tmp_path, formats="csv", draw=False), loader("a.jpg"))
+    (tmp_path / "predictions.csv").unlink()
+    for scores in [(0.9,), (), (0.5,)]:
+        predict(PredictionWriter(tmp_path, formats="csv,coco", draw=False), loader("a.jpg"), Foretold(scores))
+    predict(PredictionWriter(tmp_path, formats="yolo", draw=False), loader("a.jpg"))
+    assert visible(tmp_path) == ["yolo"]
 
 
 def test_prediction_writer__font_is_refused_at_once() -> None:

@@ -28,7 +28,7 @@ from lightning_convnext_det.data.writers.parquet import (
     read_part,
 )
 from lightning_convnext_det.data.writers.rank_results import TABLES, Format, RankResults
-from lightning_convnext_det.data.writers.tables import merge_to_csv, merge_to_json, write_line
+from lightning_convnext_det.data.writers.tables import MERGED, check_tables, remove_tables, write_line
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.fonts import load_font
 from lightning_convnext_det.metrics.coco_results import coco_results
@@ -36,8 +36,6 @@ from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.suggestions import suggest
 from lightning_convnext_det.types import Detection, image_id_of
 from lightning_convnext_det.visualization import SCORE_THRESHOLD
-
-_MERGED = {"coco": ("predictions.json", merge_to_json), "csv": ("predictions.csv", merge_to_csv)}
 
 
 # Not Lightning's BasePredictionWriter: that one warns of every loader without a batch sampler, whose indices are no use
@@ -109,7 +107,7 @@ class PredictionWriter(Callback):
         """Remove the results of an earlier prediction; all ranks wait for rank 0 to do so.
 
         Raises:
-            ValueError: if the folder cannot be written to.
+            ValueError: if the folder cannot be written to, or holds a table of the user's own that would be replaced.
         """
         self._results, self._fingerprint, self._num_drawn = None, "", 0
         if stage != "predict":
@@ -122,6 +120,7 @@ class PredictionWriter(Callback):
             return
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            check_tables(self.folder, self.formats)
             if not continues and self._clear():
                 rank_zero_info(f"the earlier results in '{self.folder}' are replaced")
             hidden(self.folder, 0, "part").touch()
@@ -208,7 +207,7 @@ class PredictionWriter(Callback):
             return
         ranks: list[int | str] = [*range(trainer.world_size), "finished"]
         parts = [path for rank in ranks if (path := hidden(self.folder, rank, "part")).exists()]
-        for name, (file, merge) in _MERGED.items():
+        for name, (file, merge) in MERGED.items():
             if name in self.formats:
                 with writing_to(self.folder):
                     merge(parts, self.folder / file)
@@ -263,7 +262,7 @@ class PredictionWriter(Callback):
 
     def _keep(self, parts: Sequence[FinishedPart], finished: Collection[int], pl_module: pl.LightningModule) -> int:
         """Remove the results of images that are not finished, and tell how many drawings stay."""
-        self._remove_tables()
+        remove_tables(self.folder)
         _, num_drawn = remove_files(self.folder, {*finished, OF_ALL_IMAGES} if finished else ())
         hidden(self.folder, 0, "part").touch()
         if any(name in self.formats for name in TABLES):
@@ -278,14 +277,7 @@ class PredictionWriter(Callback):
         """Remove the results of an earlier prediction; tell whether there were any."""
         _, num_parts = clear_parts(self.folder / FOLDER, None)
         num_files, _ = remove_files(self.folder)
-        return bool(self._remove_tables() + num_files + num_parts)
-
-    def _remove_tables(self) -> int:
-        own = [self.folder / file for file, _ in _MERGED.values()] + list(self.folder.glob(".predictions-*.part"))
-        found = [path for path in own if path.is_file()]
-        for path in found:
-            path.unlink()
-        return len(found)
+        return bool(remove_tables(self.folder) + num_files + num_parts)
 
     def _options(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, object]:
         """What the files of the images depend on, beside the weights and settings of the module."""

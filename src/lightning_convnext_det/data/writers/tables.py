@@ -7,12 +7,13 @@ import csv
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
 from lightning_convnext_det.data.writers.annotations import COLUMNS, table_row
+from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.metrics.coco_results import CocoResult
 
 
@@ -45,6 +46,42 @@ def merge_to_csv(parts: Sequence[Path], target: Path) -> None:
             table.writerows(table_row(record) for record in json.loads(f"[{line}]"))
 
     _merge(parts, target, write)
+
+
+MERGED = {"coco": ("predictions.json", merge_to_json), "csv": ("predictions.csv", merge_to_csv)}
+"""The name of a format's table, and what writes it."""
+
+
+def remove_tables(folder: Path) -> int:
+    """Remove the tables of an earlier prediction, and what ranks have written for them; tell how many there were."""
+    tables = [path for name, _ in MERGED.values() if (path := folder / name).is_file() and _is_ours(path)]
+    found = [*tables, *folder.glob(".predictions-*.part")]
+    for path in found:
+        path.unlink()
+    return len(found)
+
+
+def check_tables(folder: Path, formats: Collection[str]) -> None:
+    """Refuse to replace a table that is not of an earlier prediction.
+
+    Raises:
+        ArgumentError: that names it.
+    """
+    for name in [name for key, (name, _) in MERGED.items() if key in formats]:
+        if (folder / name).exists() and not _is_ours(folder / name):
+            raise ArgumentError(
+                f"'{folder / name}' is not of an earlier prediction, and would be replaced; move it, or choose "
+                "another folder"
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as the tables that are written here."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(200)
+    return start == b"[]\n" or start.startswith((b'[\n{"image_id": ', ",".join(COLUMNS).encode() + b"\n"))
 
 
 def _merge(parts: Sequence[Path], target: Path, write: Callable[[Iterator[str], TextIO], None]) -> None:
