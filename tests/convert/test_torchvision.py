@@ -11,7 +11,7 @@ from lightning_convnext_det.convert.torchvision import convert_torchvision
 from lightning_convnext_det.errors import CheckpointError
 from lightning_convnext_det.modules import load_module
 
-SMALL = {"box_score_thresh": 0.02, "min_size": 320, "max_size": 533}
+SMALL = {"box_score_thresh": 0.02, "min_size": 160, "max_size": 266}
 
 
 def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def test_import_weights__same_boxes_as_torchvision(
     assert (len(module.class_names), module.class_names[0], module.category_ids[-1]) == (90, "person", 90)
     detector = module.detector.to(memory_format=torch.contiguous_format)
     detector.backbone.body.channels_last = False
-    detector.transform.min_sizes, detector.transform.max_size = [320], 533
+    detector.transform.min_sizes, detector.transform.max_size = [160], 266
     detector.roi_heads.score_thresh = 0.02
     with torch.no_grad():
         expected = reference([p / 255 for p in photos])
