@@ -25,7 +25,7 @@ from lightning_convnext_det.cli.export import _ImageFiles
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export.accuracy import as_detector
-from lightning_convnext_det.inference.export.export import _replacing, export, verify_file
+from lightning_convnext_det.inference.export.export import ExportReport, _replacing, export, verify_file
 from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.metadata import describe, read_card, write_card
 from lightning_convnext_det.inference.export.runtimes import load_runner
@@ -249,6 +249,11 @@ def test_load_runner__names_the_cause_of_openvino(tmp_path: Path) -> None:
         load_runner(tmp_path)
 
 
+def test_report__says_that_nothing_was_measured(tmp_path: Path) -> None:
+    assert "its mAP was not measured" in str(ExportReport(tmp_path, "openvino"))
+    assert "mAP" not in str(ExportReport(tmp_path, "weights"))
+
+
 def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> None:
     for i in range(5):
         Image.fromarray(np.full((8, 8), 200 * i, np.uint16)).save(tmp_path / f"{i}.png")
@@ -264,6 +269,7 @@ def test_image_files__are_read_as_the_detector_reads_them(tmp_path: Path) -> Non
     [
         (["--verify_images", "0"], "verify_images is 0; it must be at least 1"),
         (["--triton", "."], "exists; choose another folder"),
+        (["--verify", "photos", "--precision", "int8"], "verify compares single boxes, which int8 moves"),
         (["--calibration", "photos"], "calibration is for int8; give --precision int8 with it"),
     ],
 )

@@ -121,6 +121,24 @@ def test_verify__tells_where_rounding_decides() -> None:
         verify(run, detector, batches)
 
 
+def test_verify__notices_rows_in_another_order() -> None:
+    torch.manual_seed(0)
+    options = {"min_size": 64, "max_size": 160, "fpn_channels": 8, "box_head_features": 8, "score_threshold": 0.0}
+    detector = FasterRCNN(2, backbone="test_convnext", **options).eval()
+    with torch.no_grad():
+        detector.roi_heads.box_predictor.cls_score.weight.mul_(10)
+    detector.detections_per_image = 20
+    graph = ExportGraph(detector)
+
+    def run(images: torch.Tensor) -> TensorDetections:
+        with torch.no_grad():
+            boxes, scores, labels, count = graph(images)
+        return TensorDetections(boxes.flip(1), scores.flip(1), labels.flip(1), count)
+
+    with pytest.raises(ExportError, match="gives rows that are not by descending score, in a batch 1x64x64"):
+        verify(run, detector, [torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)])
+
+
 def test_verify__says_if_nothing_was_compared() -> None:
     detector = FasterRCNN(2, backbone="test_convnext", min_size=64, max_size=160, score_threshold=1.0).eval()
     graph = ExportGraph(detector)

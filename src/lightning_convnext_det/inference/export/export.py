@@ -70,6 +70,8 @@ class ExportReport:
         size = sum(file.stat().st_size for file in ([self.path] if self.path.is_file() else self.path.iterdir()))
         lines = [f"written: {self.path} ({self.format}, {size / 1e6:.1f} MB)"]
         lines += [str(part) for part in (self.differences, self.accuracy) if part is not None]
+        if len(lines) == 1 and self.format != "weights":
+            lines.append("its mAP was not measured: the calibration images have no annotations")
         return "\n".join(lines)
 
 

@@ -107,7 +107,10 @@ def verify(
             expected = (
                 graph.detector(list(images)) if len(include) == 2 else split_detections(TensorDetections(*graph(given)))
             )
-            found = split_detections(run(given))
+            rows_of_file = run(given)
+            found = split_detections(rows_of_file)
+        if fault := find_fault(rows_of_file):
+            raise ExportError(f"[LCD-X001] {name} gives rows that {fault}, in a batch {into.shapes[-1]}")
         threshold = float(getattr(detector, "score_threshold", 0.0))
         rows = int(getattr(detector, "detections_per_image", 100))
         for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -124,6 +127,24 @@ def verify(
             )
     differences.resized_otherwise = others if others.shapes else None
     return differences
+
+
+def find_fault(found: TensorDetections) -> str | None:
+    """Say what is wrong with the order of rows, or with those that are no detections.
+
+    >>> boxes = torch.tensor([[[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 4.0, 4.0]]])
+    >>> scores, labels = torch.tensor([[0.5, 0.9]]), torch.tensor([[0, 0]])
+    >>> find_fault(TensorDetections(boxes, scores, labels, torch.tensor([2])))
+    'are not by descending score'
+    >>> find_fault(TensorDetections(boxes, scores, labels, torch.tensor([1])))
+    'are not zeros after count'
+    """
+    beyond = torch.arange(found.scores.shape[1]) >= found.count[:, None]  # [B, K]
+    rises = (found.scores.diff(dim=1) > 1e-6) & ~beyond[:, 1:]  # runtimes approximate the sigmoid
+    if rises.any():
+        return "are not by descending score"
+    filled = (found.scores != 0) | (found.boxes != 0).any(-1) | (found.labels != 0)
+    return "are not zeros after count" if (filled & beyond).any() else None
 
 
 def verify_weights(path: Path, expected: Mapping[str, Tensor]) -> None:
