@@ -74,9 +74,10 @@ class RegionImage:
         Raises:
             UnreadableError: a DataError, if the file is damaged.
         """
-        return self if self.overview is not None else replace(self, overview=self._read_whole(_OVERVIEW_SIDE))
+        return self if self.overview is not None else replace(self, overview=self.read_whole(_OVERVIEW_SIDE))
 
-    def _read_whole(self, longer_side: int) -> "Tensor":
+    def read_whole(self, longer_side: int) -> "Tensor":
+        """Read the whole image, reduced to this many pixels on the longer side; as `read`."""
         return self.read(0, 0, self.width, self.height, longer_side)
 
     def read(self, left: int, top: int, right: int, bottom: int, longer_side: int | None = None) -> "Tensor":
@@ -170,6 +171,6 @@ def reduce_for_drawing(image: "Tensor | RegionImage", boxes: "Tensor") -> "tuple
     """The pixels to draw on, those of a `RegionImage` reduced to 4096 on the longer side, and the boxes in them."""
     if not isinstance(image, RegionImage):
         return image, boxes
-    pixels = image._read_whole(_DRAWN_SIDE)
+    pixels = image.read_whole(_DRAWN_SIDE)
     factors = boxes.new_tensor([pixels.shape[-1] / image.width, pixels.shape[-2] / image.height])
     return pixels, boxes * factors.repeat(2)
