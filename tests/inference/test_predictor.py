@@ -1,4 +1,5 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -148,6 +149,18 @@ def test_predictor__gives_modes_and_nms_back(detector: FasterRCNN) -> None:
     assert {name: module.training for name, module in detector.named_modules()} == modes
     assert detector.nms == before
     detector.eval()
+
+
+@pytest.mark.heavy
+def test_predictor__threads_find_the_same(detector: FasterRCNN, photos: list[Tensor]) -> None:
+    detector.train()
+    predictor = Predictor(detector, NAMES, IDS, tta="scales=0.5:1.5")
+    alone = [predictor(photo) for photo in photos]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(predictor, photos * 3))
+    for found, expected in zip(together, alone * 3, strict=True):
+        assert torch.equal(found.boxes, expected.boxes)
+    assert detector.training
 
 
 def test_predictor__gives_them_back_after_an_error(detector: FasterRCNN, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Literal, Self, cast, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -35,6 +37,8 @@ from lightning_convnext_det.types import Detection
 from lightning_convnext_det.visualization import SCORE_THRESHOLD
 
 _logger = logging.getLogger(__name__)
+_locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # of the detectors in use
+_looking_up = Lock()
 
 
 class Predictor:
@@ -316,7 +320,18 @@ def _follow_training(given: PixelFormat, trained: tuple[int, int, bool] | None) 
 
 @contextmanager
 def _borrowed(detector: nn.Module, device: torch.device, nms: NMSMethod | None) -> Iterator[None]:
-    """Set a detector up for inference, and give its modes, device and ``nms`` back: a training may go on with it."""
+    """Set a detector up for inference, and give its modes, device and ``nms`` back: a training may go on with it.
+
+    One thread at a time: another would find them, or the sizes of a view, as this one has set them.
+    """
+    with _looking_up:
+        lock = _locks.setdefault(detector, Lock())
+    with lock, _set_up(detector, device, nms):
+        yield
+
+
+@contextmanager
+def _set_up(detector: nn.Module, device: torch.device, nms: NMSMethod | None) -> Iterator[None]:
     training = {module: module.training for module in detector.modules()}
     home = _device_of(detector)
     members = list(detector.detectors) if isinstance(detector, FusedDetector) else [detector]
