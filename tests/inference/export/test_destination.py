@@ -45,6 +45,7 @@ from lightning_convnext_det.types import TensorDetections
         ("a.onnx", {"dynamic": "batch,height"}, "dynamic: 'batch,height' is none of batch, height, width"),
         ("a.onnx", {"image_size": (64,)}, r"image_size is \(64,\); expected \(height, width\)"),
         ("a.onnx", {"class_names": "ab"}, "class_names is 'ab'; give a list of names"),
+        ("a.onnx", {"category_ids": [1.5, 2]}, r"category_ids is \[1.5, 2\]; give a list of whole numbers"),
         ("a.onnx", {"class_names": ["a", "a"]}, "class_names has 'a' for labels 0 and 1"),
         ("a.onnx", {"images": [torch.zeros(3, 8, 8)]}, "images holds torch.float32"),
         ("a.onnx", {"include": ["normalize"]}, "include: 'normalize' is none of resize, normalise"),

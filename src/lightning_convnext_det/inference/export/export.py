@@ -13,13 +13,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_convnext_det.arguments import Count, check_arguments, check_class_names
+from lightning_convnext_det.arguments import Count, check_arguments
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.export.accuracy import Accuracy, measure_map
 from lightning_convnext_det.inference.export.graph import Axis, ExportGraph, Part, record
 from lightning_convnext_det.inference.export.metadata import (
     as_text,
     describe,
+    name_classes,
     read_card,
     weights_of,
     write_card,
@@ -320,17 +321,7 @@ def _unpack(
             "without windows, further views or other detectors around it"
         )
     count: int = network.num_classes  # type: ignore[assignment]  # every detector has it
-    if isinstance(class_names, str):
-        raise ArgumentError(f"class_names is '{class_names}'; give a list of names")
-    default_names = getattr(detector, "class_names", None) or range(count)
-    default_ids = getattr(detector, "category_ids", None) or range(count)
-    names = [str(name) for name in (default_names if class_names is None else class_names)]
-    ids = [int(number) for number in (default_ids if category_ids is None else category_ids)]
-    check_class_names(names)
-    for what, values in (("class_names", names), ("category_ids", ids)):
-        if len(values) != count:
-            raise ArgumentError(f"{what} has {len(values)} entries, but the detector has {count} classes")
-    return network, names, ids
+    return network, *name_classes(detector, count, class_names, category_ids)
 
 
 def _without_compiler(detector: Any) -> Any:

@@ -5,7 +5,8 @@ import importlib.metadata
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_convnext_det.arguments import check_class_names
 from lightning_convnext_det.checkpoints.file import read_checkpoint_file
-from lightning_convnext_det.errors import CheckpointError
+from lightning_convnext_det.errors import ArgumentError, CheckpointError
 from lightning_convnext_det.inference.export.optional import import_optional
 from lightning_convnext_det.models.backbone import TimmPyramid
 from lightning_convnext_det.models.image_transform import ImageTransform
@@ -73,6 +75,30 @@ def describe(
         "versions": _versions(),
         **export,
     }
+
+
+def name_classes(
+    module: Any, count: int, class_names: Sequence[str] | None, category_ids: Sequence[int] | None
+) -> tuple[list[str], list[int]]:
+    """Names and ids of a detector's classes: those given, the module's own, or numbers from 0.
+
+    Raises:
+        ArgumentError: if there are more or fewer than ``count``, or they are of another type.
+    """
+    if isinstance(class_names, str):
+        raise ArgumentError(f"class_names is '{class_names}'; give a list of names")
+    default_names = getattr(module, "class_names", None) or range(count)
+    default_ids = getattr(module, "category_ids", None) or range(count)
+    names = [str(name) for name in (default_names if class_names is None else class_names)]
+    try:
+        ids = [index(number) for number in (default_ids if category_ids is None else category_ids)]
+    except TypeError:
+        raise ArgumentError(f"category_ids is {category_ids}; give a list of whole numbers") from None
+    check_class_names(names)
+    for what, values in (("class_names", names), ("category_ids", ids)):
+        if len(values) != count:
+            raise ArgumentError(f"{what} has {len(values)} entries, but the detector has {count} classes")
+    return names, ids
 
 
 def as_text(card: Mapping[str, Any]) -> dict[str, str]:
