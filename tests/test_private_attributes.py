@@ -58,6 +58,7 @@ PRIVATE = [
     Private("callbacks/exact_resume.py", lambda: _trainer().fit_loop, "_load_combined_loader_states"),
     Private("callbacks/exact_resume.py", _schedule, "_last_lr"),
     Private("callbacks/progress_bar.py", RichProgressBar, "_get_train_description"),
+    Private("inference/export/export.py", lambda: torch.compile(torch.nn.Linear(1, 1)), "_orig_mod"),
     Private("callbacks/run_guard.py", lambda: torch.distributed.distributed_c10d, "_get_default_store"),
     Private("callbacks/progress_bar.py", RichProgressBar, "_get_train_description"),
     Private("callbacks/run_guard.py", lambda: _trainer().fit_loop, "_data_fetcher"),
