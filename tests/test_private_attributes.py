@@ -73,6 +73,7 @@ PRIVATE = [
     Private("cli/trainer.py", lambda: LightningCLI, "_prepare_subcommand_kwargs"),
     Private("cli/trainer.py", lambda: torch.cpu, "_is_avx512_bf16_supported"),
     Private("data/transforms.py", lambda: v2.Transform, "_call_kernel"),
+    Private("inference/export/export.py", lambda: torch.compile(torch.nn.Identity()), "_orig_mod"),
     Private("inference/export/graph.py", lambda: torch, "_check"),
     Private("inference/export/graph.py", lambda: torch, "_dynamo"),
     Private("inference/export/runtimes.py", lambda: torch, "_inductor"),

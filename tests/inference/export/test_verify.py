@@ -1,14 +1,19 @@
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from lightning_convnext_det import FasterRCNN
+from lightning_convnext_det import FasterRCNN, export
 from lightning_convnext_det.errors import ArgumentError, ExportError
+from lightning_convnext_det.inference.export.export import verify_file
 from lightning_convnext_det.inference.export.graph import ExportGraph
+from lightning_convnext_det.inference.export.runtimes import Runner
 from lightning_convnext_det.inference.export.verify import (
     Differences,
     Tolerance,
-    _explain_rounding,
+    _measure_rounding,
     compare,
     create_batches,
     verify,
@@ -99,26 +104,64 @@ class RoundedRCNN(FasterRCNN):
         return found._replace(boxes=found.boxes + self.shift * is_exact * (found.scores > 0)[..., None])
 
 
-def test_verify__tells_where_rounding_decides() -> None:
+def test_verify__allows_for_what_rounding_alone_does() -> None:
     torch.manual_seed(0)
     options = {"min_size": 64, "max_size": 160, "fpn_channels": 8, "box_head_features": 8, "score_threshold": 0.0}
     detector = RoundedRCNN(2, backbone="test_convnext", **options).eval()
     graph = ExportGraph(detector)
 
-    def run(images: torch.Tensor) -> TensorDetections:  # boxes that are off by half a pixel of the resized image
-        with torch.no_grad():
-            found = TensorDetections(*graph(images))
-        return found._replace(boxes=found.boxes + 0.5 * (found.scores > 0)[..., None])
+    def shifted(pixels: float) -> Runner:  # of the resized image, which is 1.5 times as small
+        def run(images: torch.Tensor) -> TensorDetections:
+            with torch.no_grad():
+                found = TensorDetections(*graph(images))
+            return found._replace(boxes=found.boxes + pixels * (found.scores > 0)[..., None])
+
+        return run
 
     batches = [torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)]
-    explanation = r"PyTorch in float64 differs from its float32 as well.* by 0\.75 px.*train it further$"
-    with pytest.raises(ExportError, match=explanation):
-        verify(run, detector, batches)
-    for_fp16 = _explain_rounding(graph, batches[0], Tolerance(boxes=1e-6, unmatched=1e-6))
-    assert "PyTorch with weights rounded to float16 differs" in for_fp16
-    detector.shift = 0.0  # the file is wrong, and not by rounding
+    found = verify(shifted(0.5), detector, batches)
+    assert found.rounding is not None
+    assert found.rounding.boxes == pytest.approx(0.75, abs=0.01)
+    assert "PyTorch that rounds otherwise differs from itself as well, by 0.75 px" in str(found)
+    assert verify(shifted(0.0), detector, batches).rounding is None  # nothing to allow for
+    with pytest.raises(ExportError, match=r"allowed are 0\.01 px and 0\.0001$"):  # more than twice as far
+        verify(shifted(1.6), detector, batches)
+    detector.shift = 0.0  # rounding does nothing
     with pytest.raises(ExportError, match=r"allowed are 0\.01 px and 0\.0001$"):
-        verify(run, detector, batches)
+        verify(shifted(0.5), detector, batches)
+
+
+def test_measure_rounding__of_fp16_rounds_the_weights() -> None:
+    torch.manual_seed(0)
+    options = {"min_size": 64, "max_size": 160, "fpn_channels": 8, "box_head_features": 8, "score_threshold": 0.0}
+    graph = ExportGraph(RoundedRCNN(2, backbone="test_convnext", **options).eval())
+    batches = [torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)]
+    of_fp16 = _measure_rounding(graph, batches, Tolerance(boxes=2.0, unmatched=0.02))
+    of_fp32 = _measure_rounding(graph, batches, Tolerance())
+    assert 1e-6 < of_fp16.scores < 1e-2
+    assert of_fp32.scores < 1e-6
+
+
+@pytest.mark.slow  # half a minute of export; the rule is tested above
+def test_export__of_a_detector_that_was_not_trained(tmp_path: Path) -> None:
+    """Its scores are nearly equal, so that rounding decides which boxes NMS keeps."""
+    torch.manual_seed(2)
+    small = {"fpn_channels": 16, "box_head_features": 16, "rpn_post_nms_top_n": (100, 100)}
+    detector = FasterRCNN(3, backbone="test_convnext", min_size=160, max_size=256, **small)
+    report = export(detector, tmp_path / "fresh.onnx")
+    assert report.differences is not None
+    assert report.differences.boxes <= 0.01
+    assert report.differences.scores <= 1e-4
+    assert report.differences.unmatched
+    assert "hardly been trained" in str(report)
+    model = onnx.load(tmp_path / "fresh.onnx")
+    [bias] = [x for x in model.graph.initializer if x.name.endswith("box_predictor.cls_score.bias")]
+    bias.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32([0, 0, 0, 0.01]), bias.name)
+    )
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(ExportError, match="finds other objects"):
+        verify_file(detector, tmp_path / "changed.onnx")
 
 
 def test_verify__notices_rows_in_another_order() -> None:
