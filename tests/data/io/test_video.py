@@ -15,8 +15,13 @@ av = pytest.importorskip("av")
 COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (20, 20, 20)]
 
 
-def write_video(path: Path, width: int = 64, height: int = 48, damaged: Sequence[int] = (), cut: float = 1) -> Path:
-    """Frames of one colour each, with a white upper half; some damaged, and the file cut to a share of its length."""
+def write_video(
+    path: Path, width: int = 64, height: int = 48, damaged: Sequence[int] = (), cut: float = 1, hidden: int = 0
+) -> Path:
+    """Frames of one colour each, with a white upper half.
+
+    Some are damaged, the first ones hidden by an edit list, and the file is cut to a share of its length.
+    """
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -25,15 +30,21 @@ def write_video(path: Path, width: int = 64, height: int = 48, damaged: Sequence
             pixels = np.empty((height, width, 3), np.uint8)
             pixels[:] = color
             pixels[: height // 2] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+            packets = stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
+            container.mux([_earlier(packet, hidden) for packet in packets])
+        container.mux([_earlier(packet, hidden) for packet in stream.encode()])
     with av.open(str(path)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     content = bytearray(path.read_bytes())
-    for position, size in (packets[i] for i in damaged):
+    for position, size in (places[i] for i in damaged):
         content[position : position + size] = b"\xa5" * size
     path.write_bytes(content[: int(cut * len(content))])
     return path
+
+
+def _earlier(packet: "av.Packet", steps: int) -> "av.Packet":
+    packet.pts, packet.dts = packet.pts - steps, packet.dts - steps
+    return packet
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +116,14 @@ def test_frame_reader__goes_on_after_damaged_frames(damaged: list[int], part: st
         reader.read(path, 5)
 
 
+def test_frame_reader__frames_before_an_edit_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_video(tmp_path / "clip.mp4", hidden=2)
+    assert count_frames(path) == 3
+    reader = FrameReader()
+    assert [color_of(reader.read(path, index)) for index in range(3)] == [2, 3, 4]
+    assert caplog.text == ""
+
+
 def test_frame_reader__too_many_pixels(video: Path) -> None:
     with pytest.raises(DataError, match=r"LCD-I023.*64x48 is more than max_pixels = 100"):
         FrameReader().read(video, 0, max_pixels=100)
@@ -144,7 +163,7 @@ def test_find_images__names_videos_that_cannot_be_read(
     found = find_images([tmp_path], videos=True)
     assert 1 < len(found) < 6
     assert tmp_path / "photo.jpg" in found
-    assert f"{cut}: cut short, it holds {len(found) - 1} of its 5 frames" in caplog.text
+    assert f"{cut}: cut short, it ends in frame {len(found) - 2}" in caplog.text
     assert f"skipped: [LCD-I040] {tmp_path / 'script.ts'}: not a video" in caplog.text
     with pytest.raises(DataError, match=r"script\.ts: not a video"):
         find_images([tmp_path / "script.ts"], videos=True)

@@ -58,9 +58,9 @@ def count_frames(path: str | Path) -> int:
         UnreadableError: a DataError, if the file is no video that can be read.
         DataError: if PyAV is not installed.
     """
-    times, num_declared = _scan(path)
-    if len(times) < num_declared:
-        _warn("[LCD-I040] %s: cut short, it holds %d of its %d frames", path, len(times), num_declared)
+    times, is_cut = _scan(path)
+    if is_cut:
+        _warn("[LCD-I040] %s: cut short, it ends in frame %d", path, len(times) - 1)
     return len(times)
 
 
@@ -118,19 +118,19 @@ class FrameReader:
         raise UnreadableError.of("LCD-I040", path, f"{part} damaged and cannot be decoded")
 
 
-def _scan(path: str | Path) -> tuple[list[int | None], int]:
-    """The times of a video's frames in the order of the file, and how many frames it says that it has, 0 if it doesn't.
+def _scan(path: str | Path) -> tuple[list[int | None], bool]:
+    """The times of a video's frames in the order of the file, and whether it ends in the middle of one.
 
-    Damage ends the list.
+    Damage ends the list. Frames before the cut of an edit are not in it.
     """
     times: list[int | None] = []
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        with suppress(_av().error.FFmpegError):
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    times.append(packet.pts)
-        return times, int(stream.frames)
+    is_cut = False
+    with _open(path) as container, suppress(_av().error.FFmpegError):
+        for packet in container.demux(container.streams.video[0]):
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts)
+                is_cut = packet.is_corrupt
+    return times, is_cut
 
 
 def _decode(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -160,6 +160,7 @@ def _decode(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 def _decode_with(path: str | Path, threads: str) -> Iterator[Any]:
     """Yield the frames of a video, and None where a part cannot be decoded."""
+    errors = _av().error  # now: a generator that is left may be closed when nothing can be imported any more
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = threads
@@ -167,10 +168,10 @@ def _decode_with(path: str | Path, threads: str) -> Iterator[Any]:
             for packet in container.demux(stream):
                 try:
                     frames = packet.decode()
-                except _av().error.InvalidDataError:
+                except errors.InvalidDataError:
                     frames = [None]
                 yield from frames
-        except _av().error.FFmpegError:
+        except errors.FFmpegError:
             yield None
 
 
