@@ -131,6 +131,27 @@ def test_verify__allows_for_what_rounding_alone_does() -> None:
         verify(shifted(0.5), detector, batches)
 
 
+def test_verify__keeps_no_gigabytes_of_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"min_size": 64, "max_size": 160, "fpn_channels": 8, "box_head_features": 8, "score_threshold": 0.0}
+    detector = FasterRCNN(2, backbone="test_convnext", **options).eval()
+    kept = []
+
+    def measure(_: object, batches: list[torch.Tensor], limit: Tolerance) -> Differences:
+        kept.extend(batches)
+        return Differences()
+
+    def run(images: torch.Tensor) -> TensorDetections:  # finds nothing
+        none = torch.zeros(1, 1)
+        return TensorDetections(torch.zeros(1, 1, 4), none, none.long(), torch.tensor([0]))
+
+    monkeypatch.setattr("lightning_convnext_det.inference.export.verify._measure_rounding", measure)
+    monkeypatch.setattr("lightning_convnext_det.inference.export.verify._KEPT_PIXELS", 2 * 3 * 64 * 64)
+    batches = [torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8) for _ in range(3)]
+    with pytest.raises(ExportError, match="in 3 batches"):
+        verify(run, detector, batches, ["resize"])  # which takes float32
+    assert [batch.dtype for batch in kept] == [torch.uint8] * 2
+
+
 def test_measure_rounding__of_fp16_rounds_the_weights() -> None:
     torch.manual_seed(0)
     options = {"min_size": 64, "max_size": 160, "fpn_channels": 8, "box_head_features": 8, "score_threshold": 0.0}
