@@ -31,8 +31,6 @@ def export(arguments: Sequence[str], run: Callable[[Sequence[str]], int]) -> int
             raise ArgumentError(f"{name} is {getattr(options, name)}; it must be at least 1")
     if options.calibration and options.precision != "int8":
         raise ArgumentError("calibration is for int8; give --precision int8 with it")
-    if options.verify and options.precision == "int8" and not options.verify_only:
-        raise ArgumentError("verify compares single boxes, which int8 moves; leave it out")
     if options.triton and not options.verify_only:
         triton_folder(Path(options.destination), Path(options.triton))  # before the export, which may take minutes
     module = load_module(options.checkpoint)

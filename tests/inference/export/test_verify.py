@@ -126,6 +126,9 @@ def test_verify__allows_for_what_rounding_alone_does() -> None:
     assert verify(shifted(0.0), detector, batches).rounding is None  # nothing to allow for
     with pytest.raises(ExportError, match=r"allowed are 0\.01 px and 0\.0001$"):  # more than twice as far
         verify(shifted(1.6), detector, batches)
+    told = verify(shifted(1.6), detector, batches, refuse=False)
+    assert told.boxes > 2
+    assert told.rounding is None
     detector.shift = 0.0  # rounding does nothing
     with pytest.raises(ExportError, match=r"allowed are 0\.01 px and 0\.0001$"):
         verify(shifted(0.5), detector, batches)

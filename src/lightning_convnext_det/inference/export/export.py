@@ -66,12 +66,13 @@ class ExportReport:
     """Greatest differences from the detector; None if it was not compared."""
     accuracy: Accuracy | None = None
     """mAP before and after quantisation."""
+    precision: Precision = "fp32"
 
     def __str__(self) -> str:
         size = sum(file.stat().st_size for file in ([self.path] if self.path.is_file() else self.path.iterdir()))
         lines = [f"written: {self.path} ({self.format}, {size / 1e6:.1f} MB)"]
         lines += [str(part) for part in (self.differences, self.accuracy) if part is not None]
-        if len(lines) == 1 and self.format != "weights":
+        if self.precision == "int8" and self.accuracy is None:
             lines.append("its mAP was not measured: the calibration images have no annotations")
         return "\n".join(lines)
 
@@ -114,7 +115,7 @@ def export(
         attention: deformable attention by ``gather``, or by ``grid_sample``, which TensorRT computes wrongly.
         batch_size: where ``batch`` is not dynamic.
         image_size: (height, width) in pixels, where they are not dynamic.
-        images: uint8 [C, H, W], to compare on (default: synthetic ones).
+        images: uint8 [C, H, W], to compare on (default: synthetic ones); for ``int8`` differences are told only.
         tolerance: greatest differences allowed (default: by the precision).
         calibration: uint8 images [C, H, W] for ``int8``; some hundred of the kind that the detector will see.
         annotated: makes an iterator of (images, targets), on which mAP is measured before and after ``int8``.
@@ -153,7 +154,7 @@ def export(
         images=[lengths[0], channels, *fixed], score_thresholds=getattr(detector, "score_thresholds", None),
         grey_range=getattr(detector, "grey_range", None),
     )  # fmt: skip
-    report = ExportReport(path, kind)
+    report = ExportReport(path, kind, precision=precision)
     if kind == "weights":
         with _replacing(path, kind) as written:
             write_weights(weights_of(network), card, written)
@@ -166,6 +167,12 @@ def export(
     blank = torch.zeros(channels, *image_size, dtype=torch.uint8)
     example = next(create_batches([blank], [3 if len(counts) > 1 else batch_size], in_chans=channels))
     say = progress or (lambda line: None)
+    for name, unused in (
+        ("batch_size", batch_size != 1 and "batch" in axes),
+        ("image_size", tuple(image_size) != (640, 640) and {"height", "width"} <= set(axes)),
+    ):
+        if unused:
+            say(f"{name} is not used, as the file takes any; leave its axes out of dynamic to fix them")
     say("recording the detector: about a minute, with a large backbone some minutes")
     prepare = partial(graph.leave_to_file, batch_size=lengths[0] or 1, size=fixed)
     with _replacing(path, kind) as written:
@@ -176,14 +183,16 @@ def export(
         )
         say(f"comparing '{path}' with the detector")
         run = load_runner(written)
-        if precision == "int8":
+        is_int8 = precision == "int8"  # moves single boxes, so that mAP decides
+        if is_int8:
             report.accuracy = measure_map(run, graph, names, annotated, prepare, ALLOWED_LOSS, path)
             if report.accuracy is not None:
                 write_card({**card, "accuracy": asdict(report.accuracy)}, written / "metadata.json")
-        else:
+        if len(images) or not is_int8:
             batches = create_batches(images, counts, fixed, channels)
-            limit = tolerance or TOLERANCES[precision]
-            report.differences = verify(run, network, batches, order, limit, path, _resized_otherwise(kind, tolerance))
+            limit = tolerance or TOLERANCES["fp16" if is_int8 else precision]
+            others = _resized_otherwise(kind, tolerance)
+            report.differences = verify(run, network, batches, order, limit, path, others, refuse=not is_int8)
         del run  # which may hold the file open
     return report
 

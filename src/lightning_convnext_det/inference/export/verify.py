@@ -98,6 +98,7 @@ def verify(
     tolerance: Tolerance = TOLERANCES["fp32"],
     name: object = "the file",
     resized_otherwise: Tolerance | None = None,
+    refuse: bool = True,
 ) -> Differences:
     """Compare an exported file with the detector.
 
@@ -110,6 +111,7 @@ def verify(
         name: of the file, for messages.
         resized_otherwise: what is allowed for images whose new size is another in float32, for a runtime that computes
             it so; None for runtimes that compute it in float64, as PyTorch does.
+        refuse: whether differences above the tolerance are an error; if not, they are told.
 
     Raises:
         ExportError: if a difference is above the tolerance, and above what other rounding alone does in PyTorch; it
@@ -137,13 +139,13 @@ def verify(
             compare(ours, theirs, limit, into, f"{into.shapes[-1]}[{i}]", threshold, rows)
         if not is_other and (not compared or sum(x.numel() for x in compared) + images.numel() <= _KEPT_PIXELS):
             compared.append(images)
-    if differences.exceed(tolerance):
+    if refuse and differences.exceed(tolerance):
         own = _measure_rounding(graph, compared, tolerance)
         if not differences.exceed(own.allow_for(tolerance)):
             differences.rounding = own
     remedy = ". The runtime resizes these images to a side one pixel off; include=normalise leaves that to you"
     for part, limit, hint in ((differences, tolerance, ""), (others, resized_otherwise or tolerance, remedy)):
-        if part.exceed(limit) and not part.rounding:
+        if refuse and part.exceed(limit) and not part.rounding:
             example = f", e.g. {part.unmatched[0]}" if part.unmatched else ""
             raise ExportError(
                 f"[LCD-X001] {name} finds other objects than the detector: {part}{example}; allowed are "
