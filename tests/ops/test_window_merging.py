@@ -28,16 +28,32 @@ def merge(
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("nmm", [78, 10, 97, 30]),  # the window's box of highest score
-        ("nms", [78, 10, 97, 30]),
-        ("wbf", [(0.6 * 78 + 0.4 * 84 + 0.7 * 80) / 1.7, 10, (0.6 * 97 + 0.4 * 97 + 0.7 * 99) / 1.7, 30]),
+        ("nmm", ([78, 10, 97, 30], 0.7)),  # the window's box of highest score
+        ("nms", ([78, 10, 97, 30], 0.7)),
+        ("wbf", ([0.6 * 78 + 0.4 * 84, 10, 97, 30], 0.5)),  # of the windows, not of the whole image
     ],
 )
-def test_merge_windows__an_object_in_both_windows(method: TileMerge, expected: list[float]) -> None:
+def test_merge_windows__an_object_in_both_windows(method: TileMerge, expected: tuple[list[float], float]) -> None:
     found = merge([(0, [78, 10, 97, 30], 0.6), (1, [84, 10, 97, 30], 0.4), (2, [80, 10, 99, 30], 0.7)], method)
     assert len(found) == 1
-    assert found[0][0] == pytest.approx(expected)
-    assert found[0][1] == 0.7
+    assert found[0][0] == pytest.approx(expected[0])
+    assert found[0][1] == expected[1]
+
+
+@pytest.mark.parametrize("windows", [(LEFT, RIGHT), (LEFT, RIGHT, WHOLE)])
+def test_merge_windows__wbf_counts_tiles_that_miss_an_object(windows: tuple[tuple[int, ...], ...]) -> None:
+    both_see = (0, [84, 10, 97, 30], 0.8)
+    assert merge([both_see], "wbf", windows) == [([84, 10, 97, 30], 0.4)]
+    assert merge([both_see], "nmm", windows) == [([84, 10, 97, 30], 0.8)]
+    for only_one_sees in ([10, 10, 40, 30], [70, 10, 97, 30], [81, 10, 97, 30]):  # elsewhere, and at the other's border
+        assert merge([(0, [*only_one_sees], 0.8)], "wbf", windows) == [([*only_one_sees], 0.8)]
+    # a part does not count: the left window cuts the object, the right one sees all of it
+    assert merge([(0, [84, 10, 100, 30], 0.9), (1, [84, 10, 103, 30], 0.6)], "wbf", windows) == [
+        ([84, 10, 103, 30], 0.6)
+    ]
+    # only the whole image finds it, which is no tile
+    if len(windows) == 3:
+        assert merge([(2, [84, 10, 97, 30], 0.6)], "wbf", windows) == [([84, 10, 97, 30], 0.6)]
 
 
 @pytest.mark.parametrize(

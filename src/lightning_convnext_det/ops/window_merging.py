@@ -30,7 +30,7 @@ def merge_windows(
     method: TileMerge = "nmm",
     margin: float = 4.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the detections of all windows of an image into one list; an object gets its highest score.
+    """Merge the detections of all windows of an image into one list.
 
     >>> windows = torch.tensor([[0.0, 0.0, 100.0, 100.0], [80.0, 0.0, 180.0, 100.0]])
     >>> boxes = torch.tensor([[20.0, 10.0, 100.0, 30.0], [80.0, 10.0, 150.0, 30.0]])  # two parts of one object
@@ -43,9 +43,11 @@ def merge_windows(
         labels: classes, int64 [N]; only detections of one class are merged.
         sources: index of the window in which each was found, int64 [N].
         windows: corners in pixels of the image, [W, 4]; together they cover the image. One may be the whole image.
-        method: box of an object that several windows see. All take boxes that no window has cut, if there are any:
-            ``nmm`` (non-maximum merging) and ``nms`` the one of the smallest window and highest score, ``wbf`` their
-            mean weighted by score. If all are cut, ``nmm`` and ``wbf`` take the box around them, ``nms`` the largest.
+        method: box and score of an object that several windows see. ``nmm`` (non-maximum merging) and ``nms`` take the
+            highest score; ``wbf`` its mean over the smallest windows that see the object whole, where one that does not
+            find it counts 0. Of boxes that no window has cut, if there are any, those of the smallest windows count:
+            ``nmm`` and ``nms`` take the one of highest score, ``wbf`` their mean weighted by score. If all are cut,
+            ``nmm`` and ``wbf`` take the box around them, ``nms`` the largest part, and all the highest score.
         margin: how close to a window's border a box counts as cut, in pixels.
 
     Returns:
@@ -68,17 +70,31 @@ def merge_windows(
             new_boxes[members[0]] = _merged_box(on_cpu[rows], new_scores[rows], cut[rows], size[rows], method)
             new_scores[members[0]] = new_scores[rows].max()
     rows = torch.tensor(kept)
+    if method == "wbf":
+        new_scores[rows] = _mean_scores(clusters, new_boxes[rows], scores.cpu(), cut, size, windows, margin)
     all_cut = torch.tensor([bool(cut[members].all()) for members in clusters])
-    unconfirmed = [
-        _are_whole_in_a_tile(some, windows, margin) for some in torch.split(new_boxes[rows[all_cut]], _BOXES)
-    ]
+    unconfirmed = [_count_tiles(some, windows, margin) > 0 for some in torch.split(new_boxes[rows[all_cut]], _BOXES)]
     rows = rows[~all_cut.masked_scatter(all_cut, torch.cat(unconfirmed))]
     rows = rows[new_scores[rows].argsort(descending=True, stable=True)]
     return new_boxes[rows].to(device), new_scores[rows].to(device), labels[rows.to(device)]
 
 
-def _are_whole_in_a_tile(boxes: Tensor, windows: Tensor, margin: float) -> Tensor:
-    """Which boxes one of the smallest windows sees and does not cut, bool [N]."""
+def _mean_scores(
+    clusters: list[list[int]], boxes: Tensor, scores: Tensor, cut: Tensor, size: Tensor, windows: Tensor, margin: float
+) -> Tensor:
+    """Mean score over the tiles that see an object whole, 0 where one misses it; the highest where only others do."""
+    tile = (windows[:, 2:] - windows[:, :2]).prod(dim=1).min()
+    mean = torch.zeros(len(clusters))
+    seen = torch.cat([_count_tiles(some, windows, margin) for some in torch.split(boxes, _BOXES)])
+    for i, members in enumerate(clusters):
+        rows = torch.tensor(members)
+        voters = scores[rows][~cut[rows] & (size[rows] == tile)]
+        mean[i] = voters.sum() / max(len(voters), int(seen[i])) if len(voters) else scores[rows].max()
+    return mean
+
+
+def _count_tiles(boxes: Tensor, windows: Tensor, margin: float) -> Tensor:
+    """How many of the smallest windows see a box and do not cut it, int64 [N]."""
     size = (windows[:, 2:] - windows[:, :2]).prod(dim=1)
     tiles = windows[size == size.min()]  # the pass over the whole image may be too coarse for the object
     count = len(tiles)
@@ -86,7 +102,7 @@ def _are_whole_in_a_tile(boxes: Tensor, windows: Tensor, margin: float) -> Tenso
     cut = find_cut_sides(*pairs, windows[:, 2:].amax(0), margin).any(dim=1).view(-1, count)
     low, high = tiles[:, :2] - margin, tiles[:, 2:] + margin
     inside = ((boxes[:, None, :2] >= low) & (boxes[:, None, 2:] <= high)).all(dim=2)
-    return (inside & ~cut).any(dim=1)
+    return (inside & ~cut).sum(dim=1)
 
 
 def _merged_box(boxes: Tensor, scores: Tensor, cut: Tensor, size: Tensor, method: TileMerge) -> Tensor:
@@ -95,12 +111,12 @@ def _merged_box(boxes: Tensor, scores: Tensor, cut: Tensor, size: Tensor, method
         if method == "nms":
             return boxes[(boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argmax()]
         return torch.cat([boxes[:, :2].amin(0), boxes[:, 2:].amax(0)])
-    boxes, scores, size = boxes[~cut], scores[~cut], size[~cut]
+    finest = ~cut & (size == size[~cut].min())  # the pass over the whole image sees an object smaller than a tile does
+    boxes, scores = boxes[finest], scores[finest]
     if method == "wbf":
         weights = scores / scores.sum().clamp(min=1e-12)
         return (boxes * weights[:, None]).sum(0)
-    finest = size == size.min()  # the pass over the whole image sees an object smaller than a tile does
-    return boxes[finest][scores[finest].argmax()]
+    return boxes[scores.argmax()]
 
 
 def _cluster(boxes: Tensor, labels: Tensor, sources: Tensor, windows: Tensor, cut: Tensor) -> list[list[int]]:
