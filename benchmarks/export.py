@@ -56,9 +56,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         start = time.process_time()
-        program = record(ExportGraph(module.detector), torch.zeros(3, 3, 640, 640, dtype=torch.uint8))
+        example, is_transformer = (
+            torch.zeros(3, 3, 640, 640, dtype=torch.uint8),
+            isinstance(module.detector, QueryDetector),
+        )
+        program = record(ExportGraph(module.detector), example)
         print(f"recorded in {time.process_time() - start:.0f} CPU s", flush=True)
-        write_onnx(program, folder / "fp32.onnx", {})  # which OpenVINO starts from
+        write_onnx(program, folder / "fp32.onnx", {})
+        other, other_onnx = program, folder / "fp32.onnx"  # of OpenVINO and .pt2, as `export` writes them
+        if is_transformer:
+            other, other_onnx = (
+                record(ExportGraph(module.detector), example, attention="grid_sample"),
+                folder / "other.onnx",
+            )
+            write_onnx(other, other_onnx, {})
         for name in options.formats.split(","):
             kind, _, precision = name.partition("-")
             start = time.process_time()
@@ -71,11 +82,10 @@ def main() -> None:
             elif kind == "openvino":
                 path = folder / f"{precision}_openvino"
                 images = [image[None] for image in calibration]
-                is_transformer = isinstance(module.detector, QueryDetector)
-                write_openvino(folder / "fp32.onnx", path, {}, precision, images, is_transformer)
+                write_openvino(other_onnx, path, {}, precision, images, is_transformer)
             else:
                 path = folder / "fp32.pt2"
-                write_torch(program, path, {})
+                write_torch(other, path, {})
             print(f"{name}: {time.process_time() - start:.0f} CPU s to write", flush=True)
             files = [path] if path.is_file() else path.iterdir()
             sizes[name] = sum(file.stat().st_size for file in files)

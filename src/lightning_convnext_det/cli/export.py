@@ -79,8 +79,9 @@ def _create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dynamic", default="batch,height,width", help="axes that stay free; '' for none")
     parser.add_argument("--include", default="resize,normalise", help="what the file does itself; '' for neither")
     parser.add_argument(
-        "--attention", default="gather", choices=("gather", "grid_sample"),
-        help="operator of deformable attention; TensorRT computes GridSample wrongly",
+        "--attention", choices=("gather", "grid_sample"),
+        help="operator of deformable attention; default: grid_sample for OpenVINO and .pt2, where it is faster, else "
+        "gather, since TensorRT computes GridSample wrongly",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=1, help="where batch is not dynamic")
     parser.add_argument(

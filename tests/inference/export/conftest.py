@@ -38,4 +38,4 @@ def checkpoint(module: DeformableDETRModule, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def exported(module: DeformableDETRModule, checkpoint: Path) -> ExportReport:
-    return export(module, checkpoint.with_name("detr.onnx"), source=checkpoint, attention="grid_sample")
+    return export(module, checkpoint.with_name("detr.onnx"), source=checkpoint)
