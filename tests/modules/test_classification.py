@@ -68,7 +68,9 @@ def test_fit__learns_and_logs(trained: Path, folder: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_commands__test_and_predict_a_checkpoint(trained: Path, folder: Path, tmp_path: Path) -> None:
+def test_commands__test_and_predict_a_checkpoint(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = [f"--trainer.default_root_dir={tmp_path}", "--data.image_size=32"]
     assert main(["test", f"--ckpt_path={trained}", f"--data.root={folder}", *root, *QUIET]) == 0
     output = [f"--data.predict={folder}/val/**/*.png", f"--output.folder={tmp_path / 'found'}"]
@@ -78,6 +80,9 @@ def test_commands__test_and_predict_a_checkpoint(trained: Path, folder: Path, tm
     right = [Path(r["file_name"]).parent.name == r["class_name"] for r in results]
     assert sum(right) >= 8
     assert all(1 / 3 <= r["score"] <= 1 for r in results)
+    capsys.readouterr()
+    assert main(["predict", f"--ckpt_path={trained}", *output, *root, *QUIET, "--output.formats=csv"]) == 2
+    assert "output.formats is csv, which are of detectors" in capsys.readouterr().err
 
 
 @pytest.mark.heavy

@@ -9,6 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_convnext_det.callbacks.prediction_writer import PredictionWriter
+from lightning_convnext_det.errors import ArgumentError
+
 
 class ClassificationWriter(Callback):
     """Writes the predictions of a classifier to ``predictions.json``, a list of ``{file_name, class_name, score}``.
@@ -23,6 +26,20 @@ class ClassificationWriter(Callback):
     def __init__(self, folder: str | Path = "predictions") -> None:
         self.folder = Path(folder)
         self._results: list[dict[str, str | float]] = []
+
+    @classmethod
+    def instead_of(cls, writer: PredictionWriter) -> "ClassificationWriter":
+        """The writer of a classifier's predictions into the folder of one for detectors.
+
+        Raises:
+            ArgumentError: if that was to write what classifiers do not have.
+        """
+        if writer.formats != ["coco"]:
+            raise ArgumentError(
+                f"output.formats is {','.join(writer.formats)}, which are of detectors; a classifier writes "
+                "predictions.json, without output.formats"
+            )
+        return cls(writer.folder)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the results of an earlier prediction."""

@@ -259,7 +259,7 @@ class DetectionCLI(LightningCLI):
         kinds = (ModelCheckpoint,) if fit else (PredictionWriter,) if predict else ()
         own: list[Callback] = [c for c in callbacks if isinstance(c, kinds)]
         if isinstance(self.model, ClassifierModule):
-            own = [ClassificationWriter(c.folder) if isinstance(c, PredictionWriter) else c for c in own]
+            own = [ClassificationWriter.instead_of(c) if isinstance(c, PredictionWriter) else c for c in own]
         given = config.get("callbacks") or []
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StepProgressBar())
