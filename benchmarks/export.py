@@ -82,7 +82,8 @@ def main() -> None:
             elif kind == "openvino":
                 path = folder / f"{precision}_openvino"
                 images = [image[None] for image in calibration]
-                write_openvino(other_onnx, path, {}, precision, images, is_transformer)
+                source = folder / "fp32.onnx" if precision == "int8" else other_onnx
+                write_openvino(source, path, {}, precision, images, is_transformer)
             else:
                 path = folder / "fp32.pt2"
                 write_torch(other, path, {})

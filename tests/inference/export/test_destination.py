@@ -40,6 +40,11 @@ from lightning_convnext_det.types import TensorDetections
         ("a.onnx", {"format": "pt2"}, "must end in .pt2 for format pt2"),
         ("a.onnx", {"format": "openvino"}, "must end in _openvino for format openvino"),
         ("a_openvino", {"precision": "int8"}, "int8 needs images to calibrate on"),
+        (
+            "a_openvino",
+            {"precision": "int8", "calibration": [torch.zeros(3, 8, 8, dtype=torch.uint8)], "attention": "grid_sample"},
+            "int8 rounds the positions that grid_sample reads",
+        ),
         ("a.ckpt", {"format": "weights"}, "must end in .safetensors"),
         ("a.onnx", {"dynamic": ["heigth"]}, "dynamic: 'heigth' is none of batch, height, width"),
         ("a.onnx", {"dynamic": "batch,height"}, "dynamic: 'batch,height' is none of batch, height, width"),

@@ -55,7 +55,7 @@ _PRECISIONS: dict[Format, tuple[Precision, ...]] = {
 _SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "pt2": ".pt2", "compiled": ".pt2", "weights": ".safetensors"}
 ALLOWED_LOSS = 0.01  # of mAP, in int8
 _REASONS: dict[Attention, str] = {
-    "gather": "every runtime computes it right; grid_sample can be faster",
+    "gather": "every runtime computes it right, also in int8; grid_sample can be faster",
     "grid_sample": "it takes about half of the time of gather in this kind of file",
 }
 
@@ -117,7 +117,7 @@ def export(
         dynamic: axes that stay free; others are fixed to ``batch_size`` and ``image_size``.
         include: ``resize`` and ``normalise`` are done by the file; what is left out is done before it.
         attention: deformable attention by ``gather`` (default of ONNX and compiled files), or by ``grid_sample``
-            (default of OpenVINO and ``.pt2``, half the time there), which TensorRT computes wrongly.
+            (default of OpenVINO and ``.pt2``, half the time there), which TensorRT and ``int8`` compute wrongly.
         batch_size: where ``batch`` is not dynamic.
         image_size: (height, width) in pixels, where they are not dynamic.
         images: uint8 [C, H, W], to compare on (default: synthetic ones); for ``int8`` differences are told only.
@@ -179,9 +179,11 @@ def export(
         if unused:
             say(f"{name} is not used, as the file takes any; leave its axes out of dynamic to fix them")
     is_transformer = isinstance(network, QueryDetector)
-    operator = attention or ("grid_sample" if kind in ("openvino", "pt2") else "gather")
+    operator = attention or ("grid_sample" if kind in ("openvino", "pt2") and precision != "int8" else "gather")
     if is_transformer and attention is None:
         say(f"attention={operator}: {_REASONS[operator]}")
+    if is_transformer and operator == "grid_sample" and precision == "int8":
+        raise ArgumentError("int8 rounds the positions that grid_sample reads; leave attention at gather")
     say("recording the detector: about a minute, with a large backbone some minutes")
     prepare = partial(graph.leave_to_file, batch_size=lengths[0] or 1, size=fixed)
     with _replacing(path, kind) as written:
