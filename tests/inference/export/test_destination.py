@@ -43,7 +43,7 @@ from lightning_convnext_det.types import TensorDetections
         (
             "a_openvino",
             {"precision": "int8", "calibration": [torch.zeros(3, 8, 8, dtype=torch.uint8)], "attention": "grid_sample"},
-            "int8 rounds the positions that grid_sample reads",
+            "int8 with grid_sample loses 6 points of mAP",
         ),
         ("a.ckpt", {"format": "weights"}, "must end in .safetensors"),
         ("a.onnx", {"dynamic": ["heigth"]}, "dynamic: 'heigth' is none of batch, height, width"),
