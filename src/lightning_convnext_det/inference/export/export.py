@@ -56,7 +56,7 @@ _SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "pt2": ".pt2", "compiled": ".pt
 ALLOWED_LOSS = 0.01  # of mAP, in int8
 _REASONS: dict[Attention, str] = {
     "gather": "every runtime computes it right, also in int8; grid_sample can be faster",
-    "grid_sample": "it takes about half of the time of gather in this kind of file",
+    "grid_sample": "this kind of file is faster with it than with gather",
 }
 
 
@@ -117,7 +117,7 @@ def export(
         dynamic: axes that stay free; others are fixed to ``batch_size`` and ``image_size``.
         include: ``resize`` and ``normalise`` are done by the file; what is left out is done before it.
         attention: deformable attention by ``gather`` (default of ONNX and compiled files), or by ``grid_sample``
-            (default of OpenVINO and ``.pt2``, half the time there), which TensorRT computes wrongly and
+            (default of OpenVINO and ``.pt2``, faster there), which TensorRT computes wrongly and
             ``int8`` badly.
         batch_size: where ``batch`` is not dynamic.
         image_size: (height, width) in pixels, where they are not dynamic.
