@@ -25,7 +25,8 @@ from lightning_convnext_det.cli.export import _ImageFiles
 from lightning_convnext_det.cli.main import main
 from lightning_convnext_det.errors import ArgumentError, ExportError
 from lightning_convnext_det.inference.export.accuracy import as_detector
-from lightning_convnext_det.inference.export.export import ExportReport, _replacing, export, verify_file
+from lightning_convnext_det.inference.export.destination import replacing
+from lightning_convnext_det.inference.export.export import ExportReport, export, verify_file
 from lightning_convnext_det.inference.export.graph import ExportGraph
 from lightning_convnext_det.inference.export.metadata import describe, read_card, write_card
 from lightning_convnext_det.inference.export.runtimes import load_runner
@@ -62,6 +63,40 @@ def test_export__refuses(
     with pytest.raises(ArgumentError, match=message):
         export(module, tmp_path / path, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "operator", "told"),
+    [
+        ("a.onnx", {}, "gather", True),
+        ("a.pt2", {}, "grid_sample", True),
+        ("a_openvino", {}, "grid_sample", True),
+        ("a_openvino", {"precision": "int8", "calibration": torch.zeros(1, 3, 8, 8).byte()}, "gather", True),
+        ("a_openvino", {"attention": "gather"}, "gather", False),
+    ],
+)
+def test_export__tells_what_it_chose_and_what_it_does_not_use(
+    path: str, options: dict[str, object], operator: str, told: bool, module: DeformableDETRModule, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recorded: list[object] = []
+
+    def record(*arguments: object) -> None:
+        recorded.extend(arguments)
+        raise ArgumentError("far enough")
+
+    monkeypatch.setattr("lightning_convnext_det.inference.export.export.record", record)
+    lines: list[str] = []
+    sizes = {"batch_size": 2, "image_size": (64, 96)}
+    with pytest.raises(ArgumentError, match="far enough"):
+        export(module, tmp_path / path, progress=lines.append, **sizes, **options)
+    assert recorded[-1] == operator
+    assert any(line.startswith(f"attention={operator}: ") for line in lines) == told
+    assert {line.split()[0] for line in lines if "is not used" in line} == {"batch_size", "image_size"}
+    lines.clear()
+    with pytest.raises(ArgumentError, match="far enough"):
+        export(module, tmp_path / path, progress=lines.append, dynamic=(), **sizes, **options)
+    assert not any("is not used" in line for line in lines)
 
 
 @pytest.mark.parametrize("around", [lambda d: FusedDetector([d, d]), lambda d: TiledDetector(d, 64)])
@@ -125,14 +160,14 @@ def test_export__leaves_what_is_there_alone(module: DeformableDETRModule, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a_openvino", "w.json"]
 
 
-def test_replacing__keeps_the_other_files_of_a_folder(tmp_path: Path) -> None:
+def testreplacing__keeps_the_other_files_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "a_openvino"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     (folder / "model.xml").write_text("old")
 
     def write(error: Exception | None) -> None:
-        with _replacing(folder, "openvino") as written:
+        with replacing(folder, "openvino") as written:
             written.mkdir()
             (written / "model.xml").write_text("new")
             if error is not None:

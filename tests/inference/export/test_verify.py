@@ -148,7 +148,7 @@ def test_verify__keeps_no_gigabytes_of_photos(monkeypatch: pytest.MonkeyPatch) -
         return TensorDetections(torch.zeros(1, 1, 4), none, none.long(), torch.tensor([0]))
 
     monkeypatch.setattr("lightning_convnext_det.inference.export.verify._measure_rounding", measure)
-    monkeypatch.setattr("lightning_convnext_det.inference.export.verify._KEPT_PIXELS", 2 * 3 * 64 * 64)
+    monkeypatch.setattr("lightning_convnext_det.inference.export.verify._KEPT_BYTES", 2 * 3 * 64 * 64)
     batches = [torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8) for _ in range(3)]
     with pytest.raises(ExportError, match="in 3 batches"):
         verify(run, detector, batches, ["resize"])  # which takes float32

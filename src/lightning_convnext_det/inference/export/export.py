@@ -1,14 +1,11 @@
 """Export of a trained detector to a file that runs without this package, and its comparison with the detector."""
 
-import json
-import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from lightning_convnext_det.arguments import Count, check_arguments
 from lightning_convnext_det.errors import ArgumentError
 from lightning_convnext_det.inference.export.accuracy import Accuracy, measure_map
+from lightning_convnext_det.inference.export.destination import Format, Precision, choose_format, replacing
 from lightning_convnext_det.inference.export.graph import Axis, ExportGraph, Part, record
 from lightning_convnext_det.inference.export.metadata import (
     as_text,
@@ -46,18 +44,15 @@ from lightning_convnext_det.models.fused import FusedDetector
 from lightning_convnext_det.models.tiling import TiledDetector
 from lightning_convnext_det.ops.tracing import Attention
 
-Format = Literal["onnx", "pt2", "compiled", "openvino", "weights"]
-Precision = Literal["fp32", "fp16", "int8"]
-_PRECISIONS: dict[Format, tuple[Precision, ...]] = {
-    "onnx": ("fp32", "fp16"), "pt2": ("fp32",), "compiled": ("fp32",), "openvino": ("fp32", "fp16", "int8"),
-    "weights": ("fp32",),
-}  # fmt: skip
-_SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "pt2": ".pt2", "compiled": ".pt2", "weights": ".safetensors"}
 ALLOWED_LOSS = 0.01  # of mAP, in int8
 _REASONS: dict[Attention, str] = {
     "gather": "every runtime computes it right, also in int8; grid_sample can be faster",
     "grid_sample": "this kind of file is faster with it than with gather",
 }
+_OPENVINO_PRECISION = (
+    "OpenVINO computes in bfloat16 where the processor can, which moves boxes by pixels; the comparison sets "
+    "INFERENCE_PRECISION_HINT to f32, which you can, too"
+)
 
 
 @dataclass
@@ -71,6 +66,7 @@ class ExportReport:
     accuracy: Accuracy | None = None
     """mAP before and after quantisation."""
     precision: Precision = "fp32"
+    """Of the file."""
 
     def __str__(self) -> str:
         size = sum(file.stat().st_size for file in ([self.path] if self.path.is_file() else self.path.iterdir()))
@@ -117,8 +113,7 @@ def export(
         dynamic: axes that stay free; others are fixed to ``batch_size`` and ``image_size``.
         include: ``resize`` and ``normalise`` are done by the file; what is left out is done before it.
         attention: deformable attention by ``gather`` (default of ONNX and compiled files), or by ``grid_sample``
-            (default of OpenVINO and ``.pt2``, faster there), which TensorRT computes wrongly and
-            ``int8`` badly.
+            (default of OpenVINO and ``.pt2``, faster there), which TensorRT computes wrongly; ``int8`` has gathers.
         batch_size: where ``batch`` is not dynamic.
         image_size: (height, width) in pixels, where they are not dynamic.
         images: uint8 [C, H, W], to compare on (default: synthetic ones); for ``int8`` differences are told only.
@@ -145,7 +140,7 @@ def export(
     """
     check_arguments(export, locals())
     path = Path(path)
-    kind = _choose_format(path, format, precision)
+    kind = choose_format(path, format, precision)
     if precision == "int8" and not len(calibration):
         raise ArgumentError("int8 needs images to calibrate on; give some hundred as calibration")
     if len(image_size) != 2:
@@ -162,52 +157,38 @@ def export(
     )  # fmt: skip
     report = ExportReport(path, kind, precision=precision)
     if kind == "weights":
-        with _replacing(path, kind) as written:
+        with replacing(path, kind) as written:
             write_weights(weights_of(network), card, written)
         return report
     check_installed(kind, precision)
     for what, given in (("images", images), ("calibration", calibration)):
         if len(given):
             check_image(given[0], channels, what)
+    say = progress or (lambda line: None)
+    is_transformer = isinstance(network, QueryDetector)
+    operator = _choose_attention(attention, kind, precision, say) if is_transformer else "gather"
     graph = ExportGraph(network, order)
     blank = torch.zeros(channels, *image_size, dtype=torch.uint8)
     example = next(create_batches([blank], [3 if len(counts) > 1 else batch_size], in_chans=channels))
-    say = progress or (lambda line: None)
-    for name, unused in (
-        ("batch_size", batch_size != 1 and "batch" in axes),
-        ("image_size", tuple(image_size) != (640, 640) and {"height", "width"} <= set(axes)),
-    ):
-        if unused:
-            say(f"{name} is not used, as the file takes any; leave its axes out of dynamic to fix them")
-    is_transformer = isinstance(network, QueryDetector)
-    operator = attention or ("grid_sample" if kind in ("openvino", "pt2") and precision != "int8" else "gather")
-    if is_transformer and attention is None:
-        say(f"attention={operator}: {_REASONS[operator]}")
-    if is_transformer and operator == "grid_sample" and precision == "int8":
-        raise ArgumentError("int8 with grid_sample loses 6 points of mAP on blood cells; leave attention at gather")
+    _tell_unused(batch_size, image_size, axes, say)
     say("recording the detector: about a minute, with a large backbone some minutes")
     prepare = partial(graph.leave_to_file, batch_size=lengths[0] or 1, size=fixed)
-    with _replacing(path, kind) as written:
+    with replacing(path, kind) as written:
         program = record(graph, example if "normalise" in order else example.float(), axes, operator)
         say(f"writing {kind}, {precision}")
         _write(program, written, kind, precision, card, _Prepared(calibration, prepare), is_transformer)
-        if kind == "openvino":
-            say(
-                "OpenVINO computes in bfloat16 where the processor can, which moves boxes by pixels; the comparison "
-                "sets INFERENCE_PRECISION_HINT to f32, which you can, too"
-            )
         say(f"comparing '{path}' with the detector")
+        if kind == "openvino":
+            say(_OPENVINO_PRECISION)
         run = load_runner(written)
-        is_int8 = precision == "int8"  # moves single boxes, so that mAP decides
-        if is_int8:
+        if precision == "int8":  # moves single boxes, so that mAP decides
             report.accuracy = measure_map(run, graph, names, annotated, prepare, ALLOWED_LOSS, path)
             if report.accuracy is not None:
                 write_card({**card, "accuracy": asdict(report.accuracy)}, written / "metadata.json")
-        if len(images) or not is_int8:
+        if len(images) or precision != "int8":
             batches = create_batches(images, counts, fixed, channels)
-            limit = tolerance or TOLERANCES["fp16" if is_int8 else precision]
-            others = _resized_otherwise(kind, tolerance)
-            report.differences = verify(run, network, batches, order, limit, path, others, refuse=not is_int8)
+            limit, others = tolerance or _tolerance(precision), _resized_otherwise(kind, tolerance)
+            report.differences = verify(run, network, batches, order, limit, path, others, precision != "int8")
         del run  # which may hold the file open
     return report
 
@@ -228,14 +209,14 @@ def verify_file(
     path = path.parent if path.name == "model.xml" else path
     run = load_runner(path)
     card = read_card(path)
-    report = ExportReport(path, "openvino" if path.is_dir() else _choose_format(path, None, "fp32"))
+    report = ExportReport(path, "openvino" if path.is_dir() else choose_format(path, None, "fp32"))
     batch, channels, height, width = card.get("images", (None, _channels(network), None, None))
     report.differences = verify(
         run,
         network,
         create_batches(images, (batch or 1,), (height, width), channels),
         card.get("include", get_args(Part)),
-        tolerance or TOLERANCES["fp32" if card.get("precision", "fp32") == "fp32" else "fp16"],
+        tolerance or _tolerance(card.get("precision", "fp32")),
         path,
         _resized_otherwise(report.format, tolerance),
     )
@@ -253,44 +234,6 @@ class _Prepared(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:  # a number; slices are not needed
         return self._prepare(self._images[index][None])
-
-
-@contextmanager
-def _replacing(path: Path, kind: Format) -> Iterator[Path]:
-    """A path to write to, in a folder of its own, whose files replace those at ``path`` if no error comes between.
-
-    Raises:
-        ArgumentError: if there is no folder for it, or something of another kind is there.
-    """
-    if not path.parent.is_dir():
-        raise ArgumentError(f"'{path}': there is no such folder")
-    if path.exists() and path.is_dir() != (kind == "openvino"):
-        raise ArgumentError(f"'{path}' is a {'folder' if path.is_dir() else 'file'}; choose another name")
-    beside = path.with_suffix(".json")
-    if kind == "weights" and beside.exists() and not _is_card(beside):
-        raise ArgumentError(
-            f"'{beside}', where the card of the weights goes, holds something else; choose another name"
-        )
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent)
-    except OSError as error:
-        raise ArgumentError(f"'{path.parent}' cannot be written to ({error}); choose another folder") from error
-    with folder:
-        yield Path(folder.name) / path.name
-        target = path.parent
-        if kind == "openvino":  # the folder may hold files of the user's
-            target = path
-            target.mkdir(exist_ok=True)
-        source = Path(folder.name) / path.name if kind == "openvino" else Path(folder.name)
-        for file in sorted(source.iterdir()):
-            os.replace(file, target / file.name)
-
-
-def _is_card(path: Path) -> bool:
-    try:
-        return "source_sha256" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _resized_otherwise(kind: Format, given: Tolerance | None) -> Tolerance | None:
@@ -318,19 +261,6 @@ def _write(
         (write_torch if kind == "pt2" else write_compiled)(program, path, card)
 
 
-def _choose_format(path: Path, kind: Format | None, precision: Precision) -> Format:
-    suffixes: dict[str, Format] = {suffix: name for name, suffix in _SUFFIXES.items() if name != "compiled"}
-    by_name = "openvino" if path.name.endswith("_openvino") else suffixes.get(path.suffix)
-    chosen = kind or by_name
-    if chosen is None:
-        raise ArgumentError(f"'{path}' must end in .onnx, .pt2, .safetensors or _openvino")
-    if path.suffix != _SUFFIXES.get(chosen, path.suffix) or (chosen == "openvino" and path.suffix in suffixes):
-        raise ArgumentError(f"'{path}' must end in {_SUFFIXES.get(chosen, '_openvino')} for format {chosen}")
-    if precision not in _PRECISIONS[chosen]:
-        raise ArgumentError(f"[LCD-X002] {chosen} has {', '.join(_PRECISIONS[chosen])}, not {precision}")
-    return chosen
-
-
 def _unpack(
     detector: nn.Module, class_names: Sequence[str] | None, category_ids: Sequence[int] | None
 ) -> tuple[nn.Module, list[str], list[int]]:
@@ -346,6 +276,34 @@ def _unpack(
         )
     count: int = network.num_classes  # type: ignore[assignment]  # every detector has it
     return network, *name_classes(detector, count, class_names, category_ids)
+
+
+def _tell_unused(
+    batch_size: int, image_size: Sequence[int], free: Collection[Axis], say: Callable[[str], object]
+) -> None:
+    """Tell that lengths of free axes, other than the defaults, have no effect."""
+    for name, unused in (
+        ("batch_size", batch_size != 1 and "batch" in free),
+        ("image_size", tuple(image_size) != (640, 640) and {"height", "width"} <= set(free)),
+    ):
+        if unused:
+            say(f"{name} is not used, as the file takes any; leave its axes out of dynamic to fix them")
+
+
+def _choose_attention(
+    given: Attention | None, kind: Format, precision: Precision, say: Callable[[str], object]
+) -> Attention:
+    """The operator of deformable attention; one that was not given is told with its reason."""
+    if given == "grid_sample" and precision == "int8":
+        raise ArgumentError("int8 with grid_sample loses 6 points of mAP on blood cells; leave attention at gather")
+    chosen = given or ("grid_sample" if kind in ("openvino", "pt2") and precision != "int8" else "gather")
+    if given is None:
+        say(f"attention={chosen}: {_REASONS[chosen]}")
+    return chosen
+
+
+def _tolerance(precision: Precision) -> Tolerance:
+    return TOLERANCES["fp32" if precision == "fp32" else "fp16"]
 
 
 def _without_compiler(detector: Any) -> Any:

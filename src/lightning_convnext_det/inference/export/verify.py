@@ -36,7 +36,7 @@ TOLERANCES = {
     "fp32": Tolerance(),
     "fp16": Tolerance(boxes=2.0, scores=0.03, unmatched=0.02, least_score=0.1),
 }
-_KEPT_PIXELS = 1 << 28  # bytes of the images on which PyTorch is compared with itself: photos would be gigabytes
+_KEPT_BYTES = 1 << 28  # of the images on which PyTorch is compared with itself: photos would be gigabytes
 
 
 @dataclass
@@ -133,26 +133,42 @@ def verify(
             found = split_detections(rows_of_file)
         if fault := find_fault(rows_of_file):
             raise ExportError(f"[LCD-X001] {name} gives rows that {fault}, in a batch {into.shapes[-1]}")
-        threshold = float(getattr(detector, "score_threshold", 0.0))
-        rows = int(getattr(detector, "detections_per_image", 100))
-        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            compare(ours, theirs, limit, into, f"{into.shapes[-1]}[{i}]", threshold, rows)
-        if not is_other and (not compared or sum(x.numel() for x in compared) + images.numel() <= _KEPT_PIXELS):
+        _compare_images(found, expected, detector, limit, into, into.shapes[-1])
+        if not is_other and (not compared or sum(x.numel() for x in compared) + images.numel() <= _KEPT_BYTES):
             compared.append(images)
+    differences.resized_otherwise = others if others.shapes else None
     if refuse and differences.exceed(tolerance):
         own = _measure_rounding(graph, compared, tolerance)
-        if not differences.exceed(own.allow_for(tolerance)):
-            differences.rounding = own
-    remedy = ". The runtime resizes these images to a side one pixel off; include=normalise leaves that to you"
-    for part, limit, hint in ((differences, tolerance, ""), (others, resized_otherwise or tolerance, remedy)):
-        if refuse and part.exceed(limit) and not part.rounding:
-            example = f", e.g. {part.unmatched[0]}" if part.unmatched else ""
-            raise ExportError(
-                f"[LCD-X001] {name} finds other objects than the detector: {part}{example}; allowed are "
-                f"{limit.boxes} px and {limit.scores}{hint}"
-            )
-    differences.resized_otherwise = others if others.shapes else None
+        if differences.exceed(own.allow_for(tolerance)):
+            raise _refusal(name, differences, tolerance)
+        differences.rounding = own
+    if refuse and others.exceed(resized_otherwise or tolerance):
+        remedy = ". The runtime resizes these images to a side one pixel off; include=normalise leaves that to you"
+        raise _refusal(name, others, resized_otherwise or tolerance, remedy)
     return differences
+
+
+def _refusal(name: object, found: Differences, limit: Tolerance, remedy: str = "") -> ExportError:
+    example = f", e.g. {found.unmatched[0]}" if found.unmatched else ""
+    return ExportError(
+        f"[LCD-X001] {name} finds other objects than the detector: {found}{example}; allowed are {limit.boxes} px and "
+        f"{limit.scores}{remedy}"
+    )
+
+
+def _compare_images(
+    found: Sequence[Detection],
+    expected: Sequence[Detection],
+    detector: nn.Module,
+    limit: Tolerance,
+    differences: Differences,
+    batch: str = "",
+) -> None:
+    """Add the differences of a batch to the greatest so far."""
+    threshold = float(getattr(detector, "score_threshold", 0.0))
+    rows = int(getattr(detector, "detections_per_image", 100))
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        compare(ours, theirs, limit, differences, f"{batch}[{i}]", threshold, rows)
 
 
 def find_fault(found: TensorDetections) -> str | None:
@@ -197,14 +213,11 @@ def _measure_rounding(graph: ExportGraph, batches: Iterable[Tensor], limit: Tole
     else:
         rounded.detector.double()
     own = Differences()
-    threshold = float(getattr(graph.detector, "score_threshold", 0.0))
-    rows = int(getattr(graph.detector, "detections_per_image", 100))
     for images in batches:
         given = images if "normalise" in graph.include else graph.normalise(images, 1.0)
         with torch.no_grad():
-            pairs = zip(*(split_detections(TensorDetections(*run(given))) for run in (rounded, graph)), strict=True)
-        for ours, theirs in pairs:
-            compare(ours, theirs, limit, own, threshold=threshold, rows=rows)
+            ours, theirs = (split_detections(TensorDetections(*run(given))) for run in (rounded, graph))
+        _compare_images(ours, theirs, graph.detector, limit, own)
     return own
 
 
