@@ -62,19 +62,19 @@ def merge_windows(
     clusters = _cluster(on_cpu, labels.cpu(), places, windows, cut)
     new_boxes, new_scores = on_cpu.clone(), scores.cpu().clone()
     size = (frames[:, 2:] - frames[:, :2]).prod(dim=1)
-    kept = []
     for members in clusters:
-        kept.append(members[0])
         if len(members) > 1:
-            rows = torch.tensor(members)
-            new_boxes[members[0]] = _merged_box(on_cpu[rows], new_scores[rows], cut[rows], size[rows], method)
-            new_scores[members[0]] = new_scores[rows].max()
-    rows = torch.tensor(kept)
+            of_object = torch.tensor(members)
+            merged = _merged_box(on_cpu[of_object], new_scores[of_object], cut[of_object], size[of_object], method)
+            new_boxes[members[0]] = merged
+            if method != "wbf":
+                new_scores[members[0]] = new_scores[of_object].max()
+    rows = torch.tensor([members[0] for members in clusters])
     if method == "wbf":
-        new_scores[rows] = _mean_scores(clusters, new_boxes[rows], scores.cpu(), cut, size, windows, margin)
+        new_scores[rows] = _mean_scores(clusters, new_boxes[rows], new_scores, cut, size, windows, margin)
     all_cut = torch.tensor([bool(cut[members].all()) for members in clusters])
-    unconfirmed = [_count_tiles(some, windows, margin) > 0 for some in torch.split(new_boxes[rows[all_cut]], _BOXES)]
-    rows = rows[~all_cut.masked_scatter(all_cut, torch.cat(unconfirmed))]
+    unconfirmed = _count_tiles(new_boxes[rows[all_cut]], windows, margin) > 0
+    rows = rows[~all_cut.masked_scatter(all_cut, unconfirmed)]
     rows = rows[new_scores[rows].argsort(descending=True, stable=True)]
     return new_boxes[rows].to(device), new_scores[rows].to(device), labels[rows.to(device)]
 
@@ -85,7 +85,7 @@ def _mean_scores(
     """Mean score over the tiles that see an object whole, 0 where one misses it; the highest where only others do."""
     tile = (windows[:, 2:] - windows[:, :2]).prod(dim=1).min()
     mean = torch.zeros(len(clusters))
-    seen = torch.cat([_count_tiles(some, windows, margin) for some in torch.split(boxes, _BOXES)])
+    seen = _count_tiles(boxes, windows, margin)
     for i, members in enumerate(clusters):
         rows = torch.tensor(members)
         voters = scores[rows][~cut[rows] & (size[rows] == tile)]
@@ -97,12 +97,14 @@ def _count_tiles(boxes: Tensor, windows: Tensor, margin: float) -> Tensor:
     """How many of the smallest windows see a box and do not cut it, int64 [N]."""
     size = (windows[:, 2:] - windows[:, :2]).prod(dim=1)
     tiles = windows[size == size.min()]  # the pass over the whole image may be too coarse for the object
-    count = len(tiles)
-    pairs = boxes.repeat_interleave(count, 0), tiles.repeat(len(boxes), 1)
-    cut = find_cut_sides(*pairs, windows[:, 2:].amax(0), margin).any(dim=1).view(-1, count)
-    low, high = tiles[:, :2] - margin, tiles[:, 2:] + margin
-    inside = ((boxes[:, None, :2] >= low) & (boxes[:, None, 2:] <= high)).all(dim=2)
-    return (inside & ~cut).sum(dim=1)
+    counts = []
+    for some in torch.split(boxes, _BOXES):
+        pairs = some.repeat_interleave(len(tiles), 0), tiles.repeat(len(some), 1)
+        cut = find_cut_sides(*pairs, windows[:, 2:].amax(0), margin).any(dim=1).view(-1, len(tiles))
+        low, high = tiles[:, :2] - margin, tiles[:, 2:] + margin
+        inside = ((some[:, None, :2] >= low) & (some[:, None, 2:] <= high)).all(dim=2)
+        counts.append((inside & ~cut).sum(dim=1))
+    return torch.cat(counts)
 
 
 def _merged_box(boxes: Tensor, scores: Tensor, cut: Tensor, size: Tensor, method: TileMerge) -> Tensor:
